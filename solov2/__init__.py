@@ -1,0 +1,34 @@
+"""SOLOv2 instance segmentation in pure PyTorch. Names are handed on lazily, so that importing stays cheap."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from solov2.build import build_model
+    from solov2.config import list_models
+    from solov2.models.solov2 import SOLOv2
+    from solov2.visualize import draw_instances
+
+__version__ = "0.1.0"
+__all__ = ["SOLOv2", "build_model", "draw_instances", "list_models"]
+
+_HOMES = {
+    "SOLOv2": "solov2.models.solov2",
+    "build_model": "solov2.build",
+    "draw_instances": "solov2.visualize",
+    "list_models": "solov2.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in ("targets", "losses", "convert", "ops", "models", "data", "evaluation"):
+        return importlib.import_module(f"solov2.{name}")
+    raise AttributeError(f"module 'solov2' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,176 @@
+"""Processes and devices: who am I, whom do I talk to, on what do I compute. Launching itself is torchrun's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from solov2.config import InputError
+
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def rank() -> int:
+    """Number of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes files."""
+    return rank() == 0
+
+
+def select_device(name: str | None = None) -> torch.device:
+    """Device of this process: `name` if given, else the accelerator of this process's local rank, else the CPU.
+
+    Raises:
+        InputError: `name` is not a device of this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        if accelerator is None:
+            return torch.device("cpu")
+        return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise InputError(f"device '{name}' is not usable here (available: {available})") from error
+    if device.type != "cpu" and device.index is None:
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
+    return device
+
+
+def start(device: torch.device) -> None:
+    """Join the process group that torchrun prepared; nothing happens in a process started alone.
+
+    The backend is torch's default for the device: nccl on GPUs, gloo on a CPU.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+        dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device)
+    else:
+        dist.init_process_group(dist.get_default_backend_for_device(device))
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """`value` of every process, in rank order, on every process. Values are pickled: for small host data only."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers (running statistics differ between processes that saw other images)."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
+    """Replace this process by torch's launcher with `nproc` workers; returns only where nothing has to be done.
+
+    Args:
+        nproc: processes wanted on this machine.
+        arguments: the whole command line without the flag that asked for it, script first.
+        device: value of --device; more processes than accelerators are refused unless it is the CPU.
+
+    Raises:
+        InputError: nproc < 1, a torchrun of another size is already running, or too few devices.
+    """
+    running = int(os.environ.get("WORLD_SIZE", 1))
+    if nproc < 1:
+        raise InputError(f"--nproc must be at least 1, got {nproc}")
+    if running > 1 and running != nproc:
+        raise InputError(
+            f"--nproc {nproc} inside a torchrun of {running} processes: leave the flag out or make them equal"
+        )
+    if running == nproc:
+        return
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and (device is None or not device.startswith("cpu")):
+        if nproc > torch.accelerator.device_count():
+            raise InputError(
+                f"--nproc {nproc} but this machine has {torch.accelerator.device_count()} "
+                f"{accelerator.type} devices; use one process per device"
+            )
+    elif nproc > (os.cpu_count() or 1):
+        print(f"warning: --nproc {nproc} on {os.cpu_count()} CPU cores; the processes will share them", file=sys.stderr)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(nproc),
+        *arguments,
+    ]
+    sys.stdout.flush()
+    os.execvpe(command[0], command, environment)
+
+
+def without_nproc(arguments: Sequence[str]) -> list[str]:
+    """A command line without `--nproc N` and `--nproc=N`."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--nproc":
+            skip = True
+        elif not argument.startswith("--nproc="):
+            kept.append(argument)
+    return kept

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: images, sizes, masks, coordinates, Matrix NMS."""

@@ -1,0 +1,106 @@
+"""Images from paths, PIL, arrays and tensors as RGB uint8 tensors.
+
+Files come from anywhere, so the size is read from the header before a pixel is decoded, and every mode that Pillow can
+open either becomes RGB by a written rule or is refused in one sentence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from solov2.config import InputError
+
+MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb: 512 MiB of RGB
+
+_HIGH_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # one channel of 16 bits; "I" is how older Pillow opens it
+_NO_RULE = ("F", "LAB")  # floats have no fixed range, and Pillow does not convert LAB
+_VIA = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # modes without a direct, silent way to RGB
+
+
+def read_image(path: str | Path, *, apply_exif: bool, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode one image file.
+
+    Args:
+        path: anything Pillow opens; of an animation the first frame.
+        apply_exif: turn the picture as its EXIF orientation says. Right for photographs of users, wrong for data
+            sets, whose annotations were drawn on the stored pixels.
+        max_pixels: width x height above which the file is refused before decoding. Pillow itself stops at twice
+            `MAX_PIXELS`, whatever is asked for here.
+
+    Returns:
+        uint8 [3, H, W], RGB; a view of interleaved memory (channels last), which is what resizing reads fastest.
+
+    Raises:
+        InputError: a file that is missing, damaged, truncated, too large or of a pixel format without a rule here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"image {path} does not exist or is not a file")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise InputError(f"{width} x {height} pixels are more than the {max_pixels} allowed")
+            return pil_to_tensor(ImageOps.exif_transpose(image) if apply_exif else image)
+    except InputError as error:
+        raise InputError(f"image {path}: {error}") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged files
+        raise InputError(f"image {path} cannot be read, it may be damaged or truncated ({error})") from error
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """Pixels of a PIL image as RGB, without EXIF rotation: what is seen is what was passed.
+
+    Gray is repeated. Alpha is dropped, not composited: colours stay those of the file, as in cv2.imread. 16-bit gray
+    keeps its upper eight bits (mode "I" is taken for 16 bits). CMYK and palettes go through Pillow's conversion.
+
+    Returns:
+        uint8 [3, H, W]; a view of interleaved memory (channels last).
+
+    Raises:
+        InputError: a mode without a defined range of values, such as float.
+    """
+    if image.mode in _NO_RULE:
+        raise InputError(f"pixel format {image.mode} has no rule here, convert the image to RGB first")
+    if image.mode in _HIGH_DEPTH:
+        gray = np.clip(np.array(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        return torch.from_numpy(gray).expand(3, -1, -1).clone()
+    rgb = image if image.mode == "RGB" else image.convert(_VIA.get(image.mode, image.mode)).convert("RGB")
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def to_rgb_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
+    """Any of the inputs that `SOLOv2.predict` takes, as uint8 [3, H, W] in RGB.
+
+    Args:
+        image: a path (EXIF rotation applied); a PIL image (as it is); a uint8 array [H, W], [H, W, 1], [H, W, 3] or
+            [H, W, 4], RGB order, alpha dropped; a uint8 tensor [3, H, W] or [1, H, W].
+
+    Raises:
+        TypeError: another type of object.
+        InputError: another dtype or shape, no pixels, or a file that cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(image, apply_exif=True)
+    if isinstance(image, Image.Image):
+        return pil_to_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _array_to_tensor(image)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"an image is a path, a PIL image, an array or a tensor, not {type(image).__name__}")
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
+        raise InputError(f"an image tensor is uint8 [3, H, W], not {image.dtype} {list(image.shape)}")
+    return image.expand(3, -1, -1)
+
+
+def _array_to_tensor(array: np.ndarray) -> Tensor:
+    pixels = array[:, :, None] if array.ndim == 2 else array
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
+        raise InputError(f"an image array is uint8 [H, W, 3] in RGB order, not {array.dtype} {list(array.shape)}")
+    # The copy makes BGR[..., ::-1] views and read-only arrays acceptable, and never aliases the caller's memory.
+    return torch.from_numpy(pixels[:, :, :3].copy()).permute(2, 0, 1).expand(3, -1, -1)

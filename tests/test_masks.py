@@ -1,0 +1,173 @@
+"""Boxes, centres and encodings of masks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+
+from solov2.config import InputError
+from solov2.ops.masks import (
+    centers_of_mass,
+    check_segmentation,
+    decode_rle,
+    encode_rle,
+    masks_to_boxes,
+    polygons_to_mask,
+    segmentation_to_mask,
+    segmentations_to_masks,
+)
+
+SQUARE = [1.0, 1.0, 5.0, 1.0, 5.0, 4.0, 1.0, 4.0]
+
+
+@pytest.fixture
+def masks() -> torch.Tensor:
+    """Noise, an empty mask, single pixels in two corners, a full mask, a column."""
+    masks = torch.zeros(6, 11, 17, dtype=torch.uint8)
+    masks[0] = torch.rand(11, 17, generator=torch.Generator().manual_seed(0)) < 0.2
+    masks[2, 0, 0] = 1
+    masks[3, 10, 16] = 1
+    masks[4] = 1
+    masks[5, 2:9, 4] = 1
+    return masks
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_boxes(masks, dtype):
+    boxes = masks_to_boxes(masks.to(dtype))
+    assert boxes.dtype == torch.float32
+    assert boxes[1:].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [16, 10, 17, 11], [0, 0, 17, 11], [4, 2, 5, 9]]
+    ys, xs = masks[0].nonzero().unbind(1)
+    assert boxes[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def test_boxes_of_nothing():
+    assert masks_to_boxes(torch.zeros(0, 5, 5, dtype=torch.bool)).shape == (0, 4)
+    assert masks_to_boxes(torch.zeros(2, 0, 5, dtype=torch.bool)).tolist() == [[0.0] * 4] * 2
+
+
+def test_centers(masks):
+    y, x = centers_of_mass(masks)
+    assert y.dtype == x.dtype == torch.float32
+    assert y[1:].tolist() == [0, 0, 10, 5, 5] and x[1:].tolist() == [0, 0, 16, 8, 4]
+    ys, xs = masks[0].nonzero().unbind(1)
+    assert y[0] == ys.sum().float() / len(ys) and x[0] == xs.sum().float() / len(xs)
+    assert torch.equal(torch.stack(centers_of_mass(masks.mT.contiguous().mT)), torch.stack((y, x)))
+
+
+def test_centers_are_integer_sums():
+    # Sums far above 2^24: an accumulation in float32 loses the last bits of some of these centres.
+    masks = (torch.rand(8, 500, 1300, generator=torch.Generator().manual_seed(1)) < 0.7).to(torch.uint8)
+    for mask, y, x in zip(masks, *centers_of_mass(masks)):
+        ys, xs = mask.nonzero().unbind(1)
+        assert y == ys.sum().float() / len(ys) and x == xs.sum().float() / len(xs)
+
+
+def test_centers_of_very_long_masks():
+    masks = torch.ones(1, 1, 70_001, dtype=torch.uint8)  # more than 16 bits of pixels in one row
+    assert [value.item() for value in centers_of_mass(masks)] == [0, 35_000]
+    assert [value.item() for value in centers_of_mass(masks.mT)] == [35_000, 0]
+
+
+def test_no_centers():
+    assert [len(value) for value in centers_of_mass(torch.zeros(0, 5, 5, dtype=torch.uint8))] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_rle_is_pycocotools(masks, dtype):
+    rles = encode_rle(masks.to(dtype))
+    for rle, mask in zip(rles, masks.numpy()):
+        expected = coco_mask.encode(np.asfortranarray(mask))
+        assert rle == {"size": [11, 17], "counts": expected["counts"].decode()}
+    assert json.loads(json.dumps(rles)) == rles
+    assert torch.equal(torch.stack([decode_rle(rle) for rle in rles]), masks)
+
+
+def test_rle_of_any_memory_order(masks):
+    assert encode_rle(masks.mT.contiguous().mT) == encode_rle(masks)
+    assert encode_rle(masks.repeat_interleave(2, dim=0)[::2]) == encode_rle(masks)
+    assert encode_rle(torch.zeros(0, 5, 5, dtype=torch.bool)) == []
+
+
+def test_decode_takes_all_kinds_of_counts():
+    expected = torch.zeros(4, 5, dtype=torch.uint8)
+    expected[1:3, 1] = 1  # down the columns: 4 + 1 zeros, 2 ones, the rest
+    counts = encode_rle(expected[None])[0]["counts"]
+    for kind in (counts, counts.encode(), [5, 2, 13]):
+        decoded = decode_rle({"size": [4, 5], "counts": kind})
+        assert decoded.dtype == torch.uint8 and torch.equal(decoded, expected)
+
+
+def test_polygons_are_merged():
+    other = [6.0, 5.0, 9.0, 5.0, 9.0, 8.0]
+    both = polygons_to_mask([SQUARE, other], (10, 12))
+    assert both.shape == (10, 12) and both.sum() > 0
+    assert torch.equal(both, polygons_to_mask([SQUARE], (10, 12)) | polygons_to_mask([other], (10, 12)))
+    assert both[2, 2] == 1 and both[6, 8] == 1 and both[9, 0] == 0
+
+
+def test_segmentations_of_one_image():
+    mask = polygons_to_mask([SQUARE], (10, 12))
+    rle = encode_rle(mask[None])[0]
+    counts = [13, 3, 104]
+    masks = segmentations_to_masks([[SQUARE], rle, {"size": [10, 12], "counts": counts}], (10, 12))
+    assert masks.shape == (3, 10, 12) and masks.dtype == torch.uint8
+    assert torch.equal(masks[0], mask) and torch.equal(masks[1], mask)
+    assert masks[2].sum() == 3 and masks[2, 3:6, 1].all()
+    assert segmentations_to_masks([], (10, 12)).shape == (0, 10, 12)
+
+
+def test_short_polygons_are_ignored_beside_proper_ones():
+    expected = polygons_to_mask([SQUARE], (10, 12))
+    for polygons in ([[1, 2, 3, 4], SQUARE], [SQUARE, [7, 7, 8, 8]], [[], SQUARE]):
+        assert torch.equal(segmentation_to_mask(polygons, (10, 12)), expected)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([[1, 1, 5, 5]], "three points"),
+        ([[1, 1, 5, 5], []], "three points"),
+        ([[1, 1, 5, 5, 3]], "even count"),
+        ([[1, 1, 5, 5, 3, float("nan")]], "finite"),
+        ([[1, 1, 5, 5, 3, "4"]], "list of numbers"),
+        ([1, 1, 5, 5, 3, 3], "list of numbers"),
+        ([], "list of polygons or an RLE"),
+        (None, "list of polygons or an RLE"),
+        ("abc", "list of polygons or an RLE"),
+        ({"counts": [120]}, "size None"),
+        ({"size": [12, 10], "counts": [120]}, r"\[12, 10\].*\[10, 12\]"),
+        ({"size": [10, 12]}, "no counts"),
+        ({"size": [10, 12], "counts": [5, 5]}, "add up"),
+        ({"size": [10, 12], "counts": [130]}, "add up"),
+        ({"size": [10, 12], "counts": [130, -10]}, "add up"),
+        ({"size": [10, 12], "counts": []}, "add up"),
+        ({"size": [10, 12], "counts": [[120]]}, "add up"),
+        ({"size": [10, 12], "counts": ["a"]}, "not run lengths"),
+        ({"size": [10, 12], "counts": ""}, "not run lengths"),
+        ({"size": [10, 12], "counts": "é"}, "not run lengths"),
+        ({"size": [10, 12], "counts": "!!"}, "not run lengths"),
+        ({"size": [10, 12], "counts": "`" * 40}, "not run lengths"),
+        ({"size": [10, 12], "counts": "`" * 40 + "0"}, "not run lengths"),
+    ],
+)
+def test_broken_segmentations(segmentation, reason):
+    with pytest.raises(InputError, match=reason):
+        segmentation_to_mask(segmentation, (10, 12))
+
+
+def test_check_reads_compressed_counts_as_pycocotools_writes_them():
+    random = np.random.RandomState(0)
+    for height, width in ((1, 1), (3, 1), (480, 640), (37, 1500)):
+        for share in (0.0, 0.001, 0.3, 1.0):
+            mask = np.asfortranarray(random.rand(height, width) < share).astype(np.uint8, order="F")
+            counts = coco_mask.encode(mask)["counts"].decode()
+            check_segmentation({"size": [height, width], "counts": counts}, (height, width))
+            with pytest.raises(InputError):
+                check_segmentation({"size": [height + 1, width], "counts": counts}, (height + 1, width))
+            with pytest.raises(InputError):
+                check_segmentation({"size": [height, width], "counts": counts + "1"}, (height, width))

@@ -1,0 +1,119 @@
+"""Sizes and resizing against numbers of mmdetection and OpenCV (tests/data/pipeline.*)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+
+from solov2.ops.resize import padded_size, quarter_masks, resize_image, resize_masks, resized_size
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict:
+    return json.loads((DATA / "pipeline.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, torch.Tensor]:
+    with np.load(DATA / "pipeline.npz") as arrays:
+        return {name: torch.from_numpy(array).permute(2, 0, 1) for name, array in arrays.items()}
+
+
+def random_masks(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 2, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_sizes_of_the_reference(reference):
+    assert len(reference["sizes"]) == 72
+    for (long, short), original, resized, padded in reference["sizes"]:
+        size = resized_size(tuple(original), long=long, short=short)
+        assert [*size] == resized, original
+        assert [*padded_size(size)] == padded, original
+
+
+def test_sizes_stay_positive_and_padding_takes_a_divisor():
+    assert resized_size((1, 5000), long=1000, short=800) == (1, 1000)
+    assert padded_size((64, 65)) == (64, 96)
+    assert padded_size((1, 17), 8) == (8, 24)
+
+
+@pytest.mark.parametrize("name", ["up", "down", "slight", "none"])
+def test_image_is_within_one_grey_level_of_opencv(images, name):
+    expected = images[name].int()
+    resized = resize_image(images["image"], tuple(expected.shape[1:]))
+    assert resized.dtype == torch.uint8
+    difference = (resized.int() - expected).abs()
+    assert difference.max() <= (name != "none")
+    assert (difference > 0).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("size", [(20, 31), (147, 200)])
+def test_memory_layout_changes_no_pixel(images, size):
+    interleaved = images["image"]
+    assert not interleaved.is_contiguous()
+    assert torch.equal(resize_image(interleaved, size), resize_image(interleaved.contiguous(), size))
+
+
+def test_nearest_neighbour_is_opencvs(reference):
+    for case in reference["nearest"]:
+        # A staircase of masks tells which source row each target row was taken from.
+        staircase = torch.eye(case["source"], dtype=torch.uint8)[:, :, None].expand(-1, -1, 2).contiguous()
+        rows = resize_masks(staircase, (case["target"], 2))
+        columns = resize_masks(staircase.mT.contiguous(), (2, case["target"]))
+        for resized in (rows[:, :, 0], columns[:, 0, :]):
+            assert resized.sum(0).tolist() == [1] * case["target"]
+            assert resized.argmax(0).tolist() == case["index"]
+
+
+@pytest.mark.parametrize("size", [(50, 67), (200, 131), (7, 5), (30, 40), (1, 1)])
+def test_masks_by_index(size):
+    masks = random_masks(5, 30, 40)
+    masks[1] = 0
+    masks[2], masks[2, 11, 13] = 0, 1
+    masks[3, :20] = 0
+    masks[4, :, :9], masks[4, 22:] = 0, 0
+    rows = (torch.arange(size[0]) * 30) // size[0]
+    columns = (torch.arange(size[1]) * 40) // size[1]
+    expected = masks[:, rows][:, :, columns]
+    for given in (masks, masks.mT.contiguous().mT):  # row-major, and column-major as pycocotools decodes
+        resized = resize_masks(given, size)
+        assert resized.dtype == torch.uint8 and torch.equal(resized, expected)
+
+
+def test_no_masks():
+    assert resize_masks(torch.zeros(0, 4, 4, dtype=torch.uint8), (8, 9)).shape == (0, 8, 9)
+    assert quarter_masks(torch.zeros(0, 5, 8, dtype=torch.uint8)).shape == (0, 2, 2)
+
+
+def test_quarter_of_the_reference(reference):
+    tested = 0
+    for case in reference["mask_quarter"]:
+        if case["shape"][0] % 4 or case["shape"][1] % 4:
+            continue  # the reference pads before it resizes, the recorded call did not
+        mask = coco_mask.decode({"size": case["shape"], "counts": case["mask"].encode()})
+        expected = coco_mask.decode({"size": case["out_shape"], "counts": case["out"].encode()})
+        assert np.array_equal(quarter_masks(torch.from_numpy(mask)[None])[0].numpy(), expected), case["name"]
+        tested += 1
+    assert tested == 2
+
+
+@pytest.mark.parametrize("height", [8, 9, 10, 11, 2, 1])
+@pytest.mark.parametrize("width", [12, 13, 14, 15])
+def test_quarter_of_any_size_pads_with_zeros(height, width):
+    masks = random_masks(3, height, width)
+    padded = torch.zeros(3, -(-height // 4) * 4, -(-width // 4) * 4, dtype=torch.uint8)
+    padded[:, :height, :width] = masks
+    expected = [
+        [[padded[n, y + 1:y + 3, x + 1:x + 3].sum() >= 2 for x in range(0, padded.shape[2], 4)]
+         for y in range(0, padded.shape[1], 4)] for n in range(3)
+    ]
+    before = masks.clone()
+    assert quarter_masks(masks).tolist() == torch.tensor(expected).int().tolist()
+    assert torch.equal(masks, before)
