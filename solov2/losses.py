@@ -1,0 +1,123 @@
+"""Focal loss on the categories and dice loss on the masks (paper section 3.3, equations 5 to 7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DICE_EPSILON = 1e-3  # on each of the two squared sums, as in the reference
+COUNT_EPSILON = torch.finfo(torch.float32).eps  # mmdetection's guard of the focal divisor
+
+
+class SOLOv2Criterion(nn.Module):
+    """Raw outputs and targets -> weighted losses, without a host synchronisation.
+
+    loss_category: sum of the sigmoid focal loss over all cells and classes / (positive cells + 1).
+    loss_mask: mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. This is mmdetection's
+    normalisation; the authors' code takes the mean over pairs, which differs only where instances share a cell.
+    Half-precision inputs are computed in float32. Without a positive cell loss_mask is a zero that every parameter
+    still takes part in.
+
+    Args:
+        num_classes: C.
+        mask_weight: weight of the mask loss (the category loss has weight 1).
+        focal_gamma, focal_alpha: of the focal loss.
+    """
+
+    def __init__(
+        self, *, num_classes: int, mask_weight: float = 3.0, focal_gamma: float = 2.0, focal_alpha: float = 0.25
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.mask_weight = num_classes, mask_weight
+        self.focal_gamma, self.focal_alpha = focal_gamma, focal_alpha
+
+    def forward(
+        self, raw: dict[str, Any], targets: dict[str, Any], num_positives: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of a batch, weights applied: the caller only adds.
+
+        Args:
+            raw: category_logits list of [B, C, S, S], kernels list of [B, E, S, S], mask_features [B, E, h, w].
+            targets: from `TargetAssigner`, on the same device.
+            num_positives: positive cells to normalise by, where that is more than this batch (gradient accumulation or
+                all processes); default this batch's own number.
+
+        Returns:
+            {"loss_category", "loss_mask"}: scalars in at least float32.
+        """
+        category = targets["category"]
+        if num_positives is None:
+            num_positives = (category < self.num_classes).sum()  # every positive cell has exactly one category
+        else:
+            num_positives = torch.as_tensor(num_positives, device=category.device)
+        with torch.autocast(category.device.type, enabled=False):
+            logits = torch.cat([level.flatten(2) for level in raw["category_logits"]], dim=2)  # [B, C, cells]
+            focal = self._focal(_wide(logits), category)
+            dice = self._dice(raw["kernels"], _wide(raw["mask_features"]), targets)
+        num_positives = num_positives.to(focal.dtype)  # an int64 would make the guarded sum float32
+        return {
+            "loss_category": focal / (num_positives + 1 + COUNT_EPSILON),
+            "loss_mask": self.mask_weight * dice / num_positives.clamp(min=1),
+        }
+
+    def _focal(self, logits: Tensor, category: Tensor) -> Tensor:
+        """Sum of the sigmoid focal loss; logits [B, C, cells], category [B, cells]."""
+        positive = category[:, None] == torch.arange(self.num_classes, device=category.device)[:, None]  # [B, C, cells]
+        # With z = +-logit the wrong probability is sigmoid(-z) and the cross entropy softplus(-z).
+        signed = torch.where(positive, -logits, logits)
+        weight = torch.where(positive, self.focal_alpha, 1 - self.focal_alpha)
+        cross_entropy = F.softplus(signed, threshold=40)  # the default, 20, is exact in float32 only
+        return (weight * signed.sigmoid() ** self.focal_gamma * cross_entropy).sum()
+
+    def _dice(self, kernels: list[Tensor], features: Tensor, targets: dict[str, Any]) -> Tensor:
+        """Sum over (cell, instance) pairs of 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)), over the whole padded map."""
+        flat_kernels = torch.cat([level.flatten(2) for level in kernels], dim=2).transpose(1, 2)  # [B, cells, E]
+        image, cell, instance = targets["positives"].unbind(1)
+        # One index tensor on the flattened rows: its backward is repeatable, that of two index tensors is not on a CPU.
+        chosen = flat_kernels.flatten(0, 1).index_select(0, image * flat_kernels.shape[1] + cell)  # [P, E]
+        pairs, instances = _per_image(targets)
+        total = features.new_zeros(())
+        first = 0
+        for own_kernels, own_masks, own_instance, feature in zip(
+            chosen.split(pairs),
+            targets["masks"].flatten(1).split(instances),
+            instance.split(pairs),
+            features,
+            strict=True,
+        ):
+            # The dynamic convolution as one matrix product, [P_i, E] x [E, h w].
+            probability = (own_kernels.to(feature.dtype) @ feature.flatten(1)).sigmoid()
+            truth = own_masks.to(probability.dtype)  # [N_i, h w], one plane per instance
+            own_instance = own_instance - first
+            overlap = (probability @ truth.T).gather(1, own_instance[:, None])[:, 0]
+            area = truth.sum(1, dtype=torch.float32).index_select(0, own_instance)  # float32 in the reference, too
+            squares = probability.square().sum(1)
+            total = total + (1 - 2 * overlap / ((squares + DICE_EPSILON) + (area + DICE_EPSILON))).sum()
+            first += len(own_masks)
+        return total
+
+
+def _per_image(targets: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """(pairs, instances) of each image on the host.
+
+    `TargetAssigner` hands both over; they are counted from the triples where a caller left them out (which on an
+    accelerator waits for the device).
+    """
+    if "positives_per_image" in targets:
+        return targets["positives_per_image"], targets["instances_per_image"]
+    image, _, instance = targets["positives"].unbind(1)
+    pairs = torch.bincount(image, minlength=len(targets["category"])).tolist()
+    ends, end = [], 0
+    for own in instance.split(pairs):
+        end = max([end, *(own + 1).tolist()])
+        ends.append(end)
+    ends[-1] = len(targets["masks"])
+    return pairs, [end - start for start, end in zip([0, *ends], ends)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half types as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

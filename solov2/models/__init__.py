@@ -1,0 +1,1 @@
+"""The network and its post-processing; constructors take plain arguments, never a configuration."""

@@ -1,0 +1,79 @@
+"""Building blocks shared by backbone, heads and mask branch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution with its own offset branch: DCNv2 (modulated) or DCNv1, one deformable group.
+
+    `conv_offset` predicts 3 k k numbers per position, in three equal parts o1, o2, m: the offsets are cat(o1, o2), read
+    as (dy, dx) per tap, and sigmoid(m) modulates the taps. DCNv1 has the first 2 k k only. Zero offsets at the start.
+    Source: Zhu et al. 2019 (arXiv 1811.11168), layout of mmcv's ModulatedDeformConv2dPack.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0,
+                 groups: int = 1, modulated: bool = True) -> None:
+        super().__init__()
+        self.stride, self.padding, self.modulated = stride, padding, modulated
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
+        offset_channels = (3 if modulated else 2) * kernel_size ** 2
+        self.conv_offset = nn.Conv2d(in_channels, offset_channels, kernel_size, stride, padding)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform weight within 1 / sqrt(fan_in), zero offset branch."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in the dtype of `x` (of autocast, if it is on)."""
+        offsets = self.conv_offset(x)
+        result_dtype = offsets.dtype
+        # deform_conv2d has no half kernels on a CPU and sampling positions deserve more than 8 bits anyway.
+        wide = torch.promote_types(result_dtype, torch.float32)
+        offsets = offsets.to(wide)
+        mask = None
+        if self.modulated:
+            first, second, mask = offsets.chunk(3, dim=1)
+            offsets, mask = torch.cat([first, second], dim=1), mask.sigmoid()
+        with torch.autocast(x.device.type, enabled=False):
+            y = deform_conv2d(x.to(wide), offsets, self.weight.to(wide), stride=self.stride, padding=self.padding,
+                              mask=mask)
+        return y.to(result_dtype)
+
+
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """GroupNorm with 32 groups ("group", the reference) or BatchNorm2d ("batch").
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "group":
+        return nn.GroupNorm(32, channels)
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    raise ValueError(f"norm must be 'group' or 'batch', got {kind!r}")
+
+
+class ConvNormReLU(nn.Sequential):
+    """Convolution without bias, norm, ReLU: one step of a tower or the mask branch. [B, C, H, W] -> [B, C', H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, norm: str = "group",
+                 deformable: bool = False, modulated: bool = True) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        if deformable:
+            self.conv = DeformConv2d(in_channels, out_channels, kernel_size, padding=padding, modulated=modulated)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
+            nn.init.normal_(self.conv.weight, std=0.01)
+        self.norm = make_norm(norm, out_channels)
+        self.relu = nn.ReLU(inplace=True)

@@ -1,0 +1,259 @@
+"""Raw network outputs -> instances (paper section 3.4; the order of steps and every threshold as in mmdetection)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solov2.ops.masks import encode_rle, masks_to_boxes
+from solov2.ops.matrix_nms import matrix_nms
+
+CELLS_AT_ONCE = 512  # dynamic kernels applied in one matrix product
+PIXELS_AT_ONCE = 2**25  # float pixels alive while final masks are resized: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class PostprocessSettings:
+    """Thresholds and limits; the defaults are the reference's test settings.
+
+    `score_threshold` acts on the final score, `category_threshold` on the category score before Matrix NMS.
+    `area_thresholds` (one per level, in stride-4 pixels) removes masks that are not larger.
+    """
+
+    area_thresholds: tuple[float, ...] = (8, 8, 16, 32, 32)
+    category_threshold: float = 0.1
+    mask_threshold: float = 0.5
+    max_candidates: int = 500
+    nms_kernel: str = "gaussian"
+    nms_sigma: float = 2.0
+    score_threshold: float = 0.05
+    max_instances: int = 100
+
+
+@dataclass
+class Candidates:
+    """(cell, class) pairs of one image, sorted by descending score.
+
+    scores float [n], labels int64 [n], cells int64 [n] (index into the concatenated levels), masks bool [n, h * w].
+    """
+
+    scores: Tensor
+    labels: Tensor
+    cells: Tensor
+    masks: Tensor
+
+
+@torch.no_grad()
+def postprocess(
+    raw: dict[str, Any],
+    sizes: Tensor | Sequence[Sequence[int]],
+    original_sizes: Tensor | Sequence[Sequence[int]],
+    settings: PostprocessSettings,
+    *,
+    mask_format: str = "bool",
+) -> list[dict[str, Any]]:
+    """Instances of every image of a batch.
+
+    Args:
+        raw: category_logits, kernels (lists over levels of [B, C, S, S], [B, E, S, S]) and mask_features [B, E, h, w].
+            Half types are computed in float32, also under autocast.
+        sizes: int64 [B, 2], (height, width) of each image inside the padded input, in input pixels.
+        original_sizes: int64 [B, 2], the size the masks are wanted at.
+        settings: thresholds and limits.
+        mask_format: "bool" for planes [N, H, W], "rle" for a list of COCO run-length dictionaries.
+
+    Returns:
+        Per image: scores float [N] descending, labels int64 [N], masks, boxes float32 [N, 4] (x1, y1, x2, y2 of the
+        mask, maximum exclusive; zeros for an empty mask). N = 0 keeps shapes, dtypes and device.
+
+    Raises:
+        ValueError: unknown mask_format.
+    """
+    if mask_format not in ("bool", "rle"):
+        raise ValueError(f"mask_format must be 'bool' or 'rle', got {mask_format!r}")
+    results = []
+    with torch.autocast(raw["mask_features"].device.type, enabled=False):
+        category_scores, kernels, area_thresholds = flatten_raw(raw, settings)
+        for i, (size, original_size) in enumerate(zip(_pairs(sizes), _pairs(original_sizes), strict=True)):
+            features = widen(raw["mask_features"][i])  # [E, h, w]
+            candidates = select_candidates(category_scores[i], kernels[i], features, area_thresholds, settings)
+            kept = suppress(candidates, settings)
+            masks, boxes = final_masks(
+                kept.cells, kernels[i], features, size, original_size, settings.mask_threshold, mask_format
+            )
+            results.append({"scores": kept.scores, "labels": kept.labels, "masks": masks, "boxes": boxes})
+    return results
+
+
+def flatten_raw(raw: dict[str, Any], settings: PostprocessSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels of a batch joined, cells row-major: what `select_candidates` takes per image.
+
+    Returns:
+        category scores after points NMS [B, cells, C] (float32 for half types), kernels [B, cells, E], area thresholds
+        float32 [cells].
+    """
+    logits = raw["category_logits"]
+    category_scores = [flatten_level(suppress_neighbours(widen(level).sigmoid())) for level in logits]
+    kernels = [flatten_level(level) for level in raw["kernels"]]
+    area_thresholds = [
+        torch.full((level.shape[2:].numel(),), float(threshold), device=level.device)
+        for level, threshold in zip(logits, settings.area_thresholds, strict=True)
+    ]
+    return torch.cat(category_scores, dim=1), torch.cat(kernels, dim=1), torch.cat(area_thresholds)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half types as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def flatten_level(level: Tensor) -> Tensor:
+    """[B, C, S, S] -> [B, S * S, C], cells row-major."""
+    return level.flatten(2).transpose(1, 2)
+
+
+def suppress_neighbours(scores: Tensor) -> Tensor:
+    """Points NMS: keep a score that is not below its upper, left and upper-left neighbour of the same class, else 0.
+
+    [B, C, S, S] -> [B, C, S, S]; ties survive.
+    """
+    highest = F.max_pool2d(scores, kernel_size=2, stride=1, padding=1)[:, :, :-1, :-1]
+    return scores * (scores == highest)
+
+
+def apply_kernels(kernels: Tensor, features: Tensor) -> Tensor:
+    """Dynamic convolution: 1x1 kernels [n, E] on mask features [E, h, w] -> mask probabilities [n, h * w]."""
+    return (kernels.to(features.dtype) @ features.flatten(1)).sigmoid()
+
+
+def select_candidates(
+    category_scores: Tensor, kernels: Tensor, features: Tensor, area_thresholds: Tensor, settings: PostprocessSettings
+) -> Candidates:
+    """The best `max_candidates` (cell, class) pairs of one image, scored by category score times mean mask probability.
+
+    A score never exceeds its category score, so cells are worked through from the best category score down and the rest
+    is skipped once enough candidates lie above it: the same result, with one mask per cell and bounded memory.
+
+    Args:
+        category_scores: [cells, C] after points NMS.
+        kernels: [cells, E].
+        features: [E, h, w].
+        area_thresholds: [cells].
+        settings: category_threshold, mask_threshold, max_candidates.
+    """
+    pair_cells, pair_labels = (category_scores > settings.category_threshold).nonzero(as_tuple=True)
+    pair_scores = category_scores[pair_cells, pair_labels]
+    best = category_scores.amax(1) if category_scores.numel() else category_scores.new_zeros(len(category_scores))
+    cells = (best > settings.category_threshold).nonzero()[:, 0]
+    cells = cells[best[cells].argsort(descending=True, stable=True)]
+    limit = settings.max_candidates if settings.max_candidates > 0 else len(pair_cells)
+
+    slot_of_cell = torch.full_like(best, -1, dtype=torch.int64)  # where a cell's mask lies in the chunk
+    found = Candidates(
+        pair_scores[:0],
+        pair_labels[:0],
+        pair_cells[:0],
+        torch.zeros(0, features[0].numel(), dtype=torch.bool, device=features.device),
+    )
+    for chunk in cells.split(CELLS_AT_ONCE):
+        if 0 < limit == len(found.scores) and found.scores[-1] >= best[chunk[0]]:
+            break
+        soft = apply_kernels(kernels[chunk], features)
+        masks = soft > settings.mask_threshold
+        area = masks.sum(1)
+        mask_scores = (soft * masks).sum(1) / area.clamp(min=1)
+        mask_scores = torch.where(area > area_thresholds[chunk], mask_scores, -1.0)
+        slot_of_cell.fill_(-1)
+        slot_of_cell[chunk] = torch.arange(len(chunk), device=chunk.device)
+        slots = slot_of_cell[pair_cells]
+        usable = ((slots >= 0) & (mask_scores[slots] > 0)).nonzero()[:, 0]
+        slots = slots[usable]
+        found = _best(
+            limit,
+            found,
+            Candidates(pair_scores[usable] * mask_scores[slots], pair_labels[usable], pair_cells[usable], masks),
+            slots,
+        )
+    return found
+
+
+def _best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Candidates:
+    """The `limit` best of both; `new.masks` holds one mask per cell and `slots` says which belongs to which pair."""
+    scores = torch.cat([found.scores, new.scores])
+    order = scores.argsort(descending=True, stable=True)[:limit]
+    old_count = len(found.scores)
+    masks = torch.empty(len(order), new.masks.shape[1], dtype=torch.bool, device=scores.device)
+    is_old = order < old_count
+    masks[is_old] = found.masks[order[is_old]]
+    masks[~is_old] = new.masks[slots[order[~is_old] - old_count]]
+    return Candidates(
+        scores[order], torch.cat([found.labels, new.labels])[order], torch.cat([found.cells, new.cells])[order], masks
+    )
+
+
+def suppress(candidates: Candidates, settings: PostprocessSettings) -> Candidates:
+    """Matrix NMS, then the final score threshold and the limit per image."""
+    scores = matrix_nms(
+        candidates.masks, candidates.labels, candidates.scores, kernel=settings.nms_kernel, sigma=settings.nms_sigma
+    )
+    order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] >= settings.score_threshold]
+    if settings.max_instances > 0:
+        order = order[: settings.max_instances]
+    return Candidates(scores[order], candidates.labels[order], candidates.cells[order], candidates.masks[order])
+
+
+def final_masks(
+    cells: Tensor,
+    kernels: Tensor,
+    features: Tensor,
+    size: tuple[int, int],
+    original_size: tuple[int, int],
+    threshold: float,
+    mask_format: str,
+) -> tuple[Tensor | list[dict[str, Any]], Tensor]:
+    """Masks of the kept cells at the original size, and their tight boxes.
+
+    Probabilities go bilinearly to the padded input size, are cropped to the image, go bilinearly to the original size
+    and are cut at the threshold (align_corners false both times); scores are not recomputed. Works in chunks of bounded
+    size.
+
+    Args:
+        cells: int64 [N].
+        kernels: [cells, E].
+        features: [E, h, w].
+        size, original_size: (height, width) of the image in the input and as wanted.
+        threshold: on the resized probability.
+        mask_format: "bool" or "rle".
+
+    Returns:
+        (masks, boxes): bool [N, H, W] or N run-length dictionaries; float32 [N, 4].
+    """
+    height, width = features.shape[-2:]
+    padded = (4 * height, 4 * width)
+    at_once = max(1, PIXELS_AT_ONCE // max(padded[0] * padded[1], original_size[0] * original_size[1]))
+    planes, boxes, runs = [], [], []
+    for chunk in cells.split(at_once) if len(cells) else ():
+        soft = apply_kernels(kernels[chunk], features).view(1, len(chunk), height, width)
+        soft = F.interpolate(soft, size=padded, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
+        masks = F.interpolate(soft, size=original_size, mode="bilinear", align_corners=False)[0] > threshold
+        boxes.append(masks_to_boxes(masks))
+        if mask_format == "rle":
+            runs.extend(encode_rle(masks))
+        else:
+            planes.append(masks)
+    no_boxes = torch.zeros(0, 4, device=features.device)
+    if mask_format == "rle":
+        return runs, torch.cat([no_boxes, *boxes])
+    no_masks = torch.zeros(0, *original_size, dtype=torch.bool, device=features.device)
+    return torch.cat([no_masks, *planes]), torch.cat([no_boxes, *boxes])
+
+
+def _pairs(sizes: Tensor | Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    return [(int(height), int(width)) for height, width in rows]

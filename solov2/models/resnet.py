@@ -1,0 +1,148 @@
+"""ResNet and ResNeXt backbones with torchvision's layout and state-dict names (He et al. 2016, Xie et al. 2017)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from solov2.models.layers import DeformConv2d
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (ResNet-18/34)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, planes: int, *, stride: int, **_unused: object) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, planes, H / stride, W / stride]."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 (ResNet-50 and deeper); the 3x3 may be grouped or deformable and normally carries the stride."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, planes: int, *, stride: int, groups: int = 1, group_width: int = 64,
+                 deformable: bool = False, modulated: bool = True, stride_in_1x1: bool = False) -> None:
+        super().__init__()
+        width, out_channels = planes * group_width // 64 * groups, planes * self.expansion
+        first_stride, second_stride = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, first_stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        if deformable:
+            self.conv2 = DeformConv2d(width, width, 3, stride=second_stride, padding=1, groups=groups,
+                                      modulated=modulated)
+        else:
+            self.conv2 = nn.Conv2d(width, width, 3, second_stride, 1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 4 planes, H / stride, W / stride]."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+# name -> (block, blocks per stage, groups, width per group)
+ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int], int, int]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
+    "resnext101_64x4d": (Bottleneck, (3, 4, 23, 3), 64, 4),
+}
+
+
+class ResNet(nn.Module):
+    """ResNet without its classifier: images [B, 3, H, W] -> [C2, C3, C4, C5] at strides 4, 8, 16, 32.
+
+    Args:
+        name: a key of `ARCHITECTURES`.
+        width: channels of the stem; C2 has `width` (basic blocks) or 4 `width` channels, doubling per stage.
+        frozen_stages: 0 trains everything, 1 freezes the stem and layer1 (the reference), n also layer2..layer n.
+        frozen_batch_norm: running statistics are used and kept also in training; the affine of unfrozen stages trains.
+        deformable: every 3x3 of layer2..layer4 is deformable (bottleneck networks only).
+        modulated: DCNv2 if true, DCNv1 if false.
+        stride_in_1x1: stride on the first 1x1 of a bottleneck, as in MSRA's (detectron2's) weights.
+
+    Raises:
+        ValueError: unknown name, or deformable basic blocks.
+    """
+
+    def __init__(self, name: str, *, width: int = 64, frozen_stages: int = 1, frozen_batch_norm: bool = True,
+                 deformable: bool = False, modulated: bool = True, stride_in_1x1: bool = False) -> None:
+        super().__init__()
+        if name not in ARCHITECTURES:
+            raise ValueError(f"backbone must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
+        block, depths, groups, group_width = ARCHITECTURES[name]
+        if block is BasicBlock and (deformable or stride_in_1x1):
+            raise ValueError(f"{name} has basic blocks: neither deformable stages nor stride_in_1x1 exist for them")
+        self.frozen_stages, self.frozen_batch_norm = frozen_stages, frozen_batch_norm
+        self.out_channels = [width * 2 ** i * block.expansion for i in range(4)]
+
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        in_channels = width
+        for i, depth in enumerate(depths):
+            planes, blocks = width * 2 ** i, []
+            for j in range(depth):
+                blocks.append(block(in_channels, planes, stride=2 if i and not j else 1, groups=groups,
+                                    group_width=group_width, deformable=deformable and i > 0, modulated=modulated,
+                                    stride_in_1x1=stride_in_1x1))
+                in_channels = planes * block.expansion
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+        self._initialise()
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        stages = [getattr(self, f"layer{i}") for i in range(1, self.frozen_stages + 1)]
+        return [self.conv1, self.bn1, *stages] if self.frozen_stages else []
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Training mode, except that batch norms with fixed statistics stay in evaluation mode."""
+        super().train(mode)
+        fixed = [self] if self.frozen_batch_norm else self._frozen_modules()
+        for part in fixed:
+            for module in part.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> four maps [B, out_channels[i], H / 4 / 2^i, W / 4 / 2^i]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            features.append(x)
+        return features

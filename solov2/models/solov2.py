@@ -1,0 +1,160 @@
+"""SOLOv2: backbone, FPN, head, mask feature head; and the way from images to instances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from solov2.models.fpn import FPN
+from solov2.models.head import SOLOv2Head
+from solov2.models.mask_feature import MaskFeatureHead
+from solov2.models.postprocess import PostprocessSettings, postprocess
+from solov2.models.resnet import ResNet
+from solov2.ops.images import to_rgb_tensor
+from solov2.ops.resize import padded_size, resize_image, resized_size
+
+ImageLike = str | Path | PIL.Image.Image | np.ndarray | Tensor
+
+
+class SOLOv2(nn.Module):
+    """SOLOv2 instance segmentation (Wang et al. 2020, arXiv 2003.10152).
+
+    Args:
+        backbone, fpn, head, mask_feature_head: the four parts.
+        class_names: one name per class, label i is class_names[i].
+        settings: post-processing thresholds and limits.
+        pixel_mean, pixel_std: per channel, in grey levels, in the order of `channel_order`.
+        channel_order: "rgb", or "bgr" for weights trained on BGR input (AdelaiDet).
+        input_scale: (long edge at most, short edge at most) that `preprocess` resizes to.
+    """
+
+    divisor = 32  # images are padded to multiples of the coarsest backbone stride
+
+    def __init__(self, backbone: ResNet, fpn: FPN, head: SOLOv2Head, mask_feature_head: MaskFeatureHead, *,
+                 class_names: Sequence[str], settings: PostprocessSettings, pixel_mean: Sequence[float],
+                 pixel_std: Sequence[float], channel_order: str = "rgb",
+                 input_scale: tuple[int, int] = (1333, 800)) -> None:
+        super().__init__()
+        self.backbone, self.fpn, self.head, self.mask_feature_head = backbone, fpn, head, mask_feature_head
+        self.class_names = list(class_names)
+        self.settings = settings
+        self.channel_order = channel_order
+        self.input_scale = tuple(input_scale)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def grid_sizes(self) -> tuple[int, ...]:
+        """S of each level, finest first."""
+        return self.head.grid_sizes
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """Raw outputs, the same in training and evaluation mode.
+
+        Args:
+            images: float [B, 3, H, W], normalised and zero-padded; H and W multiples of 32.
+
+        Returns:
+            category_logits: list of [B, C, S, S] (before the sigmoid); kernels: list of [B, E, S, S];
+            mask_features: [B, E, H / 4, W / 4].
+        """
+        pyramid = self.fpn(self.backbone(images))
+        category_logits, kernels = self.head(pyramid)
+        mask_features = self.mask_feature_head(pyramid[:4])
+        return {"category_logits": category_logits, "kernels": kernels, "mask_features": mask_features}
+
+    def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] RGB -> float [B, 3, H, W], normalised and zero outside `sizes` (int64 [B, 2], h and w).
+
+        Runs on the device of `pixels` without synchronising with the host.
+        """
+        if self.channel_order == "bgr":
+            pixels = pixels.flip(1)
+        images = (pixels - self.pixel_mean) / self.pixel_std
+        rows = torch.arange(pixels.shape[-2], device=pixels.device)
+        columns = torch.arange(pixels.shape[-1], device=pixels.device)
+        inside_rows = rows < sizes[:, :1]  # [B, H]
+        inside_columns = columns < sizes[:, 1:]  # [B, W]
+        return images * (inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
+
+    def preprocess(self, images: Sequence[ImageLike]) -> tuple[Tensor, Tensor, Tensor]:
+        """Load, resize to `input_scale`, pad and normalise.
+
+        Args:
+            images: paths, PIL images, uint8 HWC (or HW) RGB arrays, uint8 CHW RGB tensors; may be mixed.
+
+        Returns:
+            images float [B, 3, H, W] on the model's device, sizes int64 [B, 2] before padding, original_sizes
+            int64 [B, 2].
+
+        Raises:
+            ValueError: an image that cannot be read or is not of these forms; the sentence names it.
+        """
+        long, short = self.input_scale
+        loaded = [to_rgb_tensor(image) for image in images]
+        original_sizes = [tuple(image.shape[-2:]) for image in loaded]
+        resized = [resize_image(image, resized_size(size, long=long, short=short))
+                   for image, size in zip(loaded, original_sizes, strict=True)]
+        largest = max(image.shape[-2] for image in resized), max(image.shape[-1] for image in resized)
+        height, width = padded_size(largest, self.divisor)
+        pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8)
+        for target, image in zip(pixels, resized, strict=True):
+            target[:, :image.shape[-2], :image.shape[-1]] = image
+        device = self.pixel_mean.device
+        sizes = torch.tensor([tuple(image.shape[-2:]) for image in resized], device=device)
+        return self.normalize(pixels.to(device), sizes), sizes, torch.tensor(original_sizes, device=device)
+
+    def postprocess(self, raw: dict[str, Any], sizes: Tensor | Sequence[Sequence[int]],
+                    original_sizes: Tensor | Sequence[Sequence[int]], *, mask_format: str = "bool",
+                    **settings: Any) -> list[dict[str, Any]]:
+        """Raw outputs -> one result per image, see `solov2.models.postprocess.postprocess`.
+
+        Args:
+            raw: what `forward` returned.
+            sizes, original_sizes: int64 [B, 2], (h, w) in the input before padding, and as wanted.
+            mask_format: "bool" or "rle".
+            settings: fields of `PostprocessSettings` to change for this call, e.g. score_threshold, max_instances.
+        """
+        return postprocess(raw, sizes, original_sizes, replace(self.settings, **settings), mask_format=mask_format)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[ImageLike] | ImageLike, *, score_threshold: float | None = None,
+                max_instances: int | None = None, batch_size: int = 1) -> list[dict[str, Any]]:
+        """Segment the instances of each image.
+
+        Args:
+            images: list of paths, PIL images, uint8 HWC RGB arrays or uint8 CHW RGB tensors (one image counts as a list
+                of one).
+            score_threshold: least final score; default the model's own (0.05).
+            max_instances: most instances per image; default the model's own (100).
+            batch_size: images per forward pass. Images of one batch share its padding, which shifts the grids a little:
+                1 gives the published behaviour.
+
+        Returns:
+            Per image: scores float [N] descending, labels int64 [N], masks bool [N, H, W] at the size of the image
+            given, boxes float32 [N, 4] x1, y1, x2, y2.
+
+        Raises:
+            ValueError: an image that cannot be read or is of an unknown form.
+        """
+        if isinstance(images, (str, Path, PIL.Image.Image, np.ndarray, Tensor)):
+            images = [images]
+        given = {"score_threshold": score_threshold, "max_instances": max_instances}
+        settings = {name: value for name, value in given.items() if value is not None}
+        was_training = self.training
+        self.eval()
+        try:
+            results = []
+            for start in range(0, len(images), batch_size):
+                inputs, sizes, original_sizes = self.preprocess(images[start:start + batch_size])
+                results.extend(self.postprocess(self(inputs), sizes, original_sizes, **settings))
+        finally:
+            self.train(was_training)
+        return results
