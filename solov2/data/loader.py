@@ -1,0 +1,165 @@
+"""Batches: padding and target assignment in the workers, samplers, and the DataLoader around them.
+
+batch  pixels u8[B,3,H,W] RGB, zero-padded bottom/right | sizes i64[B,2] (h, w) before padding | original_sizes i64[B,2]
+       | image_ids list[int] | targets (what `assign_targets` returns; absent without it)
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from solov2.data.transforms import Sample, seeded_generator
+from solov2.ops.resize import padded_size
+
+Instances = dict[str, torch.Tensor]
+
+
+class Collate:
+    """Samples -> batch. Runs in the worker, so that no full-size mask reaches the training process.
+
+    Args:
+        assign_targets: called with the instances (boxes, labels and masks per image, masks at the resized, unpadded
+            size) and the padded (H, W); None leaves `targets` out.
+        divisor: height and width of the batch are multiples of it.
+    """
+
+    def __init__(
+        self, assign_targets: Callable[[list[Instances], tuple[int, int]], dict[str, Any]] | None, *, divisor: int = 32
+    ) -> None:
+        self.assign_targets, self.divisor = assign_targets, divisor
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The batch of these samples, in their order."""
+        sizes = torch.tensor([sample["image"].shape[1:] for sample in samples])
+        height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
+        pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+        for canvas, sample, (h, w) in zip(pixels, samples, sizes.tolist()):
+            canvas[:, :h, :w] = sample["image"]
+        batch = {
+            "pixels": pixels,
+            "sizes": sizes,
+            "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
+            "image_ids": [sample["image_id"] for sample in samples],
+        }
+        if self.assign_targets is not None:
+            instances = [{key: sample[key] for key in ("boxes", "labels", "masks")} for sample in samples]
+            batch["targets"] = self.assign_targets(instances, (height, width))
+        return batch
+
+
+class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of (index, epoch, position) for one process; landscape and portrait images never share a global batch.
+
+    A global batch is the union of the processes' batches of one step. The images of each orientation are shuffled and
+    cut into global batches; an incomplete last one is filled up from the start of its orientation, so no image is lost
+    and every batch is full. `position` numbers the epoch's samples over all processes, repeated images included.
+
+    Args:
+        aspect_ratios: width / height of each image; 1 and above is landscape.
+        batch_size: images per process and step.
+        rank, world_size: this process and their number.
+        seed: the order depends on (seed, epoch) only.
+        shuffle: False keeps the order of the data set within each orientation.
+    """
+
+    def __init__(
+        self,
+        aspect_ratios: Sequence[float],
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        self.landscape = torch.tensor([ratio >= 1 for ratio in aspect_ratios], dtype=torch.bool)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same in every process."""
+        landscape = int(self.landscape.sum())
+        return sum(-(-count // self._global_size) for count in (landscape, len(self.landscape) - landscape))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for number, indices in enumerate(self._global_batches()):
+            start = self.rank * self.batch_size
+            first = number * self._global_size + start
+            mine = indices[start : start + self.batch_size]
+            yield [(index, self.epoch, first + offset) for offset, index in enumerate(mine)]
+
+    @property
+    def _global_size(self) -> int:
+        return self.batch_size * self.world_size
+
+    def _global_batches(self) -> list[list[int]]:
+        generator = seeded_generator(self.seed, self.epoch)
+        count = len(self.landscape)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        batches: list[list[int]] = []
+        for wanted in (True, False):
+            group = order[self.landscape[order] == wanted]
+            steps = -(-len(group) // self._global_size)
+            wrapped = torch.arange(steps * self._global_size) % max(1, len(group))
+            batches += group[wrapped].reshape(steps, self._global_size).tolist()
+        if not self.shuffle:
+            return batches
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class EvalSampler(Sampler[int]):
+    """Every `world_size`-th index from `rank` on: shards without padding and without duplicates."""
+
+    def __init__(self, length: int, *, rank: int, world_size: int) -> None:
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+def build_loader(
+    dataset: Dataset,
+    *,
+    collate: Callable[[Sequence[Sample]], dict[str, Any]],
+    workers: int,
+    batch_sampler: Sampler[list[tuple[int, int, int]]] | None = None,
+    sampler: Sampler[int] | None = None,
+    batch_size: int = 1,
+) -> DataLoader:
+    """A DataLoader with either `batch_sampler`, or `sampler` and `batch_size`.
+
+    Args:
+        dataset: indexed with what the sampler yields.
+        collate: samples -> batch, called in the workers.
+        workers: processes that load, kept alive between epochs; 0 loads in this process.
+    """
+    batching: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
+    if batch_sampler is not None:
+        batching = {"batch_sampler": batch_sampler}
+    return DataLoader(
+        dataset,
+        **batching,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.accelerator.is_available(),
+        worker_init_fn=_init_worker,
+    )
+
+
+def _init_worker(worker_id: int) -> None:
+    """One thread per worker, and Ctrl-C left to the parent, which may still need them to finish a step and save."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

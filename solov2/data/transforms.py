@@ -1,0 +1,128 @@
+"""Transforms of samples (data/coco.py says what a sample is). Pixels and masks stay uint8 throughout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from solov2.ops.resize import resize_image, resize_masks, resized_size
+
+Sample = dict[str, Any]
+
+
+def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Resize to `size` (h, w): image bilinearly, masks by nearest neighbour, boxes by the factors and then clipped."""
+    height, width = sample["image"].shape[1:]
+    factors = sample["boxes"].new_tensor([size[1] / width, size[0] / height]).repeat(2)
+    limits = sample["boxes"].new_tensor([size[1], size[0]]).repeat(2)
+    return {
+        **sample,
+        "image": resize_image(sample["image"], size),
+        "boxes": (sample["boxes"] * factors).clamp(min=0).minimum(limits),
+        "masks": resize_masks(sample["masks"], size),
+    }
+
+
+def flip_sample(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
+    """Mirror left to right (`horizontal`) and / or top to bottom (`vertical`)."""
+    dims = [dim for dim, wanted in ((1, vertical), (2, horizontal)) if wanted]
+    if not dims:
+        return sample
+    height, width = sample["image"].shape[1:]
+    x1, y1, x2, y2 = sample["boxes"].unbind(1)
+    if horizontal:
+        x1, x2 = width - x2, width - x1
+    if vertical:
+        y1, y2 = height - y2, height - y1
+    boxes = torch.stack((x1, y1, x2, y2), dim=1)
+    return {**sample, "image": sample["image"].flip(dims), "boxes": boxes, "masks": sample["masks"].flip(dims)}
+
+
+def transpose_sample(sample: Sample) -> Sample:
+    """Mirror at the main diagonal: rows become columns, and `original_size` is swapped with them."""
+    return {
+        **sample,
+        "image": sample["image"].mT,
+        "boxes": sample["boxes"][:, [1, 0, 3, 2]],
+        "masks": sample["masks"].mT,
+        "original_size": sample["original_size"][::-1],
+    }
+
+
+def drop_flat_instances(sample: Sample) -> Sample:
+    """Leave out instances whose box has no area."""
+    boxes = sample["boxes"]
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    if keep.all():
+        return sample
+    return {**sample, **{key: sample[key][keep] for key in ("boxes", "labels", "masks")}}
+
+
+class TrainTransform:
+    """Random scale, then random flip (mmdetection's pipeline for SOLOv2).
+
+    Args:
+        scales: short edges in pixels, one is drawn per sample.
+        max_size: limit of the long edge in pixels; it wins over the short edge.
+        flip_probability: of the horizontal flip.
+        dihedral: vertical flip and transposition too, each with probability 0.5: for pictures without an upright
+            direction, such as aerial or microscope images.
+    """
+
+    def __init__(
+        self, *, scales: Sequence[int], max_size: int, flip_probability: float = 0.5, dihedral: bool = False
+    ) -> None:
+        self.scales, self.max_size = tuple(scales), max_size
+        self.flip_probability, self.dihedral = flip_probability, dihedral
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        """The transformed sample; instances whose box is left without area are dropped."""
+        scale, horizontal, vertical, transpose = torch.rand(4, generator=generator).tolist()
+        short = self.scales[int(scale * len(self.scales))]
+        size = resized_size(tuple(sample["image"].shape[1:]), long=self.max_size, short=short)
+        sample = drop_flat_instances(resize_sample(sample, size))
+        sample = flip_sample(
+            sample, horizontal=horizontal < self.flip_probability, vertical=self.dihedral and vertical < 0.5
+        )
+        return transpose_sample(sample) if self.dihedral and transpose < 0.5 else sample
+
+
+class EvalTransform:
+    """Resize to the largest size with long edge <= `long` and short edge <= `short` pixels."""
+
+    def __init__(self, *, short: int, long: int) -> None:
+        self.short, self.long = short, long
+
+    def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
+        """The resized sample; nothing is random."""
+        size = tuple(sample["image"].shape[1:])
+        return resize_sample(sample, resized_size(size, long=self.long, short=self.short))
+
+
+class TransformedDataset(Dataset):
+    """A data set seen through a transform whose randomness depends on (seed, epoch, position) and nothing else.
+
+    So the number of workers or processes, and a resumed run, change no sample. An index is (index into `dataset`,
+    epoch, position in the epoch); a plain integer i means (i, 0, i).
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Sample, torch.Generator], Sample], *, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | tuple[int, int, int]) -> Sample:
+        """The transformed sample at `index`."""
+        index, epoch, position = (index, 0, index) if isinstance(index, int) else index
+        return self.transform(self.dataset[index], seeded_generator(self.seed, epoch, position))
+
+
+def seeded_generator(*values: int) -> torch.Generator:
+    """A generator on the host whose seed is a 64-bit hash of integers: neighbouring values give unrelated streams."""
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,0 +1,189 @@
+"""Resizing, flips and transposition keep image, masks and boxes together; randomness depends on the position only."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from solov2.data.transforms import (
+    EvalTransform,
+    TrainTransform,
+    TransformedDataset,
+    drop_flat_instances,
+    flip_sample,
+    resize_sample,
+    seeded_generator,
+    transpose_sample,
+)
+from solov2.ops.masks import masks_to_boxes
+
+BOXES = torch.tensor([[3.0, 5, 20, 12], [0, 0, 30, 40], [10, 20, 11, 39]])
+
+
+def make_sample(height: int = 40, width: int = 30, seed: int = 0) -> dict:
+    """Rectangles whose mask is their box; the image is brightest inside the first one."""
+    image = torch.randint(0, 100, (3, height, width), dtype=torch.uint8, generator=seeded_generator(seed))
+    masks = torch.zeros(len(BOXES), height, width, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, BOXES.int().tolist()):
+        mask[y1:y2, x1:x2] = 1
+    image[:, masks[0].bool()] = 200
+    return {"image": image, "boxes": BOXES.clone(), "labels": torch.tensor([4, 0, 7]), "masks": masks, "image_id": 9,
+            "original_size": (height, width)}
+
+
+def empty_sample() -> dict:
+    return {**make_sample(), "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
+            "masks": torch.zeros(0, 40, 30, dtype=torch.uint8)}
+
+
+def equal(first: dict, second: dict) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+               for a, b in ((first[key], second[key]) for key in first))
+
+
+def check_together(sample: dict) -> None:
+    """Boxes are those of the masks, and the bright pixels are those of the first mask."""
+    assert torch.equal(sample["boxes"], masks_to_boxes(sample["masks"]))
+    assert torch.equal(sample["image"].amin(0) >= 200, sample["masks"][0].bool())
+
+
+def test_flips_and_transposition_move_everything_together():
+    sample = make_sample()
+    for horizontal in (False, True):
+        for vertical in (False, True):
+            flipped = flip_sample(sample, horizontal=horizontal, vertical=vertical)
+            check_together(flipped)
+            check_together(transpose_sample(flipped))
+    assert torch.equal(flip_sample(sample, horizontal=True, vertical=False)["image"], sample["image"].flip(2))
+    assert torch.equal(flip_sample(sample, horizontal=False, vertical=True)["image"], sample["image"].flip(1))
+    turned = transpose_sample(sample)
+    assert turned["image"].shape == (3, 30, 40) and turned["masks"].shape == (3, 30, 40)
+    assert turned["original_size"] == (30, 40) and turned["boxes"][0].tolist() == [5, 3, 12, 20]
+
+
+def test_flipping_twice_changes_nothing():
+    sample = make_sample()
+    for options in ({"horizontal": True, "vertical": False}, {"horizontal": True, "vertical": True}):
+        assert equal(flip_sample(flip_sample(sample, **options), **options), sample)
+    assert equal(transpose_sample(transpose_sample(sample)), sample)
+
+
+def test_resize_doubles_exactly():
+    resized = resize_sample(make_sample(), (80, 60))
+    assert resized["image"].shape == (3, 80, 60) and resized["masks"].shape == (3, 80, 60)
+    assert torch.equal(resized["boxes"], BOXES * 2)
+    assert torch.equal(resized["boxes"], masks_to_boxes(resized["masks"]))
+    assert resized["original_size"] == (40, 30) and resized["image_id"] == 9
+
+
+def test_boxes_take_the_actual_factors_and_are_clipped():
+    sample = make_sample()
+    sample["boxes"] = torch.tensor([[-6.0, -4, 15, 20], [15, 10, 99, 99], [40, 1, 50, 2]])
+    boxes = resize_sample(sample, (60, 40))["boxes"]  # 1.5 down, 4/3 across
+    assert torch.allclose(boxes, torch.tensor([[0, 0, 20, 30], [20, 15, 40, 60], [40, 1.5, 40, 3]]))
+
+
+def test_inputs_are_not_changed():
+    sample = make_sample()
+    before = copy.deepcopy(sample)
+    resized = resize_sample(sample, (20, 15))
+    flip_sample(sample, horizontal=True, vertical=True)
+    transpose_sample(sample)
+    drop_flat_instances(resized)
+    TrainTransform(scales=[20], max_size=40, dihedral=True)(sample, seeded_generator(1))
+    assert equal(sample, before)
+
+
+@pytest.mark.parametrize("transform", [
+    lambda sample: resize_sample(sample, (17, 50)),
+    lambda sample: flip_sample(sample, horizontal=True, vertical=True),
+    transpose_sample,
+    drop_flat_instances,
+    lambda sample: TrainTransform(scales=[20], max_size=40)(sample, seeded_generator(1)),
+    EvalTransform(short=20, long=40),
+])
+def test_samples_without_instances(transform):
+    result = transform(empty_sample())
+    assert result["boxes"].shape == (0, 4) and len(result["labels"]) == 0
+    assert result["masks"].shape == (0, *result["image"].shape[1:]) and result["masks"].dtype == torch.uint8
+
+
+def test_instances_without_area_are_dropped():
+    sample = make_sample()
+    sample["boxes"][1] = torch.tensor([35.0, 3, 45, 9])  # right of the image
+    result = TrainTransform(scales=[30], max_size=99, flip_probability=0)(sample, seeded_generator(0))
+    assert result["labels"].tolist() == [4, 7]
+    assert torch.equal(result["masks"], sample["masks"][[0, 2]]) and torch.equal(result["boxes"], BOXES[[0, 2]])
+
+
+def test_train_transform_draws_every_scale_and_flip():
+    transform = TrainTransform(scales=[30, 45, 60], max_size=70)
+    seen = set()
+    for position in range(60):
+        result = transform(make_sample(), seeded_generator(0, position))
+        flipped = result["boxes"][0, 0] / result["image"].shape[2] > 0.2
+        seen.add((tuple(result["image"].shape[1:]), bool(flipped)))
+        assert result["image"].dtype == result["masks"].dtype == torch.uint8
+    sizes = [(40, 30), (60, 45), (70, 53)]  # the long edge wins at 60
+    assert seen == {(size, flipped) for size in sizes for flipped in (False, True)}
+
+
+def test_flip_probability():
+    results = [
+        TrainTransform(scales=[30], max_size=99, flip_probability=probability)(make_sample(), seeded_generator(i))
+        for probability in (0.0, 1.0) for i in range(5)
+    ]
+    assert all(equal(result, make_sample()) for result in results[:5])
+    assert all(equal(r, flip_sample(make_sample(), horizontal=True, vertical=False)) for r in results[5:])
+
+
+def test_dihedral_reaches_all_eight_pictures():
+    transform = TrainTransform(scales=[30], max_size=99, dihedral=True)
+    results = [transform(make_sample(), seeded_generator(i)) for i in range(80)]
+    for result in results:
+        check_together(result)
+    assert len({(result["image"].shape, result["image"].contiguous().numpy().tobytes()) for result in results}) == 8
+
+
+def test_eval_transform():
+    result = EvalTransform(short=60, long=70)(make_sample())
+    assert result["image"].shape == (3, 70, 53) and result["original_size"] == (40, 30)
+
+
+class Samples(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        return make_sample(seed=index)
+
+
+def test_randomness_comes_from_seed_epoch_and_position_only():
+    transform = TrainTransform(scales=[30, 35, 40, 45, 50], max_size=99, dihedral=True)
+
+    def pictures(seed: int, epoch: int) -> list[dict]:
+        dataset = TransformedDataset(Samples(), transform, seed=seed)
+        return [dataset[0, epoch, position] for position in range(12)]
+
+    reference = pictures(3, 1)
+    torch.manual_seed(99)
+    assert all(equal(a, b) for a, b in zip(reference, pictures(3, 1)))
+    for other in (pictures(4, 1), pictures(3, 2)):
+        assert sum(equal(a, b) for a, b in zip(reference, other)) < 6
+    assert sum(equal(a, reference[0]) for a in reference) < 6
+
+
+def test_plain_index_is_epoch_0_at_its_own_position():
+    dataset = TransformedDataset(Samples(), TrainTransform(scales=[30, 40, 50], max_size=99), seed=0)
+    assert len(dataset) == 4
+    assert all(equal(dataset[index], dataset[index, 0, index]) for index in range(4))
+
+
+def test_seeds_are_mixed():
+    draws = {torch.rand(1, generator=seeded_generator(*values)).item()
+             for values in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (10, 0, 0), (1, 0), (0,)]}
+    assert len(draws) == 8
