@@ -1,0 +1,293 @@
+"""Model names -> configuration -> real constructors -> strict load."""
+
+from __future__ import annotations
+
+import urllib.error
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from solov2.checkpoint import is_own, load_file
+from solov2.config import Config, InputError, ModelConfig, load_config, replace_model
+from solov2.convert import convert_state_dict
+from solov2.losses import SOLOv2Criterion
+from solov2.models.fpn import FPN
+from solov2.models.head import SOLOv2Head
+from solov2.models.mask_feature import MaskFeatureHead
+from solov2.models.postprocess import PostprocessSettings
+from solov2.models.resnet import ResNet
+from solov2.models.solov2 import SOLOv2
+from solov2.targets import TargetAssigner
+
+COCO_CLASSES = tuple(
+    (
+        "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|"
+        "parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|"
+        "tie|suitcase|frisbee|skis|snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|"
+        "tennis racket|bottle|wine glass|cup|fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|"
+        "hot dog|pizza|donut|cake|chair|couch|potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|"
+        "keyboard|cell phone|microwave|oven|toaster|sink|refrigerator|book|clock|vase|scissors|teddy bear|"
+        "hair drier|toothbrush"
+    ).split("|")
+)
+
+IMAGENET_WEIGHTS = {
+    "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
+    "resnet34": torchvision.models.ResNet34_Weights.IMAGENET1K_V1,
+    "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
+    "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
+    "resnext101_64x4d": torchvision.models.ResNeXt101_64X4D_Weights.IMAGENET1K_V1,
+}
+
+
+def build_model(
+    name_or_config: str | Path | Config | ModelConfig | None = None,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    device: str | torch.device | None = None,
+    **overrides: Any,
+) -> SOLOv2:
+    """Build a SOLOv2, load weights into it, and return it in evaluation mode.
+
+    Args:
+        name_or_config: model name (`list_models`), path of a YAML file, or a configuration. May be left out where
+            `weights` is a checkpoint of this library, which carries its configuration.
+        weights: checkpoint file, ours or of a family that `solov2.convert` knows; None leaves random weights.
+        num_classes: another class count than the configuration's (or the file's). The category layer is then made anew
+            and said so; all other weights are kept.
+        device: where to put the model; default the CPU.
+        overrides: fields of `solov2.config.ModelConfig`, e.g. score_threshold=0.3, input_scale=(1333, 640).
+
+    Returns:
+        The model, `.eval()`, with class_names from the file, else COCO's for 80 classes, else "class 0", "class 1", ...
+
+    Raises:
+        InputError (a ValueError): unknown name or override (close ones are listed), unreadable file, tensors that do
+            not fit (all are named).
+    """
+    content = load_file(weights) if weights is not None else None
+    config = _model_config(name_or_config, content, weights)
+    state, traits, class_names = _read_weights(content, weights)
+    fields = {
+        key: traits[key]
+        for key in ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")
+        if key in traits
+    }
+    if state is not None:
+        fields["num_classes"] = (
+            len(state["head.category_predictor.bias"])
+            if "head.category_predictor.bias" in state
+            else config.num_classes
+        )
+    if num_classes is not None:
+        fields["num_classes"] = num_classes
+    config = replace_model(config, fields | overrides)
+    if class_names is None or len(class_names) != config.num_classes:
+        class_names = default_class_names(config.num_classes)
+    model = construct(config, class_names)
+    if state is not None:
+        load_weights(model, state, str(weights))
+    return model.to(device or "cpu").eval()
+
+
+def construct(config: ModelConfig, class_names: Sequence[str]) -> SOLOv2:
+    """The model of a configuration with fresh weights, in training mode. The one place where the parts meet.
+
+    Raises:
+        InputError: values that no network can be made of.
+    """
+    if len(class_names) != config.num_classes:
+        raise InputError(f"{len(class_names)} class names for {config.num_classes} classes")
+    try:
+        backbone = ResNet(
+            config.backbone,
+            width=config.backbone_width,
+            frozen_stages=config.frozen_stages,
+            frozen_batch_norm=config.frozen_batch_norm,
+            deformable=config.deformable_stages,
+            modulated=config.modulated,
+            stride_in_1x1=config.stride_in_1x1,
+        )
+        return SOLOv2(
+            backbone=backbone,
+            fpn=FPN(backbone.out_channels, config.fpn_channels),
+            head=SOLOv2Head(
+                config.fpn_channels,
+                tower_channels=config.tower_channels,
+                tower_depth=config.tower_depth,
+                num_classes=config.num_classes,
+                kernel_channels=config.mask_feature_channels,
+                grid_sizes=config.grid_sizes,
+                norm=config.head_norm,
+                deformable_convs=config.deformable_tower_convs,
+                modulated=config.modulated,
+            ),
+            mask_feature_head=MaskFeatureHead(
+                config.fpn_channels,
+                config.mask_hidden_channels,
+                config.mask_feature_channels,
+                norm=config.head_norm,
+                deformable=config.deformable_mask_branch,
+                modulated=config.modulated,
+            ),
+            class_names=class_names,
+            settings=PostprocessSettings(
+                area_thresholds=config.area_thresholds,
+                category_threshold=config.category_threshold,
+                mask_threshold=config.mask_threshold,
+                max_candidates=config.max_candidates,
+                nms_kernel=config.nms_kernel,
+                nms_sigma=config.nms_sigma,
+                score_threshold=config.score_threshold,
+                max_instances=config.max_instances,
+            ),
+            pixel_mean=config.pixel_mean,
+            pixel_std=config.pixel_std,
+            channel_order=config.channel_order,
+            input_scale=config.input_scale,
+        )
+    except ValueError as error:
+        raise InputError(f"this configuration makes no network: {error}") from error
+
+
+def build_assigner(config: ModelConfig) -> TargetAssigner:
+    """The target assigner that belongs to a model configuration."""
+    return TargetAssigner(
+        config.grid_sizes, config.scale_ranges, num_classes=config.num_classes, center_sigma=config.center_sigma
+    )
+
+
+def build_criterion(config: ModelConfig, *, mask_weight: float = 3.0) -> SOLOv2Criterion:
+    """The criterion that belongs to a model configuration."""
+    return SOLOv2Criterion(num_classes=config.num_classes, mask_weight=mask_weight)
+
+
+def default_class_names(num_classes: int) -> list[str]:
+    """COCO's 80 names, or numbered ones for another count."""
+    return list(COCO_CLASSES) if num_classes == len(COCO_CLASSES) else [f"class {i}" for i in range(num_classes)]
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> bool:
+    """Load a state dict strictly, except that a category layer of another class count is left as it is, with a warning.
+
+    Args:
+        model: takes the weights.
+        state: our names.
+        source: what to call the file in messages.
+
+    Returns:
+        Whether the category layer was made anew.
+
+    Raises:
+        InputError: missing, surplus or misshapen tensors, all listed.
+    """
+    own = model.state_dict()
+    state = dict(state)
+    remade = False
+    layer = "head.category_predictor"
+    if f"{layer}.bias" in state and f"{layer}.bias" in own and len(state[f"{layer}.bias"]) != len(own[f"{layer}.bias"]):
+        warnings.warn(
+            f"{source} has {len(state[f'{layer}.bias'])} classes and the model {len(own[f'{layer}.bias'])}: "
+            "the category layer starts anew, everything else is kept",
+            stacklevel=2,
+        )
+        state |= {f"{layer}.{part}": own[f"{layer}.{part}"] for part in ("weight", "bias")}
+        remade = True
+    for name in own:  # files of families that do not count batches
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, own[name])
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    misshapen = [
+        f"{name} is {list(state[name].shape)} and should be {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or surplus or misshapen:
+        parts = [
+            f"{len(names)} {kind} ({_some(names)})"
+            for kind, names in (("missing", missing), ("surplus", surplus), ("of another shape", misshapen))
+            if names
+        ]
+        raise InputError(f"{source} does not fit this model: {'; '.join(parts)}")
+    model.load_state_dict(state)
+    return remade
+
+
+def load_pretrained_backbone(backbone: nn.Module, name: str, source: str) -> None:
+    """ImageNet weights for a backbone.
+
+    Args:
+        backbone: a `ResNet` of the published width.
+        name: its architecture.
+        source: "imagenet" (torchvision's IMAGENET1K_V1 as in the reference, downloaded into torch's hub cache with its
+            hash checked), "none", or the path of a torchvision state dict.
+
+    Raises:
+        InputError: download or file failed; the sentence names the ways on.
+    """
+    if source == "none":
+        return
+    if source == "imagenet":
+        enum = IMAGENET_WEIGHTS[name]
+        try:
+            state = enum.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"ImageNet weights could not be downloaded from {enum.url} ({_reason(error)}); put that file into "
+                f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or set train.pretrained_backbone to a file or to "
+                "none to start from random weights"
+            ) from error
+    else:
+        state = load_file(source)
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    load_weights(backbone, state, str(source))
+
+
+def _model_config(
+    given: str | Path | Config | ModelConfig | None, content: dict[str, Any] | None, weights: str | Path | None
+) -> ModelConfig:
+    if isinstance(given, ModelConfig):
+        return given
+    if isinstance(given, Config):
+        return given.model
+    if given is not None:
+        return load_config(given).model
+    if content is not None and is_own(content) and "config" in content:
+        return Config.from_dict(content["config"], source=str(weights)).model
+    raise InputError(
+        "name a model: only checkpoints of this library carry their own configuration"
+        if weights
+        else "name a model or give a weights file of this library"
+    )
+
+
+def _read_weights(
+    content: dict[str, Any] | None, source: str | Path | None
+) -> tuple[dict[str, Tensor] | None, dict[str, Any], list[str] | None]:
+    """(state dict under our names, traits, class names) of a loaded file."""
+    if content is None:
+        return None, {}, None
+    if is_own(content):
+        return content["model"], content.get("traits", {}), content.get("class_names")
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    try:
+        return *convert_state_dict(tensors), None
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__

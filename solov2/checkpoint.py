@@ -1,0 +1,79 @@
+"""Checkpoint files: written atomically, read safely (`weights_only=True`, no fallback)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from solov2.config import InputError
+
+FORMAT = "solov2"  # value of the key "format" in our own files
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `content` so that `path` holds either the old file or the whole new one, whatever happens in between.
+
+    Args:
+        path: target; its folder must exist.
+        content: tensors, numbers, strings, lists, dictionaries. "format" is added. Our own files hold "model" (state
+            dict), "config" (nested dict), "class_names", "traits", and for resuming "optimizer", "scaler", "epoch",
+            "step", "best".
+
+    Raises:
+        OSError: disk full, no permission; the old file stays.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of any family onto the CPU.
+
+    Raises:
+        InputError: the file is missing, truncated, not a checkpoint, or wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"weights file {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" in reason or "GLOBAL" in reason or "weights_only" in reason.lower():
+            raise InputError(
+                f"{path} is refused: it holds objects other than tensors and plain values, which loading "
+                "could run as code; save a plain state dict instead"
+            ) from error
+        raise InputError(f"{path} is not a checkpoint file") from error
+    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
+    return content
+
+
+def is_own(content: dict[str, Any]) -> bool:
+    """Whether a loaded file was written by `save_checkpoint`."""
+    return content.get("format") == FORMAT
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """`last.pth` of a run folder, or None."""
+    path = Path(folder) / "last.pth"
+    return path if path.is_file() else None

@@ -1,0 +1,248 @@
+"""COCO average precision of masks and boxes: the figures of pycocotools, to the last digit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from solov2.config import InputError
+from solov2.ops.masks import encode_rle
+
+FIGURES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
+
+
+class CocoEvaluator:
+    """Collects results image by image and compares them with the ground truth of a COCO annotation file.
+
+    Predictions are kept per image, so the figures depend neither on the order of the updates nor on how the images
+    were shared out between processes. Several processes exchange `predictions` and `merge` each other's.
+
+    Args:
+        coco: the ground truth. It is copied: evaluating changes annotations in place, and others use the object too.
+        category_ids: the file's category id of each label 0..C-1.
+        image_ids: evaluate these images only; all images of the file where None. An image without predictions
+            counts as one on which nothing was found.
+    """
+
+    def __init__(self, coco: COCO, category_ids: Sequence[int], *, image_ids: Iterable[int] | None = None) -> None:
+        self.category_ids = [int(category) for category in category_ids]
+        self.file_image_ids = set(coco.imgs)
+        wanted = self.file_image_ids if image_ids is None else {int(image) for image in image_ids}
+        self._require_known(wanted)
+        unknown = sorted(set(self.category_ids) - set(coco.cats))
+        if unknown:
+            raise InputError(f"category id {unknown[0]} is not in the annotation file; pass the ids that the file has")
+        self.coco = _private_copy(coco, wanted)
+        self.predictions: dict[int, list[dict[str, Any]]] = {}
+        """image id -> entries of COCO results format with `segmentation` and `bbox`; plain Python, so it pickles."""
+
+    def update(self, image_ids: Sequence[int], results: Sequence[Mapping[str, Any]]) -> None:
+        """Add the results of some images; an image that came before or is not evaluated is passed over.
+
+        Args:
+            image_ids: one id per result.
+            results: per image `scores` f32[N], `labels` i64[N], `boxes` f32[N,4] xyxy with the maximum exclusive, and
+                `masks`, either bool[N,H,W] at the original size or a list of N RLE dicts.
+
+        Raises:
+            InputError: an image id that the annotation file does not have, or a label without a category.
+        """
+        self._require_known(image_ids)
+        for image_id, result in zip(image_ids, results, strict=True):
+            if int(image_id) in self.coco.imgs and int(image_id) not in self.predictions:
+                self.predictions[int(image_id)] = self._entries(int(image_id), result)
+
+    def merge(self, shares: Iterable[Mapping[int, list[dict[str, Any]]]]) -> None:
+        """Add the `predictions` of several evaluators, possibly its own too; images already here are passed over."""
+        for predictions in shares:
+            self._require_known(predictions)
+            for image_id, entries in predictions.items():
+                if image_id in self.coco.imgs:
+                    self.predictions.setdefault(image_id, entries)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Instances in COCO results format, JSON-ready: image_id, category_id (the file's own), segmentation, score.
+
+        The order is that of the images in the annotation file. There is no `bbox`: with it, pycocotools would take
+        the area of the box for that of the mask when it sorts instances into small, medium and large.
+        """
+        return [_without(entry, "bbox") for entry in self._ordered()]
+
+    def box_results(self) -> list[dict[str, Any]]:
+        """The same instances as boxes: image_id, category_id, bbox (x, y, width, height), score."""
+        return [_without(entry, "segmentation") for entry in self._ordered()]
+
+    def summarize(self, *, per_class: bool = False) -> dict[str, dict[str, Any]]:
+        """Compute the twelve COCO figures (`FIGURES`, fractions of 1) for masks and for boxes.
+
+        A figure without any ground truth behind it is -1, as in pycocotools; no predictions at all give 0.
+
+        Args:
+            per_class: add the AP of each class.
+
+        Returns:
+            {"segm": {figure: value}, "bbox": {figure: value}} and, if asked for,
+            "per_class": {class name: {"segm_AP": value, "bbox_AP": value}}.
+        """
+        evaluations = {kind: _evaluate(self.coco, found, kind) for kind, found in self._by_kind().items()}
+        summary: dict[str, dict[str, Any]] = {
+            kind: dict(zip(FIGURES, map(float, evaluation.stats), strict=True))
+            for kind, evaluation in evaluations.items()
+        }
+        if per_class:
+            class_aps = {kind: _class_aps(evaluation) for kind, evaluation in evaluations.items()}
+            summary["per_class"] = {
+                self.coco.cats[category]["name"]: {f"{kind}_AP": aps[category] for kind, aps in class_aps.items()}
+                for category in sorted(self.coco.cats)
+            }
+        return summary
+
+    def _by_kind(self) -> dict[str, list[dict[str, Any]]]:
+        return {"segm": self.results(), "bbox": self.box_results()}
+
+    def _ordered(self) -> Iterable[dict[str, Any]]:
+        return (entry for image_id in self.coco.imgs for entry in self.predictions.get(image_id, ()))
+
+    def _entries(self, image_id: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+        masks = encode_rle(result["masks"]) if isinstance(result["masks"], Tensor) else result["masks"]
+        labels, scores, boxes = (result[key].tolist() for key in ("labels", "scores", "boxes"))
+        entries = []
+        for label, score, (x0, y0, x1, y1), mask in zip(labels, scores, boxes, masks, strict=True):
+            if not 0 <= label < len(self.category_ids):
+                raise InputError(
+                    f"label {label} of image {image_id} has no category: the annotation file gives "
+                    f"{len(self.category_ids)} classes; evaluate a model with the classes of the file"
+                )
+            entries.append(
+                {
+                    "image_id": image_id,
+                    "category_id": self.category_ids[label],
+                    "segmentation": _json_rle(mask),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "score": score,
+                }
+            )
+        return entries
+
+    def _require_known(self, image_ids: Iterable[int]) -> None:
+        unknown = sorted({int(image) for image in image_ids} - self.file_image_ids)
+        if unknown:
+            raise InputError(f"image id {unknown[0]} is not in the annotation file; evaluate the images that it lists")
+
+
+def write_results(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write a results list as JSON; the file appears complete or not at all. Folders are made as needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(json.dumps(list(results)), encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def format_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """The summary as text for people: figures in percent, "-" where there is no ground truth."""
+    lines = ["".join(f"{title:>11}" for title in ("", "mask", "box"))]
+    lines += [_row(figure, summary["segm"][figure], summary["bbox"][figure], 11) for figure in FIGURES]
+    classes = summary.get("per_class", {})
+    if classes:
+        width = max(11, *(len(name) + 1 for name in classes))
+        lines += ["", f"{'class':>{width}}{'mask AP':>11}{'box AP':>11}"]
+        lines += [_row(name, aps["segm_AP"], aps["bbox_AP"], width) for name, aps in classes.items()]
+    return "\n".join(lines)
+
+
+def _row(title: str, mask: float, box: float, width: int) -> str:
+    figures = ("-" if value < 0 else f"{100 * value:.1f}" for value in (mask, box))
+    return f"{title:>{width}}" + "".join(f"{figure:>11}" for figure in figures)
+
+
+def _evaluate(coco: COCO, found: list[dict[str, Any]], kind: str) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        # loadRes looks at the first result to learn their kind, so it fails where there is none.
+        detections = coco.loadRes(found) if found else _coco_from({**coco.dataset, "annotations": []})
+        evaluation = COCOeval(coco, detections, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def _class_aps(evaluation: COCOeval) -> dict[int, float]:
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU threshold, recall, class) at any area, 100 each
+    aps = {}
+    for index, category in enumerate(evaluation.params.catIds):
+        values = precision[:, :, index]
+        values = values[values > -1]
+        aps[int(category)] = float(np.mean(values)) if values.size else -1.0
+    return aps
+
+
+def _private_copy(coco: COCO, image_ids: set[int]) -> COCO:
+    annotations = [
+        _complete(coco, annotation)
+        for annotation in coco.dataset.get("annotations", [])
+        if annotation["image_id"] in image_ids
+    ]
+    if any(annotation["id"] == 0 for annotation in annotations):
+        warnings.warn(
+            "annotation id 0: pycocotools takes it for 'no match' and counts that instance as missed; "
+            "number annotations from 1",
+            stacklevel=3,
+        )
+    images = [image for image in coco.dataset["images"] if image["id"] in image_ids]
+    return _coco_from({"images": images, "annotations": annotations, "categories": coco.dataset["categories"]})
+
+
+def _complete(coco: COCO, annotation: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with the keys that pycocotools requires and home-made files often lack."""
+    complete = {"iscrowd": 0, **annotation}
+    if "area" not in complete or "bbox" not in complete:
+        rle = coco.annToRLE(complete)
+        complete.setdefault("area", float(mask_api.area(rle)))
+        complete.setdefault("bbox", mask_api.toBbox(rle).tolist())
+    return complete
+
+
+def _coco_from(dataset: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _json_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
+    size, counts = rle["size"], rle["counts"]
+    return {"size": [int(side) for side in size], "counts": counts if isinstance(counts, str) else counts.decode()}
+
+
+def _without(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != key}

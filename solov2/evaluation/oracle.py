@@ -1,0 +1,77 @@
+"""The network that answers exactly what it was trained to answer: how much AP the targets themselves allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGIT = 20.0  # sigmoid(20) is 1 in float32, so scores are 1 and masks are the targets
+
+
+def oracle_raw(
+    targets: Mapping[str, Any], *, batch_size: int, grid_sizes: Sequence[int], num_classes: int
+) -> dict[str, Any]:
+    """Encode training targets as the raw output of a perfect network.
+
+    Each instance gets one hot cell: the first, so the one on the finest level, whose category is its own. (A later
+    instance overwrites the category of a shared cell; the finest level has the lowest bar in the area filter.) An
+    instance without such a cell is lost. The mask features have one channel per instance of an image, and the kernel
+    of its cell selects that channel.
+
+    Post-processing and evaluating this gives a bound of the method, whatever the network: masks at stride 4, instances
+    that share their cells, the area filter, matrix NMS and the final resize are all that is lost. It is what training
+    would reach with zero loss. A low figure says that grids, scale ranges or input size do not suit the data.
+
+    Args:
+        targets: `category` i64[B, sum S^2] with background = num_classes; `positives` i64[P,3] of (image, cell in the
+            concatenated levels, instance over the batch); `masks` u8[N,H/4,W/4].
+        batch_size: B.
+        grid_sizes: S of each level.
+        num_classes: C.
+
+    Returns:
+        `category_logits`: list of [B,C,S,S]; `kernels`: list of [B,E,S,S]; `mask_features`: [B,E,H/4,W/4], with E the
+        largest number of instances found in an image (at least 1). float32, on the targets' device.
+    """
+    category, masks = targets["category"], targets["masks"]
+    num_cells = sum(size * size for size in grid_sizes)
+    if category.shape != (batch_size, num_cells):
+        raise ValueError(
+            f"category has shape {tuple(category.shape)}, but batch size and grids make {(batch_size, num_cells)}"
+        )
+    instance, place = _own_cells(targets["positives"], len(masks), batch_size * num_cells, num_cells)
+    image, cell = place // num_cells, place % num_cells  # ascending in `image`: instances are numbered image by image
+    channel = torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)
+    channels = int(channel.max()) + 1 if len(channel) else 1
+
+    logits = category.new_full((batch_size, num_cells, num_classes), -LOGIT, dtype=torch.float32)
+    logits[image, cell, category[image, cell]] = LOGIT
+    kernels = logits.new_zeros(batch_size, num_cells, channels)
+    kernels[image, cell, channel] = 1.0
+    mask_features = logits.new_full((batch_size, channels, *masks.shape[1:]), -LOGIT)
+    mask_features[image, channel] = (2.0 * masks[instance] - 1.0) * LOGIT
+    return {
+        "category_logits": _to_levels(logits, grid_sizes),
+        "kernels": _to_levels(kernels, grid_sizes),
+        "mask_features": mask_features,
+    }
+
+
+def _own_cells(positives: Tensor, num_instances: int, num_places: int, num_cells: int) -> tuple[Tensor, Tensor]:
+    """Instances that own a cell, ascending, and the first such place (image * cells per image + cell) of each."""
+    image, cell, instance = positives.unbind(1)
+    place = image * num_cells + cell
+    owner = place.new_full((num_places,), -1).scatter_reduce(0, place, instance, "amax")
+    owned = owner[place] == instance
+    first = place.new_full((num_instances,), num_places).scatter_reduce(0, instance[owned], place[owned], "amin")
+    found = (first < num_places).nonzero().flatten()
+    return found, first[found]
+
+
+def _to_levels(values: Tensor, grid_sizes: Sequence[int]) -> list[Tensor]:
+    """[B, sum S^2, D] -> list of [B, D, S, S]."""
+    levels = values.split([size * size for size in grid_sizes], dim=1)
+    return [level.transpose(1, 2).unflatten(2, (size, size)) for level, size in zip(levels, grid_sizes, strict=True)]

@@ -1,0 +1,100 @@
+"""What a run says while it goes on: one JSON object per line for machines, a progress bar or plain lines for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class RunLogger:
+    """Writes `log.jsonl` (and TensorBoard, by option) and shows progress; every method is silent unless `main`.
+
+    Args:
+        folder: run folder, exists.
+        main: whether this process speaks.
+        tensorboard: also write event files (needs the extra `tensorboard`).
+
+    Raises:
+        ImportError: tensorboard is wanted but not installed; the sentence names the extra.
+    """
+
+    def __init__(self, folder: str | Path, *, main: bool, tensorboard: bool = False) -> None:
+        self.main = main
+        self._file = open(Path(folder) / "log.jsonl", "a", encoding="utf-8") if main else None
+        self._bar: tqdm | None = None
+        self._events = None
+        if main and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("TensorBoard is not installed: pip install 'solov2[tensorboard]'") from error
+            self._events = SummaryWriter(str(folder))
+
+    def say(self, text: str) -> None:
+        """Print a line for people."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def write(self, kind: str, step: int | None = None, **values: Any) -> None:
+        """Append {"kind", "time", "step", **values} to log.jsonl; numbers go to TensorBoard too."""
+        if not self.main:
+            return
+        row = {"kind": kind, "time": round(time.time(), 3)} | ({} if step is None else {"step": step}) | values
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._events is not None and step is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def start_epoch(self, epoch: int, steps: int) -> None:
+        """Open the progress bar of an epoch, on a terminal only."""
+        if self.main and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One optimiser step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def train(self, step: int, *, epoch: int, total_steps: int, seconds_left: float, **values: float) -> None:
+        """Figures of the last steps: into log.jsonl, and onto the bar or a plain line."""
+        if not self.main:
+            return
+        self.write("train", step, epoch=epoch, **values)
+        text = (
+            f"loss {values['loss']:.3f} (category {values['loss_category']:.3f}, mask {values['loss_mask']:.3f})  "
+            f"{values['images_per_second']:.1f} images/s  lr {values['learning_rate']:.2e}  "
+            f"left {format_seconds(seconds_left)}"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            self.say(f"epoch {epoch}  step {step}/{total_steps}  {text}")
+
+    def end_epoch(self) -> None:
+        """Close the bar of the epoch."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def close(self) -> None:
+        """Close all files."""
+        self.end_epoch()
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """'1:02:03', or '2:03' under an hour."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"

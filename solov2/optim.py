@@ -1,0 +1,75 @@
+"""Optimiser and learning-rate schedule (reference recipe: SGD, linear warm-up, step decay)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norms: bool) -> list[dict[str, object]]:
+    """Trainable parameters; without `decay_norms`, vectors (norms, biases) form a second group free of weight decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if decay_norms:
+        return [{"params": trainable, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, *, name: str, learning_rate: float, momentum: float, weight_decay: float, decay_norms: bool
+) -> torch.optim.Optimizer:
+    """SGD with momentum ("sgd", the reference) or AdamW ("adamw") over the trainable parameters.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    groups = parameter_groups(model, weight_decay=weight_decay, decay_norms=decay_norms)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate)
+    raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {name!r}")
+
+
+def scaled_learning_rate(learning_rate: float, batch_size: int, reference_batch_size: int) -> float:
+    """Linear scaling rule (Goyal et al. 2017): the rate for `reference_batch_size` images, scaled to `batch_size`."""
+    return learning_rate * batch_size / reference_batch_size
+
+
+def make_schedule(
+    kind: str,
+    *,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_steps: int,
+    warmup_start: float,
+    step_epochs: Sequence[int] = (),
+) -> Callable[[int], float]:
+    """Learning-rate factor as a pure function of the optimiser step (0-based), so that resuming needs no state.
+
+    Linear warm-up from `warmup_start` reaches 1 in step `warmup_steps` - 1, as mmengine's LinearLR with end =
+    warmup_steps does. "step" multiplies by 0.1 after each epoch of `step_epochs`; "cosine" falls from 1 at the end of
+    the warm-up to 0 after the last step.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ("step", "cosine"):
+        raise ValueError(f"schedule must be 'step' or 'cosine', got {kind!r}")
+    total = steps_per_epoch * epochs
+
+    def factor(step: int) -> float:
+        warmup = 1.0
+        if step < warmup_steps - 1:
+            warmup = warmup_start + (1 - warmup_start) * step / (warmup_steps - 1)
+        if kind == "step":
+            return warmup * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in step_epochs)
+        progress = (step - warmup_steps) / max(1, total - warmup_steps)
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+    return factor

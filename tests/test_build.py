@@ -1,0 +1,110 @@
+"""Names to models, weights into models, and what is said when they do not fit."""
+
+from __future__ import annotations
+
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+from tiny import tiny_config
+
+from solov2.build import COCO_CLASSES, IMAGENET_WEIGHTS, build_model, construct, load_pretrained_backbone
+from solov2.checkpoint import save_checkpoint
+from solov2.config import InputError
+from solov2.models.resnet import ResNet
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(file of a tiny model, the model)."""
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = construct(config.model, ["a", "b", "c", "d"])
+    save_checkpoint(
+        tmp_path / "tiny.pth",
+        {"model": model.state_dict(), "config": config.to_dict(), "class_names": model.class_names},
+    )
+    return tmp_path / "tiny.pth", model
+
+
+def test_own_checkpoint_carries_its_configuration(saved):
+    path, model = saved
+    loaded = build_model(weights=path, score_threshold=0.25)
+    assert loaded.class_names == ["a", "b", "c", "d"] and loaded.settings.score_threshold == 0.25
+    assert loaded.grid_sizes == model.grid_sizes and not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_other_class_count_keeps_everything_else(saved):
+    path, model = saved
+    with pytest.warns(UserWarning, match="category layer starts anew"):
+        loaded = build_model(weights=path, num_classes=7)
+    assert loaded.class_names == [f"class {i}" for i in range(7)]
+    for name, value in loaded.state_dict().items():
+        if not name.startswith("head.category_predictor"):
+            assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_files_that_do_not_fit_are_refused_by_name(saved, tmp_path):
+    path, model = saved
+    state = model.state_dict()
+    odd = {**state, "extra.weight": torch.zeros(1), "fpn.lateral.0.bias": torch.zeros(3)}
+    del odd["fpn.lateral.1.bias"]
+    save_checkpoint(
+        tmp_path / "odd.pth", {"model": odd, "config": tiny_config().to_dict(), "class_names": list("abcd")}
+    )
+    with pytest.raises(InputError) as error:
+        build_model(weights=tmp_path / "odd.pth")
+    message = str(error.value)
+    for part in (
+        "1 missing (fpn.lateral.1.bias)",
+        "1 surplus (extra.weight)",
+        "fpn.lateral.0.bias is [3] and should be [32]",
+    ):
+        assert part in message
+    with pytest.raises(InputError, match="does not fit"):
+        build_model("solov2_light_r18_fpn_3x", weights=path)
+
+
+def test_names_and_overrides():
+    with pytest.raises(InputError, match="did you mean .*solov2_r50_fpn_1x"):
+        build_model("solov2_r50")
+    with pytest.raises(InputError, match="did you mean max_instances"):
+        build_model("quickstart", max_instance=3)
+    with pytest.raises(InputError, match="name a model"):
+        build_model()
+    model = build_model("quickstart", num_classes=80, device="cpu")
+    assert model.class_names == list(COCO_CLASSES) and len(COCO_CLASSES) == 80
+
+
+def test_pretrained_backbone_from_a_torchvision_file(tmp_path):
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet18()
+    torch.save(reference.state_dict(), tmp_path / "resnet18.pth")
+    backbone = ResNet("resnet18")
+    load_pretrained_backbone(backbone, "resnet18", str(tmp_path / "resnet18.pth"))
+    x = torch.rand(1, 3, 64, 64)
+    reference.eval()
+    with torch.no_grad():
+        expected = reference.layer2(
+            reference.layer1(reference.maxpool(reference.relu(reference.bn1(reference.conv1(x)))))
+        )
+        torch.testing.assert_close(backbone.eval()(x)[1], expected)
+    with pytest.raises(InputError, match="does not fit"):
+        load_pretrained_backbone(ResNet("resnet34"), "resnet34", str(tmp_path / "resnet18.pth"))
+
+
+def test_pretrained_backbone_offline_names_the_ways_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(*_args, **_options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(InputError) as error:
+        load_pretrained_backbone(ResNet("resnet18"), "resnet18", "imagenet")
+    for part in (IMAGENET_WEIGHTS["resnet18"].url, str(tmp_path), "no network", "none"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,131 @@
+"""The training loop: accumulation, precision, finite losses, and what it leaves untouched."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import random_batch, tiny_config
+
+from solov2.build import build_criterion, construct
+from solov2.engine import grouped, to_device, train_one_epoch
+from solov2.logger import RunLogger
+
+CPU = torch.device("cpu")
+
+
+def train(tmp_path, batches, *, config=None, dtype=torch.float32, **options):
+    config = config or tiny_config("model.frozen_batch_norm=true", "model.head_norm=group")
+    torch.manual_seed(0)
+    model = construct(config.model, list("abcd")).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    steps = len(batches) // options.get("accumulate", 1)
+    logger = RunLogger(tmp_path, main=True)
+    train_one_epoch(
+        model,
+        build_criterion(config.model),
+        batches,
+        optimizer,
+        lambda step: 1.0,
+        learning_rate=0.01,
+        device=CPU,
+        epoch=0,
+        steps_per_epoch=steps,
+        total_steps=steps,
+        logger=logger,
+        log_every=1,
+        **options,
+    )
+    logger.close()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    return model, rows
+
+
+def joined(first, second):
+    """Two batches of the same padded size as one."""
+    one, two = first["targets"], second["targets"]
+    offset = torch.tensor([len(first["image_ids"]), 0, len(one["masks"])])
+    targets = {
+        "category": torch.cat([one["category"], two["category"]]),
+        "positives": torch.cat([one["positives"], two["positives"] + offset]),
+        "masks": torch.cat([one["masks"], two["masks"]]),
+        "positives_per_image": one["positives_per_image"] + two["positives_per_image"],
+        "instances_per_image": one["instances_per_image"] + two["instances_per_image"],
+    }
+    batch = {key: torch.cat([first[key], second[key]]) for key in ("pixels", "sizes", "original_sizes")}
+    return {**batch, "image_ids": first["image_ids"] + second["image_ids"], "targets": targets}
+
+
+def test_accumulation_equals_the_large_batch(tmp_path):
+    config = tiny_config("model.frozen_batch_norm=true", "model.head_norm=group")
+    small = [random_batch(config, seed=seed, instances=count) for seed, count in enumerate((3, 0, 5, 1))]
+    large = [joined(*small[:2]), joined(*small[2:])]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one, rows_one = train(tmp_path / "a", large, dtype=torch.float64)
+    two, rows_two = train(tmp_path / "b", small, dtype=torch.float64, accumulate=2)
+    for (name, value), other in zip(one.named_parameters(), two.parameters()):
+        torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-11, msg=name)
+    assert [row["loss"] for row in rows_one] == pytest.approx([row["loss"] for row in rows_two], rel=1e-6)
+
+
+def test_loss_falls_and_frozen_parts_stay(tmp_path):
+    config = tiny_config("model.frozen_batch_norm=true", "model.head_norm=group", "model.frozen_stages=1")
+    torch.manual_seed(0)
+    start = construct(config.model, list("abcd"))
+    batch = random_batch(config, seed=1)
+    model, rows = train(tmp_path, [batch] * 12, config=config, clip_norm=35.0, channels_last=True)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for (name, before), after in zip(start.state_dict().items(), model.state_dict().values()):
+        fixed = (
+            "running_" in name
+            or "num_batches" in name
+            or name.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1"))
+        )
+        assert torch.equal(before, after) == (fixed or torch.equal(before, torch.zeros_like(before)) and False), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config()
+    batch = random_batch(config, seed=1)
+    torch.manual_seed(0)
+    model = construct(config.model, list("abcd"))
+    model.head.category_predictor.bias.data.fill_(float("nan"))
+    logger = RunLogger(tmp_path, main=True)
+    with pytest.raises(FloatingPointError, match="not finite in the steps up to 1 of epoch 1"):
+        train_one_epoch(
+            model,
+            build_criterion(config.model),
+            [batch],
+            torch.optim.SGD(model.parameters(), lr=0.01),
+            lambda step: 1.0,
+            learning_rate=0.01,
+            device=CPU,
+            epoch=0,
+            steps_per_epoch=1,
+            total_steps=1,
+            logger=logger,
+            log_every=1,
+        )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_steps_are_finite(tmp_path, precision):
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=256.0)
+    batch = random_batch(tiny_config(), seed=1, images=1)
+    model, rows = train(tmp_path, [batch] * 2, config=tiny_config(), precision=precision, scaler=scaler, clip_norm=35.0)
+    assert all(torch.isfinite(value).all() for value in model.parameters())
+    assert rows[-1]["loss"] > 0
+
+
+def test_grouped_drops_the_incomplete_rest():
+    assert list(grouped([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4]]
+
+
+def test_to_device_leaves_the_batch_untouched():
+    batch = random_batch(tiny_config(), seed=1)
+    moved = to_device(batch, torch.device("meta"))
+    assert batch["pixels"].device == CPU and batch["targets"]["category"].device == CPU
+    assert moved["pixels"].device.type == "meta" and moved["targets"]["masks"].device.type == "meta"
+    assert moved["image_ids"] == batch["image_ids"]

@@ -1,0 +1,307 @@
+"""COCO figures: equal to plain pycocotools, independent of sharding, right on ground truth and on nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from solov2.config import InputError
+from solov2.evaluation.coco import FIGURES, CocoEvaluator, format_table, write_results
+from solov2.ops.masks import encode_rle, masks_to_boxes, segmentation_to_mask
+
+SIZE = 200
+
+
+def load(source: Path | dict[str, Any]) -> COCO:
+    with contextlib.redirect_stdout(io.StringIO()):
+        if isinstance(source, Path):
+            return COCO(str(source))
+        coco = COCO()
+        coco.dataset = copy.deepcopy(source)
+        coco.createIndex()
+    return coco
+
+
+def rectangles(corners: torch.Tensor) -> torch.Tensor:
+    """Masks bool[N,SIZE,SIZE] of boxes i64[N,4]."""
+    masks = torch.zeros(len(corners), SIZE, SIZE, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, corners.tolist(), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return masks
+
+
+def scene(images: int = 12, seed: int = 0) -> tuple[dict[str, Any], list[int], list[dict[str, Any]]]:
+    """A data set of rectangles of three classes with gaps in the ids, and imperfect results for it."""
+    generator = torch.Generator().manual_seed(seed)
+    annotations, image_ids, results = [], [], []
+    for image in range(images):
+        corner = torch.randint(0, 120, (7, 2), generator=generator)
+        boxes = torch.cat([corner, corner + torch.randint(6, 80, (7, 2), generator=generator)], 1).clamp(max=SIZE)
+        labels = torch.randint(0, 3, (7,), generator=generator)
+        for box, label, rle in zip(boxes.tolist(), labels.tolist(), encode_rle(rectangles(boxes)), strict=True):
+            width, height = box[2] - box[0], box[3] - box[1]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": 50 - image, "category_id": (3, 7, 90)[label], "iscrowd": 0,
+                 "bbox": [*box[:2], width, height], "area": width * height, "segmentation": rle}
+            )
+        moved = (boxes + torch.randint(-4, 5, boxes.shape, generator=generator)).clamp(0, SIZE)
+        moved[:, 2:] = torch.maximum(moved[:, 2:], moved[:, :2] + 1)
+        scores = torch.rand(7, generator=generator).mul(20).round().div(20).sort(descending=True).values  # with ties
+        masks = rectangles(moved)
+        results.append({"scores": scores, "labels": labels, "masks": masks, "boxes": masks_to_boxes(masks)})
+        image_ids.append(50 - image)
+    categories = [{"id": id, "name": name} for id, name in ((3, "disc"), (7, "square"), (90, "ring"), (91, "unseen"))]
+    dataset = {
+        "images": [{"id": id, "width": SIZE, "height": SIZE, "file_name": f"{id}.png"} for id in image_ids],
+        "annotations": annotations,
+        "categories": categories,
+    }
+    return dataset, image_ids, results
+
+
+CATEGORY_IDS = [3, 7, 90, 91]
+
+
+def plain_figures(coco: COCO, results: str | list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """What pycocotools says without any of our code."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(coco, coco.loadRes(results), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(FIGURES, evaluation.stats.tolist(), strict=True))
+
+
+def photo_ground_truth(coco: COCO, category_ids: list[int], *, own_boxes: bool) -> tuple[list[int], list[dict]]:
+    """The annotations of a COCO file as predictions, crowd regions left out."""
+    image_ids, results = [], []
+    for image_id, image in coco.imgs.items():
+        annotations = [annotation for annotation in coco.imgToAnns[image_id] if not annotation["iscrowd"]]
+        size = (image["height"], image["width"])
+        planes = [segmentation_to_mask(annotation["segmentation"], size) for annotation in annotations]
+        masks = torch.stack(planes).bool() if planes else torch.zeros(0, *size, dtype=torch.bool)
+        boxes = torch.tensor([annotation["bbox"] for annotation in annotations]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [category_ids.index(annotation["category_id"]) for annotation in annotations]
+        results.append(
+            {
+                "scores": torch.ones(len(labels)),
+                "labels": torch.tensor(labels, dtype=torch.int64),
+                "masks": masks,
+                "boxes": boxes if own_boxes else masks_to_boxes(masks),
+            }
+        )
+        image_ids.append(image_id)
+    return image_ids, results
+
+
+def test_ground_truth_as_predictions(coco_photos: Path, tmp_path: Path) -> None:
+    coco = load(coco_photos / "annotations/instances_val2017.json")
+    category_ids = sorted(coco.cats)
+    evaluator = CocoEvaluator(coco, category_ids)
+    evaluator.update(*photo_ground_truth(coco, category_ids, own_boxes=True))
+    summary = evaluator.summarize()
+    assert summary["segm"]["AP"] == pytest.approx(1.0, abs=1e-9)
+    assert summary["bbox"]["AP"] == pytest.approx(1.0, abs=1e-9)
+
+    tight = CocoEvaluator(coco, category_ids)
+    tight.update(*photo_ground_truth(coco, category_ids, own_boxes=False))
+    assert round(tight.summarize()["bbox"]["AP"], 3) == 0.967
+
+    write_results(tmp_path / "results.json", tight.results())
+    assert plain_figures(coco, str(tmp_path / "results.json"), "segm")["AP"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_figures_are_those_of_pycocotools() -> None:
+    dataset, image_ids, results = scene()
+    evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
+    evaluator.update(image_ids, results)
+    summary = evaluator.summarize()
+    assert 0.1 < summary["segm"]["AP"] < 0.9  # neither trivial end
+    assert 0 < summary["segm"]["AP_small"] < 1
+    assert summary["segm"] == plain_figures(load(dataset), evaluator.results(), "segm")
+    assert summary["bbox"] == plain_figures(load(dataset), evaluator.box_results(), "bbox")
+    assert all(type(value) is float for figures in summary.values() for value in figures.values())
+
+
+def test_area_of_a_mask_is_not_that_of_its_box() -> None:
+    """A thin diagonal is small as a mask and large as a box; with the box's area it would count as large."""
+    mask = torch.eye(SIZE, dtype=torch.bool)[None]
+    far = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    far[0, :8, 150:158] = True
+    diagonal, square = encode_rle(torch.cat([mask, far]))
+    dataset = {
+        "images": [{"id": 1, "width": SIZE, "height": SIZE}],
+        "categories": [{"id": 1, "name": "line"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 64, "bbox": [150, 0, 8, 8],
+             "segmentation": square}
+        ],
+    }
+    masks = torch.cat([mask, far])
+    result = {
+        "scores": torch.tensor([0.9, 0.8]),
+        "labels": torch.zeros(2, dtype=torch.int64),
+        "masks": masks,
+        "boxes": masks_to_boxes(masks),
+    }
+    evaluator = CocoEvaluator(load(dataset), [1])
+    evaluator.update([1], [result])
+    assert evaluator.summarize()["segm"]["AP_small"] == pytest.approx(0.5)  # the diagonal is a small false positive
+    assert evaluator.summarize()["bbox"]["AP_small"] == pytest.approx(1.0)  # its box is large, so it does not count
+
+
+def test_sharding_does_not_change_a_digit() -> None:
+    dataset, image_ids, results = scene()
+    whole = CocoEvaluator(load(dataset), CATEGORY_IDS)
+    whole.update(image_ids, results)
+    shards = []
+    for rank in (0, 1, 2):
+        shard = CocoEvaluator(load(dataset), CATEGORY_IDS)
+        for index in reversed(range(rank, len(image_ids), 3)):
+            shard.update([image_ids[index]], [results[index]])
+        shard.update(image_ids[:1], results[:1])  # image 0 comes from all three processes
+        shards.append(shard)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        merged = CocoEvaluator(load(dataset), CATEGORY_IDS)
+        merged.update(image_ids[3:4], results[3:4])
+        merged.merge([shards[rank].predictions for rank in order])
+        assert merged.results() == whole.results()
+        assert merged.summarize(per_class=True) == whole.summarize(per_class=True)
+
+
+def test_nothing_found_gives_zero() -> None:
+    dataset, image_ids, results = scene(images=2)
+    nothing = [{key: value[:0] for key, value in result.items()} for result in results]
+    evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
+    assert evaluator.summarize()["segm"]["AP"] == 0.0
+    evaluator.update(image_ids, nothing)
+    assert evaluator.results() == []
+    summary = evaluator.summarize(per_class=True)
+    for kind in ("segm", "bbox"):
+        assert all(summary[kind][figure] == 0.0 for figure in ("AP", "AP50", "AR100"))
+    assert summary["per_class"]["disc"] == {"segm_AP": 0.0, "bbox_AP": 0.0}
+    assert summary["per_class"]["unseen"] == {"segm_AP": -1.0, "bbox_AP": -1.0}
+
+
+def test_image_without_ground_truth_in_the_whole_file() -> None:
+    dataset, image_ids, results = scene(images=1)
+    evaluator = CocoEvaluator(load({**dataset, "annotations": []}), CATEGORY_IDS)
+    evaluator.update(image_ids, results)
+    assert set(evaluator.summarize()["segm"].values()) == {-1.0}
+
+
+def test_only_the_images_asked_for_count() -> None:
+    dataset, image_ids, results = scene()
+    subset = image_ids[4:7]
+    evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS, image_ids=subset)
+    evaluator.update(image_ids, results)
+    assert {entry["image_id"] for entry in evaluator.results()} == set(subset)
+    small = {**dataset, "images": [image for image in dataset["images"] if image["id"] in subset],
+             "annotations": [entry for entry in dataset["annotations"] if entry["image_id"] in subset]}
+    assert evaluator.summarize()["segm"] == plain_figures(load(small), evaluator.results(), "segm")
+
+
+def test_per_class_figures_average_to_the_whole() -> None:
+    dataset, image_ids, results = scene()
+    evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
+    evaluator.update(image_ids, results)
+    summary = evaluator.summarize(per_class=True)
+    for kind in ("segm", "bbox"):
+        seen = [summary["per_class"][name][f"{kind}_AP"] for name in ("disc", "square", "ring")]
+        assert np.mean(seen) == pytest.approx(summary[kind]["AP"], abs=1e-12)
+        assert len(set(seen)) == 3
+
+
+def test_rle_masks_give_the_same_results_as_planes() -> None:
+    dataset, image_ids, results = scene(images=3)
+    planes, runs = (CocoEvaluator(load(dataset), CATEGORY_IDS) for _ in range(2))
+    planes.update(image_ids, results)
+    encoded = [{**result, "masks": encode_rle(result["masks"])} for result in results]
+    for result in encoded[0]["masks"]:
+        result["counts"] = result["counts"].encode()  # as pycocotools itself returns them
+    runs.update(image_ids, encoded)
+    assert runs.results() == planes.results()
+
+
+def test_results_are_json_with_the_ids_of_the_file() -> None:
+    dataset, image_ids, results = scene(images=2)
+    evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
+    evaluator.update(image_ids, results)
+    entries = json.loads(json.dumps(evaluator.results()))
+    assert entries == evaluator.results()
+    assert [set(entry) for entry in entries] == [{"image_id", "category_id", "segmentation", "score"}] * 14
+    assert [entry["category_id"] for entry in entries[:7]] == [(3, 7, 90)[i] for i in results[0]["labels"].tolist()]
+    assert entries[0]["score"] == float(results[0]["scores"][0])  # not rounded
+    x0, y0, x1, y1 = results[0]["boxes"][0].tolist()
+    assert evaluator.box_results()[0]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
+
+
+def test_the_callers_annotations_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, image_ids, results = scene(images=2)
+    coco = load(dataset)
+    evaluator = CocoEvaluator(coco, CATEGORY_IDS)
+    evaluator.update(image_ids, results)
+    first, second = evaluator.summarize(), evaluator.summarize()
+    assert first == second
+    assert coco.dataset == dataset
+    assert capsys.readouterr().out == ""
+
+
+def test_annotations_without_area_box_and_crowd_flag() -> None:
+    dataset, image_ids, results = scene()
+    keys = ("id", "image_id", "category_id", "segmentation")
+    bare = {**dataset, "annotations": [{key: entry[key] for key in keys} for entry in dataset["annotations"]]}
+    whole, lean = CocoEvaluator(load(dataset), CATEGORY_IDS), CocoEvaluator(load(bare), CATEGORY_IDS)
+    for evaluator in (whole, lean):
+        evaluator.update(image_ids, results)
+    assert lean.summarize() == whole.summarize()
+
+
+def test_mistakes_are_named() -> None:
+    dataset, image_ids, results = scene(images=2)
+    evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
+    with pytest.raises(InputError, match="image id 999 "):
+        evaluator.update([999], results[:1])
+    with pytest.raises(InputError, match="image id 999 "):
+        evaluator.merge([{999: []}])
+    with pytest.raises(InputError, match="image id 999 "):
+        CocoEvaluator(load(dataset), CATEGORY_IDS, image_ids=[999])
+    with pytest.raises(InputError, match="category id 5 "):
+        CocoEvaluator(load(dataset), [3, 5])
+    with pytest.raises(InputError, match="label 2 of image .* has no category"):
+        CocoEvaluator(load(dataset), [3, 7]).update(image_ids, results)
+    dataset["annotations"][0]["id"] = 0
+    with pytest.warns(UserWarning, match="annotation id 0"):
+        CocoEvaluator(load(dataset), CATEGORY_IDS)
+
+
+def test_table_for_people() -> None:
+    dataset, image_ids, results = scene()
+    evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
+    evaluator.update(image_ids, results)
+    summary = evaluator.summarize(per_class=True)
+    rows = {line.split()[0]: line.split()[1:] for line in format_table(summary).splitlines() if line.strip()}
+    assert rows["AP"] == [f"{100 * summary['segm']['AP']:.1f}", f"{100 * summary['bbox']['AP']:.1f}"]
+    assert set(FIGURES) <= set(rows)
+    assert rows["unseen"] == ["-", "-"]
+    assert "ring" not in format_table(evaluator.summarize())
+
+
+def test_results_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    write_results(path, [{"score": 0.25}])
+    with pytest.raises(TypeError):
+        write_results(path, [{"score": object()}])
+    assert json.loads(path.read_text()) == [{"score": 0.25}]
+    assert list(path.parent.iterdir()) == [path]

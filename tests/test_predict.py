@@ -1,0 +1,182 @@
+"""The command `python -m solov2.predict`: outputs beside inputs, nothing overwritten, bad files named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from solov2.build import build_model
+from solov2.checkpoint import save_checkpoint
+from solov2.config import InputError, load_config
+from solov2.ops.masks import decode_rle, encode_rle
+from solov2.predict import find_images, main, plan_outputs
+
+NAMES = ["disc", "ring", "square", "star"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained network whose class and kernel weights are scaled up until it finds something everywhere."""
+    torch.manual_seed(0)
+    model = build_model("quickstart")
+    torch.nn.init.zeros_(model.head.category_predictor.bias)
+    torch.nn.init.normal_(model.head.category_predictor.weight, std=3.0)
+    torch.nn.init.normal_(model.head.kernel_predictor.weight, std=3.0)
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    config = load_config("quickstart").to_dict()
+    save_checkpoint(path, {"model": model.state_dict(), "config": config, "class_names": NAMES, "traits": {}})
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate(("b.png", "a.jpg", "c.bmp")):
+        noise = np.random.default_rng(number).integers(0, 256, (90 + 10 * number, 120, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "._a.jpg").write_text("what macOS leaves on foreign disks")
+    return folder
+
+
+def run(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_folder_with_json(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(photos, "--weights", weights, "--output", tmp_path / "out", "--json", tmp_path / "out" / "found.json",
+               "--max-instances", "5", "--batch-size", "2", "--score-threshold", "0.4")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.jpg", "b.png", "c.png", "found.json"]
+    with Image.open(photos / "b.png") as before, Image.open(tmp_path / "out" / "b.png") as after:
+        assert after.size == before.size
+        assert after.tobytes() != before.tobytes()
+    entries = json.loads((tmp_path / "out" / "found.json").read_text())
+    files = [Path(entry["file_name"]).name for entry in entries]
+    assert files == ["a.jpg"] * 5 + ["b.png"] * 5 + ["c.bmp"] * 5
+    assert all(NAMES[entry["category_id"] - 1] == entry["category_name"] for entry in entries)
+    assert all(entry["score"] >= 0.4 for entry in entries)
+    output = capsys.readouterr().out
+    assert all(f"{photos / name}: " in output for name in ("a.jpg", "b.png", "c.bmp"))
+
+
+def test_json_holds_what_the_model_predicts(weights: Path, photos: Path, tmp_path: Path) -> None:
+    assert run(photos / "b.png", "--weights", weights, "--output", tmp_path, "--json", tmp_path / "found.json") == 0
+    entries = json.loads((tmp_path / "found.json").read_text())
+    (result,) = build_model(weights=weights).predict([photos / "b.png"], score_threshold=0.3)
+    assert [entry["score"] for entry in entries] == pytest.approx(result["scores"].tolist(), abs=1e-6)
+    assert [entry["category_name"] for entry in entries] == [NAMES[label] for label in result["labels"].tolist()]
+    assert [entry["segmentation"] for entry in entries] == encode_rle(result["masks"])
+    x, y, width, height = entries[0]["bbox"]
+    assert result["boxes"][0].tolist() == [x, y, x + width, y + height]
+    assert decode_rle(entries[0]["segmentation"]).shape == (90, 120)
+
+
+def test_nothing_found_is_said_and_the_picture_is_unchanged(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(photos / "b.png", "--weights", weights, "--output", tmp_path, "--score-threshold", "1") == 0
+    assert "nothing found" in capsys.readouterr().out
+    with Image.open(photos / "b.png") as before, Image.open(tmp_path / "b.png") as after:
+        assert after.tobytes() == before.tobytes()
+
+
+def test_photographs_are_turned_upright(weights: Path, tmp_path: Path) -> None:
+    image = Image.new("RGB", (120, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    image.save(tmp_path / "phone.jpg", exif=exif)
+    arguments = ("--weights", weights, "--output", tmp_path / "out", "--json", tmp_path / "found.json")
+    assert run(tmp_path / "phone.jpg", *arguments, "--score-threshold", "0") == 0
+    with Image.open(tmp_path / "out" / "phone.jpg") as picture:
+        assert picture.size == (80, 120)
+        assert not picture.getexif().get(0x0112)
+    assert json.loads((tmp_path / "found.json").read_text())[0]["segmentation"]["size"] == [120, 80]
+
+
+def test_a_broken_image_does_not_stop_the_others(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:900])
+    assert run(photos, "--weights", weights, "--output", tmp_path / "out", "--batch-size", "2") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.jpg", "b.png", "c.png"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "aa.jpg" in errors[0]
+
+
+def test_inputs_and_earlier_outputs_are_safe(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (photos / "a.jpg").read_bytes()
+    assert run(photos / "a.jpg", "--weights", weights, "--output", photos, "--overwrite") == 2
+    assert "would replace the input" in capsys.readouterr().err
+    assert (photos / "a.jpg").read_bytes() == before
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.jpg").write_bytes(b"mine")
+    assert run(photos, "--weights", weights, "--output", out) == 2
+    assert "a.jpg exists already" in capsys.readouterr().err
+    assert (out / "a.jpg").read_bytes() == b"mine" and len(list(out.iterdir())) == 1
+    assert run(photos / "a.jpg", "--weights", weights, "--output", out, "--overwrite") == 0
+    assert (out / "a.jpg").read_bytes() != b"mine"
+
+    (tmp_path / "found.json").write_text("mine")
+    arguments = (photos / "b.png", "--weights", weights, "--output", out, "--json", tmp_path / "found.json")
+    assert run(*arguments) == 2
+    assert (tmp_path / "found.json").read_text() == "mine" and not (out / "b.png").exists()
+
+
+def test_one_name_twice_gives_two_pictures(tmp_path: Path) -> None:
+    paths = [tmp_path / path for path in ("x/a.jpg", "y/a.jpg", "y/A.JPG", "y/a.bmp", "z/a.png")]
+    names = [picture.name for _, picture in plan_outputs(paths, tmp_path / "out")]
+    assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a.png", "a_2.png"]
+    assert [image for image, _ in plan_outputs(paths, tmp_path / "out")] == paths
+
+
+def test_finding_images(photos: Path, tmp_path: Path) -> None:
+    assert [path.name for path in find_images([photos])] == ["a.jpg", "b.png", "c.bmp"]
+    assert [path.name for path in find_images([photos / "b.png", photos])] == ["b.png", "a.jpg", "c.bmp"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        find_images([tmp_path / "empty"])
+    with pytest.raises(InputError, match=r"nowhere\.jpg does not exist"):
+        find_images([tmp_path / "nowhere.jpg"])
+
+
+def test_mistakes_are_one_sentence(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = photos / "a.jpg"
+    for arguments, word in (
+        ((tmp_path / "gone.jpg", "--weights", weights), "gone.jpg"),
+        ((image, "--weights", tmp_path / "gone.pth"), "gone.pth"),
+        ((image, "--weights", weights, "--model", "quikstart"), "quickstart"),
+        ((image, "--weights", weights, "--device", "abacus"), "abacus"),
+        ((image, "--weights", image), "a.jpg"),
+    ):
+        assert run(*arguments, "--output", tmp_path / "out") == 2
+        output = capsys.readouterr()
+        assert output.err.startswith("error: ") and output.err.count("\n") == 1 and word in output.err
+        assert not (tmp_path / "out").exists()
+    for option in (("--score-threshold", "1.5"), ("--batch-size", "0"), ("--max-instances", "-1")):
+        with pytest.raises(SystemExit) as stop:
+            run(image, "--weights", weights, *option)
+        assert stop.value.code == 2
+        assert option[1] in capsys.readouterr().err
+
+
+def test_the_module_runs(weights: Path, photos: Path, tmp_path: Path, repo_root: Path) -> None:
+    command = [sys.executable, "-m", "solov2.predict", str(photos / "b.png"), "--weights", str(weights), "--output",
+               str(tmp_path / "out"), "--device", "cpu"]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "b.png: " in done.stdout and (tmp_path / "out" / "b.png").is_file()

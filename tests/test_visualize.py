@@ -1,0 +1,175 @@
+"""Pictures: colours where the masks are, labels whole and apart, nothing else touched."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from solov2.config import InputError
+from solov2.ops.masks import encode_rle
+from solov2.visualize import contact_sheet, draw_instances, instance_color, side_by_side
+
+HEIGHT, WIDTH = 300, 400
+NAMES = ["cat", "dog", "traffic light"]
+GRAY = Image.new("RGB", (WIDTH, HEIGHT), (120, 120, 120))
+
+
+def result_of(*boxes: tuple[int, int, int, int], scores: bool = True) -> dict[str, Any]:
+    """Rectangular instances, boxes as x0, y0, x1, y1."""
+    masks = torch.zeros(len(boxes), HEIGHT, WIDTH, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = True
+    result = {"labels": torch.arange(len(boxes)) % len(NAMES), "masks": masks}
+    return result | {"scores": torch.linspace(0.95, 0.5, len(boxes))} if scores else result
+
+
+def label_rectangles(picture: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
+    """x0, y0, x1, y1 of each label: only it, and the thin line to its mask, have the very colour of the instance."""
+    pixels, found = np.array(picture), []
+    for index in range(count):
+        exact = (pixels == instance_color(index)).all(2)
+        assert exact.sum() > 100, f"instance {index} has no visible label"
+        rows, columns = (np.flatnonzero(exact.sum(axis) > 0.3 * exact.sum(axis).max()) for axis in (1, 0))
+        found.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    return found
+
+
+def overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def test_masks_are_tinted_and_the_rest_stays() -> None:
+    picture = draw_instances(GRAY, result_of((100, 100, 300, 250)), NAMES, alpha=0.5)
+    pixels = np.array(picture)
+    expected = 0.5 * 120 + 0.5 * np.array(instance_color(0))
+    assert np.abs(pixels[175, 200] - expected).max() <= 1
+    assert tuple(pixels[280, 50]) == (120, 120, 120)
+    assert np.abs(pixels[249, 150] - expected).max() > 20  # the outline
+    assert GRAY.getextrema() == ((120, 120),) * 3
+
+
+def test_nothing_to_draw_leaves_the_picture_alone() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+    empty = result_of() | {"boxes": torch.zeros(0, 4)}
+    assert draw_instances(noise, empty, NAMES).tobytes() == noise.tobytes()
+    assert draw_instances(noise, {**empty, "masks": []}, NAMES).tobytes() == noise.tobytes()
+    low = result_of((10, 10, 60, 60)) | {"scores": torch.tensor([0.29])}
+    assert draw_instances(noise, low, NAMES).tobytes() == noise.tobytes()
+    assert draw_instances(noise, low, NAMES, score_threshold=0.2).tobytes() != noise.tobytes()
+
+
+def test_an_empty_mask_is_passed_over() -> None:
+    both = draw_instances(GRAY, result_of((0, 0, 0, 0), (100, 100, 200, 200)), NAMES)
+    pixels = np.array(both)
+    assert tuple(pixels[5, 5]) == (120, 120, 120)
+    assert tuple(pixels[150, 150]) != (120, 120, 120)
+
+
+def test_runs_and_planes_give_the_same_picture() -> None:
+    result = result_of((20, 30, 200, 220), (150, 10, 390, 290))
+    runs = {**result, "masks": encode_rle(result["masks"])}
+    assert draw_instances(GRAY, runs, NAMES).tobytes() == draw_instances(GRAY, result, NAMES).tobytes()
+
+
+def test_all_forms_of_images(tmp_path: Path) -> None:
+    GRAY.save(tmp_path / "gray.png")
+    array = np.array(GRAY)
+    forms = [tmp_path / "gray.png", str(tmp_path / "gray.png"), array, torch.from_numpy(array).permute(2, 0, 1)]
+    expected = draw_instances(GRAY, result_of((20, 30, 200, 220)), NAMES).tobytes()
+    for form in forms:
+        assert draw_instances(form, result_of((20, 30, 200, 220)), NAMES).tobytes() == expected
+    assert (array == 120).all()
+
+
+def test_small_instances_lie_on_top_and_keep_their_colour() -> None:
+    small, large = (180, 180, 230, 230), (50, 100, 350, 290)
+    for boxes, rank in (((small, large), 0), ((large, small), 1)):
+        pixels = np.array(draw_instances(GRAY, result_of(*boxes), NAMES, alpha=1.0))
+        assert tuple(pixels[210, 200]) == instance_color(rank)
+        assert tuple(pixels[270, 100]) == instance_color(1 - rank)
+
+
+def test_labels_stay_apart_in_a_crowd() -> None:
+    boxes = [(x, y, x + 12, y + 12) for y in (130, 150, 170) for x in (180, 200, 220)]
+    rectangles = label_rectangles(draw_instances(GRAY, result_of(*boxes), NAMES), len(boxes))
+    assert not any(overlap(one, other) for one, other in combinations(rectangles, 2))
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (WIDTH - 14, 0), (0, HEIGHT - 14), (WIDTH - 14, HEIGHT - 14)])
+def test_labels_at_the_edge_are_whole(corner: tuple[int, int]) -> None:
+    x, y = corner
+    (edge,) = label_rectangles(draw_instances(GRAY, result_of((x, y, x + 14, y + 14)), NAMES), 1)
+    (middle,) = label_rectangles(draw_instances(GRAY, result_of((200, 150, 214, 164)), NAMES), 1)
+    assert (edge[2] - edge[0], edge[3] - edge[1]) == (middle[2] - middle[0], middle[3] - middle[1])
+    assert overlap((edge[0] - 20, edge[1] - 20, edge[2] + 20, edge[3] + 20), (x, y, x + 14, y + 14))
+
+
+def test_without_scores_everything_is_drawn_with_shorter_labels() -> None:
+    boxes = ((100, 100, 300, 250),)
+    scored = label_rectangles(draw_instances(GRAY, result_of(*boxes), NAMES), 1)[0]
+    plain = label_rectangles(draw_instances(GRAY, result_of(*boxes, scores=False), NAMES, score_threshold=1.0), 1)[0]
+    assert plain[2] - plain[0] < 0.7 * (scored[2] - scored[0])
+
+
+def test_labels_grow_with_the_image() -> None:
+    heights = []
+    for scale in (1, 3):
+        picture = draw_instances(GRAY, result_of((100, 100, 300, 250)), NAMES, scale=scale)
+        assert picture.size == (WIDTH * scale, HEIGHT * scale)
+        (rectangle,) = label_rectangles(picture, 1)
+        heights.append(rectangle[3] - rectangle[1])
+        assert np.array(picture)[175 * scale, 200 * scale].tolist() != [120, 120, 120]
+    assert heights[1] > 1.8 * heights[0]
+
+
+def test_a_tiny_image_does_not_break_the_labels() -> None:
+    result = {"labels": torch.tensor([2]), "masks": torch.ones(1, 8, 10, dtype=torch.bool)}
+    assert draw_instances(np.zeros((8, 10, 3), np.uint8), result, NAMES).size == (10, 8)
+
+
+def test_colours_are_distinct_and_fixed() -> None:
+    colors = np.array([instance_color(index) for index in range(20)], dtype=float)
+    distances = [np.linalg.norm(one - other) for one, other in combinations(colors, 2)]
+    assert min(distances) > 25
+    neighbours = np.linalg.norm(colors[1:] - colors[:-1], axis=1)
+    assert neighbours.min() > 100
+    assert instance_color(1000) == instance_color(1000)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(InputError, match=r"\(300, 400\).* \(100, 100\)"):
+        draw_instances(GRAY.resize((100, 100)), result_of((0, 0, 9, 9)), NAMES)
+    with pytest.raises(InputError, match="label 1 has no name"):
+        draw_instances(GRAY, result_of((0, 0, 9, 9), (20, 20, 29, 29)), NAMES[:1])
+    with pytest.raises(InputError, match="at least one pair"):
+        contact_sheet([])
+
+
+def test_side_by_side() -> None:
+    left, right = Image.new("RGB", (100, 80), (255, 0, 0)), Image.new("RGB", (50, 160), (0, 0, 255))
+    sheet = side_by_side(left, right)
+    assert sheet.height == 80 and 125 < sheet.width < 140
+    assert sheet.getpixel((50, 40)) == (255, 0, 0)
+    assert sheet.getpixel((sheet.width - 10, 40)) == (0, 0, 255)
+    titled = side_by_side(left, right, titles=("one", "two"))
+    assert titled.height > 80 and titled.width == sheet.width
+    assert titled.getpixel((50, titled.height - 40)) == (255, 0, 0)
+    title = np.array(titled)[: titled.height - 80]
+    assert title[:, :100].min() < 100 and title[:, 105:].min() < 100  # ink above both pictures
+
+
+def test_contact_sheet() -> None:
+    wide, tall = Image.new("RGB", (200, 100), (255, 0, 0)), Image.new("RGB", (60, 120), (0, 0, 255))
+    sheet = np.array(contact_sheet([(wide, wide), (tall, wide), (wide, tall)], cell=100))
+    red = (sheet == (255, 0, 0)).all(2)
+    blue = (sheet == (0, 0, 255)).all(2)
+    assert red.sum() == 4 * 100 * 50
+    assert blue.sum() == 2 * 50 * 100
+    assert red[:, : sheet.shape[1] // 2].sum() == red[:, sheet.shape[1] // 2 :].sum()
+    assert sheet[:16].min() < 100  # the titles
