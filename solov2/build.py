@@ -234,6 +234,8 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, source: str) -> Non
     if source == "none":
         return
     if source == "imagenet":
+        if name not in IMAGENET_WEIGHTS:
+            raise InputError(f"there are no ImageNet weights for {name}; set train.pretrained_backbone to none or a file")
         enum = IMAGENET_WEIGHTS[name]
         try:
             state = enum.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -26,7 +26,7 @@ class InputError(ValueError):
 class ModelConfig:
     """Architecture, preprocessing and post-processing of one model. Sizes in pixels of the network input."""
 
-    backbone: str = "resnet50"  # resnet18, resnet34, resnet50, resnet101, resnext101_64x4d
+    backbone: str = "resnet50"  # resnet10, resnet18, resnet34, resnet50, resnet101, resnext101_64x4d
     backbone_width: int = 64  # channels of the stem; 64 is the published ResNet
     frozen_stages: int = 1  # 0 nothing, 1 the stem and layer1, ... 4 all
     frozen_batch_norm: bool = True  # running statistics also in training; the affine of unfrozen stages still trains

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from solov2 import distributed
-from solov2.logger import RunLogger
+from solov2.logger import Meter, RunLogger
 
 HALF_TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,56 +79,69 @@ def train_one_epoch(
         FloatingPointError: a loss is not finite; the sentence names the step.
     """
     model.train()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    meter, started, images_seen = [], time.perf_counter(), 0
+    meter = Meter(distributed.world_size())
     logger.start_epoch(epoch + 1, steps_per_epoch)
     for i, batches in enumerate(grouped(loader, accumulate)):
         step = epoch * steps_per_epoch + i
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step)
-        num_positives = count_positives(batches, criterion.num_classes) if accumulate > 1 else None
-        step_losses = 0
-        for j, batch in enumerate(batches):
-            images_seen += len(batch["image_ids"])
-            batch = to_device(batch, device)
-            images = unwrap(model).normalize(batch["pixels"], batch["sizes"]).contiguous(memory_format=memory_format)
-            last = j == len(batches) - 1
-            with contextlib.nullcontext() if last or unwrap(model) is model else model.no_sync():
-                with autocast(device, precision):
-                    raw = model(images)
-                losses = criterion(raw, batch["targets"], num_positives)
-                scaler.scale(sum(losses.values())).backward()
-            step_losses = step_losses + torch.stack([loss.detach() for loss in losses.values()])
-        meter.append(step_losses)
+        losses = backward(
+            model, criterion, batches, scaler, device=device, precision=precision, channels_last=channels_last
+        )
         if clip_norm:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(unwrap(model).parameters(), clip_norm, foreach=True)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        meter.add(losses, images=sum(len(batch["image_ids"]) for batch in batches))
         logger.advance()
         if (step + 1) % log_every == 0 or i == steps_per_epoch - 1:
-            values = torch.stack(meter).mean(0).tolist()  # the only read of the device in the loop
-            if not all(math.isfinite(value) for value in values):
+            values, step_seconds = meter.read()  # the only read of the device in the loop
+            if not math.isfinite(values["loss"]):
                 raise FloatingPointError(
-                    f"the loss is not finite in the steps up to {step + 1} of epoch {epoch + 1}: "
-                    f"{dict(zip(losses, values, strict=True))}; lower the learning rate or use bf16"
+                    f"the loss is not finite in the steps up to {step + 1} of epoch {epoch + 1} ({values}); lower the "
+                    "learning rate, or use bf16 instead of fp16"
                 )
-            elapsed = time.perf_counter() - started
-            rate = images_seen * distributed.world_size() / elapsed
-            logger.train(
-                step + 1,
-                epoch=epoch + 1,
-                total_steps=total_steps,
-                loss=sum(values),
-                **dict(zip(losses, values, strict=True)),
-                images_per_second=rate,
-                learning_rate=optimizer.param_groups[0]["lr"],
-                seconds_left=(total_steps - step - 1) * elapsed / len(meter),
-            )
-            meter, started, images_seen = [], time.perf_counter(), 0
+            values |= {"learning_rate": optimizer.param_groups[0]["lr"]}
+            left = (total_steps - step - 1) * step_seconds
+            logger.train(step + 1, epoch=epoch + 1, total_steps=total_steps, seconds_left=left, **values)
     logger.end_epoch()
+
+
+def backward(
+    model: nn.Module,
+    criterion: nn.Module,
+    batches: list[dict[str, Any]],
+    scaler: torch.amp.GradScaler,
+    *,
+    device: torch.device,
+    precision: str,
+    channels_last: bool,
+) -> dict[str, Tensor]:
+    """Forward and backward of the batches of one optimiser step; gradients add up in the parameters.
+
+    Processes exchange gradients once, in the last batch.
+
+    Returns:
+        The losses of the step, detached, on the device.
+    """
+    bare = unwrap(model)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
+    total: dict[str, Tensor] = {}
+    for j, batch in enumerate(batches):
+        batch = to_device(batch, device)
+        images = bare.normalize(batch["pixels"], batch["sizes"]).contiguous(memory_format=memory_format)
+        exchange = bare is model or j == len(batches) - 1
+        with contextlib.nullcontext() if exchange else model.no_sync():
+            with autocast(device, precision):
+                raw = model(images)
+            losses = criterion(raw, batch["targets"], num_positives)
+            scaler.scale(sum(losses.values())).backward()
+        total = {name: loss.detach() + total.get(name, 0) for name, loss in losses.items()}
+    return total
 
 
 def grouped(batches: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -8,7 +8,40 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
+
+
+class Meter:
+    """Losses and throughput of the steps since the last reading; losses stay on the device until then."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: list[dict[str, Tensor]] = []
+        self._images, self._started = 0, time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], *, images: int) -> None:
+        """One optimiser step: its losses (scalars on any device) and how many images this process saw in it."""
+        self._losses.append(losses)
+        self._images += images
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """(mean losses with their sum as "loss" and images_per_second of all processes, seconds per step); starts anew.
+
+        Waits for the device.
+        """
+        names = list(self._losses[0])
+        means = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses]).mean(0).tolist()
+        seconds = time.perf_counter() - self._started
+        values = {"loss": sum(means), **dict(zip(names, means, strict=True))}
+        values["images_per_second"] = self._images * self.processes / seconds
+        steps = len(self._losses)
+        self._reset()
+        return values, seconds / steps
 
 
 class RunLogger:

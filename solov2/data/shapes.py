@@ -137,7 +137,7 @@ def _place(
     small = random.random() < SMALL_SHARE
     onto = bool(shapes) and random.random() < OVERLAP_SHARE
     for _ in range(40):
-        low, high = (0.095, 0.125) if small else (0.2, 0.5)
+        low, high = (0.095, 0.125) if small else (0.22, 0.54)
         side = size * math.exp(random.uniform(math.log(low), math.log(high)))
         if onto:
             other = shapes[random.integers(len(shapes))]
@@ -169,7 +169,7 @@ def _place(
 def _outline(name: str, center: tuple[float, float], side: float, turn: float) -> np.ndarray:
     """Polygon [n, 2] of (x, y), about `side` across."""
     if name == "star":
-        angles, radii = np.arange(10) * math.pi / 5, np.where(np.arange(10) % 2, 0.27, 0.6)
+        angles, radii = np.arange(10) * math.pi / 5, np.where(np.arange(10) % 2, 0.34, 0.62)
     else:
         corners, radius = {"disc": (32, 0.5), "square": (4, 0.62), "triangle": (3, 0.62)}[name]
         angles, radii = np.arange(corners) * 2 * math.pi / corners, np.full(corners, radius)

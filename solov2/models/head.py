@@ -53,11 +53,13 @@ class SOLOv2Head(nn.Module):
         p2, p3, p4, p5, p6 = pyramid
         p2 = F.interpolate(p2, scale_factor=0.5, mode="bilinear", align_corners=False)
         p6 = F.interpolate(p6, size=p5.shape[-2:], mode="bilinear", align_corners=False)
-        category_logits, kernels = [], []
+        grids, grids_with_coordinates = [], []
         for feature, size in zip((p2, p3, p4, p5, p6), self.grid_sizes, strict=True):
             grid, coordinates = self._to_grid(feature, size)
-            category_logits.append(self.category_predictor(self.category_tower(grid)))
-            kernels.append(self.kernel_predictor(self.kernel_tower(torch.cat([grid, coordinates], dim=1))))
+            grids.append(grid)
+            grids_with_coordinates.append(torch.cat([grid, coordinates], dim=1))
+        category_logits = [self.category_predictor(x) for x in apply_tower(self.category_tower, grids)]
+        kernels = [self.kernel_predictor(x) for x in apply_tower(self.kernel_tower, grids_with_coordinates)]
         return category_logits, kernels
 
     @staticmethod
@@ -70,3 +72,21 @@ class SOLOv2Head(nn.Module):
         grid, coordinates = (F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
                              for x in (feature, coordinates))
         return grid, coordinates.expand(len(grid), -1, -1, -1)
+
+
+def apply_tower(tower: nn.Sequential, levels: Sequence[Tensor]) -> list[Tensor]:
+    """A tower of `ConvNormReLU` steps on every level: list of [B, C, S, S] -> list of [B, C', S, S].
+
+    Batch norm in training takes its statistics over the cells of all levels together: one per level would leave running
+    statistics that belong to none of them. Group norm works per level, as in the reference.
+    """
+    for step in tower:
+        if isinstance(step.norm, nn.BatchNorm2d) and step.norm.training:
+            maps = [step.conv(x) for x in levels]
+            cells = torch.cat([x.flatten(2) for x in maps], dim=2)  # [B, C', cells of all levels]
+            cells = step.relu(step.norm(cells[..., None]))[..., 0]
+            parts = cells.split([x.shape[-2] * x.shape[-1] for x in maps], dim=2)
+            levels = [part.unflatten(2, x.shape[-2:]) for part, x in zip(parts, maps)]
+        else:
+            levels = [step(x) for x in levels]
+    return list(levels)

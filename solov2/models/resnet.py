@@ -67,6 +67,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | N
 
 # name -> (block, blocks per stage, groups, width per group)
 ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int], int, int]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),  # not in torchvision: for small models trained from scratch
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
     "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),

@@ -1,0 +1,1 @@
+"""The code behind train.py, eval.py and benchmark.py: parse, build, call the engine."""

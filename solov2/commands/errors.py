@@ -1,0 +1,39 @@
+"""How a command ends: a user's mistake is one sentence on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from solov2.config import InputError
+
+
+def run_command(body: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+    """Run a command and turn its expected failures into exit codes.
+
+    Args:
+        body: takes the arguments after the program name, returns the exit code.
+        arguments: None for those of this process.
+
+    Returns:
+        The body's code; 2 for a user's mistake, a full disk or missing permission; 1 for a run that failed (a loss that
+        is not finite); 130 after Ctrl-C.
+    """
+    try:
+        return body(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (InputError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, ImportError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 1
+
+
+def sentence(error: BaseException) -> str:
+    """The message alone; a loader process hands its errors on with the traceback in front of it."""
+    text = str(error)
+    marker = f"{type(error).__name__}: "
+    return text.rsplit(marker, 1)[-1].strip() if "Original Traceback" in text else text

@@ -1,0 +1,76 @@
+"""Run by torchrun in tests/test_distributed.py: twenty steps on fixed batches, then every rank saves what it has."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import random_batch, tiny_config  # noqa: E402
+
+from solov2 import distributed  # noqa: E402
+from solov2.build import build_criterion, construct  # noqa: E402
+from solov2.commands.train import wrap  # noqa: E402
+from solov2.engine import train_one_epoch  # noqa: E402
+from solov2.logger import RunLogger  # noqa: E402
+
+STEPS = 20
+RATE = 0.02
+
+
+def batches_of(rank: int) -> list[dict]:
+    """Rank 1 sees only empty images in every third step."""
+    config = tiny_config()
+    return [
+        random_batch(config, seed=2 * step + rank, instances=0 if rank == 1 and step % 3 == 0 else 3)
+        for step in range(STEPS)
+    ]
+
+
+def fresh_model() -> torch.nn.Module:
+    """The same weights on every rank and in the test."""
+    torch.manual_seed(0)
+    return construct(tiny_config().model, ["a", "b", "c", "d"])
+
+
+def main(folder: str) -> None:
+    device = torch.device("cpu")
+    distributed.start(device)
+    rank = distributed.rank()
+    config, model = tiny_config(), fresh_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    logger = RunLogger(folder, main=rank == 0)
+    train_one_epoch(
+        wrap(model, device),
+        build_criterion(config.model),
+        batches_of(rank),
+        optimizer,
+        lambda step: 1.0,
+        learning_rate=RATE,
+        device=device,
+        epoch=0,
+        steps_per_epoch=STEPS,
+        total_steps=STEPS,
+        logger=logger,
+        clip_norm=1.0,
+        log_every=STEPS,
+    )
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    distributed.broadcast_buffers(model)
+    torch.save(
+        {
+            "state": model.state_dict(),
+            "buffers_before": before,
+            "gathered": distributed.all_gather_objects(rank),
+            "said": distributed.broadcast_object(f"from {rank}"),
+        },
+        Path(folder) / f"rank{rank}.pth",
+    )
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

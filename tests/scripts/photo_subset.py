@@ -1,0 +1,31 @@
+"""Write a COCO annotation file with the first images by id that hold 3 to 12 instances.
+
+python tests/scripts/photo_subset.py ANNOTATIONS OUT [--count 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+
+def subset(content: dict, count: int, least: int = 3, most: int = 12) -> dict:
+    """The annotation file reduced to the first `count` images by id with `least` to `most` instances (crowds aside)."""
+    instances = Counter(a["image_id"] for a in content["annotations"] if not a["iscrowd"])
+    chosen = sorted(image["id"] for image in content["images"] if least <= instances[image["id"]] <= most)[:count]
+    return {
+        **content,
+        "images": [image for image in content["images"] if image["id"] in chosen],
+        "annotations": [a for a in content["annotations"] if a["image_id"] in chosen],
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=8)
+    args = parser.parse_args()
+    args.out.write_text(json.dumps(subset(json.loads(args.annotations.read_text()), args.count)))

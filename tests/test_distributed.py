@@ -1,0 +1,121 @@
+"""Two processes train as one that averages their gradients; sharded evaluation gives the same AP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from distributed_worker import RATE, STEPS, batches_of, fresh_model
+from tiny import arguments, tiny_config
+
+from solov2 import distributed
+from solov2.build import build_criterion
+from solov2.config import InputError
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(command, cwd, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_two_processes_equal_averaged_gradients(repo_root, tmp_path):
+    done = run([*LAUNCHER, "tests/distributed_worker.py", str(tmp_path)], repo_root, PYTHONPATH=str(repo_root))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert first["gathered"] == second["gathered"] == [0, 1]
+    assert first["said"] == second["said"] == "from 0"
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name  # parameters by DDP, buffers by the broadcast
+    running = [name for name in first["buffers_before"] if "running_mean" in name]
+    assert any(not torch.equal(first["buffers_before"][name], second["buffers_before"][name]) for name in running)
+
+    model, criterion = fresh_model().train(), build_criterion(tiny_config().model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    for halves in zip(batches_of(0), batches_of(1)):
+        for batch in halves:
+            losses = criterion(model(model.normalize(batch["pixels"], batch["sizes"])), batch["targets"])
+            (sum(losses.values()) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    start = fresh_model()
+    moved = 0.0
+    for (name, value), initial in zip(model.named_parameters(), start.parameters()):
+        torch.testing.assert_close(first["state"][name], value, rtol=0, atol=1e-6, msg=name)
+        moved = max(moved, float((value - initial).abs().max().detach()))
+    assert moved > 0.01 and STEPS == 20
+
+
+def test_commands_on_two_processes(repo_root, tmp_path):
+    """`python train.py --nproc 2` and torchrun end alike; evaluation does not depend on the number of processes."""
+    settings = [
+        "--epochs",
+        "2",
+        "--seed",
+        "3",
+        "--set",
+        "model.score_threshold=0.0",
+        "--set",
+        "model.category_threshold=0.01",
+    ]
+    data = tmp_path / "shapes"
+    by_flag = run([sys.executable, "train.py", *arguments(data, tmp_path / "a", *settings, "--nproc", "2")], repo_root)
+    assert by_flag.returncode == 0, by_flag.stderr[-3000:]
+    assert "2 processes on cpu" in by_flag.stdout and "8 images per step" in by_flag.stdout
+    by_torchrun = run([*LAUNCHER, "train.py", *arguments(data, tmp_path / "b", *settings)], repo_root)
+    assert by_torchrun.returncode == 0, by_torchrun.stderr[-3000:]
+    states = [torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "ab"]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    figures, results = [], []
+    for nproc in ([], ["--nproc", "2"]):
+        out, instances = tmp_path / f"figures{len(nproc)}.json", tmp_path / f"results{len(nproc)}.json"
+        done = run(
+            [
+                sys.executable,
+                "eval.py",
+                "--weights",
+                str(tmp_path / "a" / "last.pth"),
+                "--data-root",
+                str(data),
+                "--workers",
+                "0",
+                "--json",
+                str(out),
+                "--results",
+                str(instances),
+                "--device",
+                "cpu",
+                *nproc,
+            ],
+            repo_root,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        figures.append(json.loads(out.read_text()))
+        results.append(json.loads(instances.read_text()))
+    assert figures[0]["segm"] == figures[1]["segm"] and figures[0]["bbox"] == figures[1]["bbox"]
+    assert results[0] == results[1] and len(results[0]) > 0
+
+
+def test_relaunch_refuses_what_cannot_be(monkeypatch):
+    with pytest.raises(InputError, match="at least 1"):
+        distributed.relaunch(0, ["train.py"], "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="--nproc 2 inside a torchrun of 4"):
+        distributed.relaunch(2, ["train.py"], "cpu")
+    distributed.relaunch(4, ["train.py"], "cpu")  # already so: nothing to do
+    assert distributed.without_nproc(["a", "--nproc", "2", "--seed", "1"]) == ["a", "--seed", "1"]
+    assert distributed.without_nproc(["--nproc=2", "b"]) == ["b"]
+
+
+def test_devices():
+    assert distributed.select_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="device 'warp9'"):
+        distributed.select_device("warp9")
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)

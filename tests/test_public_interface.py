@@ -1,0 +1,98 @@
+"""The names that others call: present, and with the documented arguments, defaults and kinds.
+
+Callers keep working when an argument is added, keyword-only and with a default, or when a required one gets a default;
+nothing may be renamed, moved or reordered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import solov2
+
+# (where, name) -> the documented signature, as Python. `self` is left out of methods.
+SIGNATURES = {
+    ("solov2", "build_model"): "(name_or_config, *, weights=None, num_classes=None, device=None, **overrides)",
+    ("solov2", "list_models"): "()",
+    ("solov2", "draw_instances"): "(image, result, class_names)",
+    ("solov2", "SOLOv2.forward"): "(images)",
+    ("solov2", "SOLOv2.normalize"): "(pixels, sizes)",
+    ("solov2", "SOLOv2.preprocess"): "(images)",
+    ("solov2", "SOLOv2.postprocess"): "(raw, sizes, original_sizes, *, mask_format='bool', **settings)",
+    ("solov2", "SOLOv2.predict"): "(images, *, score_threshold=None, max_instances=None, batch_size=1)",
+    ("solov2.targets", "TargetAssigner"): "(grid_sizes, scale_ranges, *, num_classes, center_sigma=0.2)",
+    ("solov2.targets", "TargetAssigner.__call__"): "(instances, padded_size)",
+    ("solov2.losses", "SOLOv2Criterion"): "(*, num_classes, mask_weight=3.0, focal_gamma=2.0, focal_alpha=0.25)",
+    ("solov2.losses", "SOLOv2Criterion.forward"): "(raw, targets, num_positives=None)",
+    ("solov2.ops.matrix_nms", "matrix_nms"): "(masks, labels, scores, *, kernel='gaussian', sigma=2.0)",
+    ("solov2.convert", "convert_state_dict"): "(state_dict)",
+    ("solov2.predict", "main"): "(argv=None)",
+    ("solov2.commands.train", "main"): "(argv=None)",
+    ("solov2.commands.evaluate", "main"): "(argv=None)",
+    ("solov2.commands.benchmark", "main"): "(argv=None)",
+}
+
+
+def documented(text: str) -> inspect.Signature:
+    """The signature that is written in `text`."""
+    namespace: dict[str, Any] = {}
+    exec(f"def f{text}: ...", namespace)
+    return inspect.signature(namespace["f"])
+
+
+def find(module: str, name: str) -> Callable:
+    found = importlib.import_module(module)
+    for step in name.split("."):
+        found = getattr(found, step)
+    return found
+
+
+def same_parameters(actual: inspect.Signature, wanted: inspect.Signature) -> bool:
+    """Whether every call that `wanted` documents means the same to `actual`; `self` and annotations do not count."""
+    parameters = [item for item in actual.parameters.values() if item.name != "self"]
+    added = [item for item in parameters if item.name not in wanted.parameters and item.kind is item.KEYWORD_ONLY
+             and item.default is not item.empty]
+    kept, promised = [item for item in parameters if item not in added], list(wanted.parameters.values())
+    return [(item.name, item.kind) for item in kept] == [(item.name, item.kind) for item in promised] and all(
+        item.default is item.empty or own.default == item.default for own, item in zip(kept, promised, strict=True))
+
+
+@pytest.mark.parametrize(("module", "name"), SIGNATURES)
+def test_signature(module: str, name: str) -> None:
+    actual, wanted = inspect.signature(find(module, name)), documented(SIGNATURES[module, name])
+    assert same_parameters(actual, wanted), f"{module}.{name}{actual} is documented as {wanted}"
+
+
+def test_the_comparison_sees_differences() -> None:
+    wanted = documented("(a, *, b=1)")
+    for other in ("(self, a, *, b=1, c=2)", "(a=None, *, b=1)"):
+        assert same_parameters(documented(other), wanted), other
+    for other in ("(a, b=1)", "(a, *, b=2)", "(a, *, b)", "(a, *, b=1, c)", "(x, *, b=1)", "(a, c=0, *, b=1)", "(a)"):
+        assert not same_parameters(documented(other), wanted), other
+
+
+def test_names_are_handed_on() -> None:
+    for name in solov2.__all__:
+        assert name in dir(solov2) and getattr(solov2, name) is not None
+    assert {"SOLOv2", "build_model", "draw_instances", "list_models"} <= set(solov2.__all__)
+    assert solov2.targets.TargetAssigner and solov2.losses.SOLOv2Criterion and solov2.ops.matrix_nms.matrix_nms
+    with pytest.raises(AttributeError, match="no_such_name"):
+        solov2.no_such_name  # noqa: B018
+
+
+def test_model_names() -> None:
+    assert set(solov2.list_models()) == {
+        "quickstart", "solov2_r50_fpn_1x", "solov2_r50_fpn_3x", "solov2_r101_fpn_3x", "solov2_r101_dcn_fpn_3x",
+        "solov2_x101_dcn_fpn_3x", "solov2_light_r18_fpn_3x", "solov2_light_r34_fpn_3x", "solov2_light_r50_fpn_3x",
+        "solov2_light_r50_dcn_fpn_3x"}
+
+
+def test_built_model_has_class_names() -> None:
+    model = solov2.build_model("quickstart")
+    assert not model.training
+    assert all(isinstance(name, str) for name in model.class_names) and len(model.class_names) > 0
