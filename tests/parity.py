@@ -1,0 +1,246 @@
+"""What the parity tests share: the reference's numbers, and the rules that make its weights and inputs.
+
+The reference is mmdetection 3.3.0 on a CPU. `tests/data/README.md` says which of its numbers are kept. Weights and
+inputs are not stored: every array is drawn from a generator that is seeded with the array's own name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+from torch import Tensor
+
+from solov2.build import build_model
+from solov2.convert import convert_state_dict
+from solov2.models.solov2 import SOLOv2
+
+DATA = Path(__file__).with_name("data")
+SEED = 20261122
+GRIDS = (40, 36, 24, 16, 12)
+
+# the reference's name of a configuration -> ours
+MODELS = {
+    "solov2_r50": "solov2_r50_fpn_3x",
+    "solov2_r101_dcn": "solov2_r101_dcn_fpn_3x",
+    "solov2_x101_dcn": "solov2_x101_dcn_fpn_3x",
+    "solov2_light_r18": "solov2_light_r18_fpn_3x",
+    "solov2_light_r34": "solov2_light_r34_fpn_3x",
+    "solov2_light_r50": "solov2_light_r50_fpn_3x",
+    "solov2_light_r50_dcn": "solov2_light_r50_dcn_fpn_3x",
+}
+
+# our state-dict names -> mmdetection's; the way back is what solov2.convert does
+TO_MMDET = (
+    (r"^fpn\.lateral\.(\d)\.", r"neck.lateral_convs.\1.conv."),
+    (r"^fpn\.output\.(\d)\.", r"neck.fpn_convs.\1.conv."),
+    (r"^head\.category_tower\.", "mask_head.cls_convs."),
+    (r"^head\.kernel_tower\.", "mask_head.kernel_convs."),
+    (r"^head\.category_predictor\.", "mask_head.conv_cls."),
+    (r"^head\.kernel_predictor\.", "mask_head.conv_kernel."),
+    (r"^mask_feature_head\.levels\.(\d)\.(\d)\.", r"mask_head.mask_feature_head.convs_all_levels.\1.conv\2."),
+    (r"^mask_feature_head\.predictor\.", "mask_head.mask_feature_head.conv_pred."),
+    (r"\.norm\.", ".gn."),
+)
+
+
+def load(name: str) -> Any:
+    """A file of numbers in tests/data."""
+    path = DATA / name
+    return json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_text())
+
+
+# ---- weights
+
+
+def draw(tag: str, shape: Sequence[int]) -> np.ndarray:
+    """Standard normal numbers that belong to a name, float64."""
+    return np.random.RandomState(zlib.crc32(f"{tag}#{SEED}".encode())).standard_normal(tuple(shape))
+
+
+def mmdet_name(name: str) -> str:
+    """mmdetection's name of one of our state-dict entries."""
+    for pattern, replacement in TO_MMDET:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def mmdet_shapes(model: SOLOv2) -> dict[str, tuple[int, ...]]:
+    """The state dict that mmdetection has for this network: name -> shape."""
+    return {mmdet_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def mmdet_weights(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights under mmdetection's names, drawn in float64 and rounded to float32 once.
+
+    Convolutions have the variance gain / fan-in, norms lie around 1 (0.5 where a residual block ends), the rest is
+    small. `overrides` rescales some tensors so that activations stay of the order of 1.
+    """
+    state = {}
+    for name, shape in shapes.items():
+        layer, kind = name.rsplit(".", 1)
+        if kind == "num_batches_tracked":
+            state[name] = torch.zeros(shape, dtype=torch.int64)
+            continue
+        value = draw(name, shape)
+        if len(shape) == 4:
+            value = value * math.sqrt(_gain(layer) / math.prod(shape[1:]))
+        elif kind == "running_var":
+            value = np.exp(0.1 * value) * overrides["running_var_scale"].get(layer, 1.0)
+        elif kind == "weight":
+            value = (1 + 0.1 * np.clip(value, -2, 2)) * (0.5 if _ends_block(layer, shapes) else 1.0)
+        else:
+            value = 0.05 * value
+        value = value * overrides["weight_scale"].get(name, 1.0)
+        value = np.asarray(overrides["replace"].get(name, value), dtype=np.float64)
+        state[name] = torch.from_numpy(value.reshape(shape).astype(np.float32))
+    return state
+
+
+def _gain(layer: str) -> float:
+    if layer.endswith("conv_offset"):
+        return 0.25
+    return 1.0 if layer.startswith("neck.") or layer.endswith(("conv_cls", "conv_kernel")) else 2.0
+
+
+def _ends_block(layer: str, names: Iterable[str]) -> bool:
+    """Whether this is the last norm of a residual block: bn3, or bn2 in a basic block."""
+    block, _, norm = layer.rpartition(".")
+    last = "bn3" if f"{block}.bn3.weight" in names else "bn2"
+    return block.startswith("backbone.layer") and norm == last
+
+
+def reference_model(config: str, overrides: Mapping[str, Any]) -> SOLOv2:
+    """Our model with the reference's weights, float32, in evaluation mode; loaded by way of the converter.
+
+    It is built without storage, because drawing weights that are thrown away takes seconds. The constants of
+    `normalize` therefore stay on the meta device; the inputs here are normalised already.
+    """
+    with torch.device("meta"):
+        model = build_model(MODELS[config], device="meta")
+    state, traits = convert_state_dict(mmdet_weights(mmdet_shapes(model), overrides))
+    assert traits["family"] == "mmdet"
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+# ---- inputs
+
+
+def network_input(tag: str, shape: Sequence[int], valid: Sequence[Sequence[int]] = ()) -> Tensor:
+    """Normalised images, float32 [B, 3, H, W], zero outside `valid` (h, w of each image)."""
+    images = torch.from_numpy(draw(f"input/{tag}", shape).astype(np.float32))
+    for image, (height, width) in zip(images, valid):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return images
+
+
+def raw_outputs(tag: str, params: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The raw dict of a made-up network: noise of given scales, smooth mask features, and single cells edited."""
+    batch, channels, (height, width) = params["batch"], params["kernel_channels"], params["feat"]
+    logits, kernels = [], []
+    for level, size in enumerate(GRIDS):
+        noise = draw(f"{tag}/cls{level}", (batch, params["num_classes"], size, size))
+        logits.append((noise * params["cls_scale"] + params["cls_shift"]).astype(np.float32))
+        kernel = draw(f"{tag}/kernel{level}", (batch, channels, size, size)) * params["kernel_scale"]
+        kernel[:, 0] += params.get("kernel0_shift", 0.0)
+        kernels.append(kernel.astype(np.float32))
+    features = draw(f"{tag}/feat", (batch, channels, height, width)) * params["feat_noise"]
+    if params.get("feat_basis"):
+        features = features + params["feat_basis"] * _cosines(channels, height, width)
+    for edit in params.get("edits", ()):
+        _edit(logits, kernels, *edit)
+    return {
+        "category_logits": [torch.from_numpy(level).to(dtype) for level in logits],
+        "kernels": [torch.from_numpy(level).to(dtype) for level in kernels],
+        "mask_features": torch.from_numpy(features.astype(np.float32)).to(dtype),
+    }
+
+
+def _cosines(channels: int, height: int, width: int) -> np.ndarray:
+    """A cosine basis [channels, height, width], as of an image compressor."""
+    side = math.ceil(math.sqrt(channels))
+    y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
+    return np.stack(
+        [np.outer(np.cos(math.pi * (c // side) * y), np.cos(math.pi * (c % side) * x)) for c in range(channels)]
+    )
+
+
+def _edit(logits: list[np.ndarray], kernels: list[np.ndarray], kind: str, *values: Any) -> None:
+    if kind == "cls":
+        level, image, label, y, x, value = values
+        logits[level][image, label, y, x] = value
+    elif kind == "kernel0":
+        level, image, y, x, value = values
+        kernels[level][image, 0, y, x] = value
+    elif kind == "zero_kernel":
+        level, image, y, x = values
+        kernels[level][image, :, y, x] = 0
+    else:
+        assert kind == "copy_kernel", kind
+        image, (level, y, x), (other, other_y, other_x) = values
+        kernels[other][image, :, other_y, other_x] = kernels[level][image, :, y, x]
+
+
+def decode(counts: str, size: Sequence[int]) -> Tensor:
+    """A stored mask, uint8 [h, w]."""
+    return torch.from_numpy(coco_mask.decode({"size": list(size), "counts": counts.encode()}))
+
+
+def instances(image: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Ground truth of one stored image, as `TargetAssigner` takes it."""
+    masks = [decode(counts, image["img_shape"]) for counts in image["masks"]]
+    return {
+        "boxes": torch.tensor(image["boxes"], dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(image["labels"], dtype=torch.int64),
+        "masks": torch.stack(masks) if masks else torch.zeros(0, *image["img_shape"], dtype=torch.uint8),
+    }
+
+
+# ---- comparison
+
+
+def assert_same_instances(
+    result: Mapping[str, Any], expected: Mapping[str, Any], *, score_tolerance: float, pixels: int = 0
+) -> None:
+    """Compare a result with a stored one.
+
+    Scores are compared rank by rank. Instances whose scores are closer than the tolerance may come in any order; apart
+    from that labels and boxes are equal and masks differ in at most `pixels` pixels.
+    """
+    scores = torch.tensor(expected["scores"], dtype=torch.float64)
+    assert len(result["scores"]) == len(scores) == len(expected["labels"])
+    if not len(scores):
+        return
+    assert (result["scores"].double() - scores).abs().max() <= score_tolerance
+    areas = result["masks"].flatten(1).sum(1).tolist()
+    found = list(zip(result["labels"].tolist(), areas, result["boxes"].tolist(), result["masks"]))
+    start = 0
+    for end in range(1, len(scores) + 1):
+        if end < len(scores) and scores[end - 1] - scores[end] <= 2 * score_tolerance:
+            continue  # a tie goes on
+        rest = found[start:end]
+        for rank in range(start, end):
+            rest.remove(next((item for item in rest if _fits(item, expected, rank, pixels)), None))
+        start = end
+
+
+def _fits(item: tuple[int, int, list[float], Tensor], expected: Mapping[str, Any], rank: int, pixels: int) -> bool:
+    label, area, box, mask = item
+    if label != expected["labels"][rank] or abs(area - expected["areas"][rank]) > pixels:
+        return False
+    if max(abs(a - b) for a, b in zip(box, expected["boxes"][rank])) > min(pixels, 1):
+        return False
+    if rank >= len(expected["masks"]):
+        return True
+    return int((mask ^ decode(expected["masks"][rank], mask.shape).bool()).sum()) <= pixels

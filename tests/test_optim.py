@@ -1,0 +1,128 @@
+"""Learning rates follow the reference's to the last digit; groups, optimisers, the scaling rule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from parity import load
+from torch import nn
+
+from solov2.config import load_config
+from solov2.optim import build_optimizer, make_schedule, parameter_groups, scaled_learning_rate
+
+SCHEDULES = {stored["name"]: stored for stored in load("schedule.json")["schedules"]}
+
+
+def schedule_of(stored: dict[str, Any]) -> Any:
+    return make_schedule(
+        "step",
+        steps_per_epoch=stored["iters_per_epoch"],
+        epochs=stored["epochs"],
+        warmup_steps=stored["warmup_iters"],
+        warmup_start=stored["warmup_start_factor"],
+        step_epochs=stored["milestones"],
+    )
+
+
+# The reference multiplies its rate from step to step, so its last digit drifts by a few units.
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates(name: str) -> None:
+    stored, factor = SCHEDULES[name], schedule_of(SCHEDULES[name])
+    assert stored["gamma"] == 0.1
+    for step, rate in stored["lr"]:
+        assert stored["base_lr"] * factor(step) == pytest.approx(rate, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("solov2_r50_fpn_1x", "1x"), ("solov2_r50_fpn_3x", "3x"), ("solov2_light_r18_fpn_3x", "3x")]
+)
+def test_configurations_have_the_recipe(model: str, name: str) -> None:
+    train, stored = load_config(model).train, SCHEDULES[name]
+    assert (train.optimizer, train.schedule, train.learning_rate) == ("sgd", "step", stored["base_lr"])
+    assert (train.momentum, train.weight_decay, train.clip_norm, train.decay_norms) == (0.9, 1e-4, 35, True)
+    assert (train.epochs, list(train.step_epochs)) == (stored["epochs"], stored["milestones"])
+    assert train.warmup_steps == stored["warmup_iters"] and train.reference_batch_size == 16
+    assert train.warmup_start == pytest.approx(stored["warmup_start_factor"])
+
+
+def test_a_decay_inside_the_warm_up_multiplies_it() -> None:
+    """Short epochs on small data: both factors count."""
+    factor = make_schedule("step", steps_per_epoch=10, epochs=4, warmup_steps=31, warmup_start=0.0, step_epochs=(2,))
+    assert factor(15) == pytest.approx(0.5) and factor(21) == pytest.approx(0.07) and factor(39) == pytest.approx(0.1)
+
+
+def test_no_warm_up() -> None:
+    for steps in (0, 1):
+        factor = make_schedule("step", steps_per_epoch=5, epochs=2, warmup_steps=steps, warmup_start=0.1)
+        assert [factor(step) for step in range(10)] == [1.0] * 10
+
+
+def test_cosine() -> None:
+    """Rises over the warm-up, is half-way down half-way through the rest, and ends at 0."""
+    factor = make_schedule("cosine", steps_per_epoch=11, epochs=10, warmup_steps=10, warmup_start=0.1)
+    assert factor(0) == pytest.approx(0.1) and factor(9) == pytest.approx(1.0) and factor(10) == pytest.approx(1.0)
+    assert factor(60) == pytest.approx(0.5) and factor(35) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert factor(110) == pytest.approx(0.0) == factor(1000)
+    rates = [factor(step) for step in range(111)]
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_unknown_schedule() -> None:
+    with pytest.raises(ValueError, match="'step' or 'cosine', got 'poly'"):
+        make_schedule("poly", steps_per_epoch=1, epochs=1, warmup_steps=0, warmup_start=1.0)
+
+
+def network() -> nn.Module:
+    """Convolution, norm and a frozen layer: 4 trainable tensors, two of them matrices or more."""
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2, bias=False), nn.Linear(2, 2)
+    )
+    layers[3].requires_grad_(False)
+    return layers
+
+
+def test_groups_hold_every_trainable_parameter_once() -> None:
+    model = network()
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for decay_norms, sizes in ((True, [4]), (False, [2, 2])):
+        groups = parameter_groups(model, weight_decay=0.01, decay_norms=decay_norms)
+        assert [len(group["params"]) for group in groups] == sizes
+        members = [id(parameter) for group in groups for parameter in group["params"]]
+        assert set(members) == trainable and len(members) == len(trainable)
+        assert groups[0]["weight_decay"] == 0.01
+    assert groups[1]["weight_decay"] == 0 and all(parameter.ndim == 1 for parameter in groups[1]["params"])
+
+
+def test_sgd_step_by_hand() -> None:
+    """v = momentum v + g + decay w;  w = w - rate v; twice, so that the momentum shows."""
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    weight = model.weight.item()
+    optimizer = build_optimizer(model, name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, decay_norms=True)
+    velocity = 0.0
+    for gradient in (2.0, -1.0):
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient + 0.01 * weight
+        weight -= 0.1 * velocity
+        assert model.weight.item() == pytest.approx(weight, rel=1e-12)
+
+
+def test_optimizers_by_name() -> None:
+    common = {"learning_rate": 0.02, "momentum": 0.9, "weight_decay": 0.05, "decay_norms": False}
+    sgd, adamw = (build_optimizer(network(), name=name, **common) for name in ("sgd", "adamw"))
+    assert type(sgd) is torch.optim.SGD and sgd.defaults["momentum"] == 0.9
+    assert type(adamw) is torch.optim.AdamW
+    for optimizer in (sgd, adamw):
+        assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    with pytest.raises(ValueError, match="'sgd' or 'adamw', got 'lion'"):
+        build_optimizer(network(), name="lion", **common)
+
+
+def test_scaling_rule() -> None:
+    assert scaled_learning_rate(0.01, 16, 16) == 0.01
+    assert scaled_learning_rate(0.01, 2, 16) == pytest.approx(0.00125)
+    assert scaled_learning_rate(0.01, 64, 16) == pytest.approx(0.04)

@@ -1,0 +1,248 @@
+"""From raw outputs to instances: the reference's cases, and the promises about order, limits, memory and emptiness."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from parity import assert_same_instances, load, raw_outputs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from solov2.models.postprocess import (
+    CELLS_AT_ONCE,
+    PostprocessSettings,
+    apply_kernels,
+    flatten_raw,
+    postprocess,
+    select_candidates,
+    suppress_neighbours,
+)
+from solov2.ops.masks import decode_rle
+
+CASES = {case["name"]: case for case in load("postprocess.json.gz")["cases"]}
+
+
+def settings_of(case: dict[str, Any]) -> PostprocessSettings:
+    stored = case["test_cfg"]
+    return PostprocessSettings(
+        category_threshold=stored["score_thr"],
+        mask_threshold=stored["mask_thr"],
+        max_candidates=stored["nms_pre"],
+        nms_kernel=stored["kernel"],
+        nms_sigma=stored["sigma"],
+        score_threshold=stored["filter_thr"],
+        max_instances=stored["max_per_img"],
+    )
+
+
+def run(case: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> list[dict[str, Any]]:
+    return postprocess(
+        raw_outputs(case["tag"], case["params"], dtype),
+        [meta["img_shape"] for meta in case["metas"]],
+        [meta["ori_shape"] for meta in case["metas"]],
+        settings_of(case),
+        **options,
+    )
+
+
+def test_all_cases_are_here() -> None:
+    assert len(CASES) == 21
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_instances_in_float64(name: str) -> None:
+    """Everything is equal; only the reference's decay is float32 even here, which moves scores by up to 3e-8."""
+    case = CASES[name]
+    for result, expected in zip(run(case, torch.float64), case["results"], strict=True):
+        assert_same_instances(result, expected, score_tolerance=5e-8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_instances_in_float32(name: str) -> None:
+    """The reference differs from itself by one pixel in one mask, and more in the scores of suppressed instances."""
+    case = CASES[name]
+    tolerance = 2e-7 + 1.1 * case["float32"]["max_score_diff"]
+    for result, expected in zip(run(case), case["results"], strict=True):
+        assert_same_instances(result, expected, score_tolerance=tolerance, pixels=1)
+        assert result["scores"].dtype == result["boxes"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_candidates(name: str) -> None:
+    """(cell, class) pairs after points NMS, and those of them whose mask passes the area filter."""
+    case = CASES[name]
+    raw = raw_outputs(case["tag"], case["params"], torch.float64)
+    settings = replace(settings_of(case), max_candidates=-1)
+    scores, kernels, thresholds = flatten_raw(raw, settings)
+    for image, expected in enumerate(case["results"]):
+        assert (scores[image] > settings.category_threshold).sum() == expected["n_candidates"]
+        found = select_candidates(scores[image], kernels[image], raw["mask_features"][image], thresholds, settings)
+        assert len(found.scores) == len(found.masks) == expected["n_after_area"]
+        assert (found.scores.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("limit", [1, 37, 500, 2000])
+def test_candidates_in_chunks_are_those_of_one_go(limit: int) -> None:
+    """The search stops early; what it finds is the head of the full list."""
+    case = CASES["over_500"]
+    raw = raw_outputs(case["tag"], case["params"], torch.float64)
+    (scores,), (kernels,), thresholds = flatten_raw(raw, PostprocessSettings())
+    assert (scores.amax(1) > 0.1).sum() > 2 * CELLS_AT_ONCE
+    arguments = scores, kernels, raw["mask_features"][0], thresholds
+    everything = select_candidates(*arguments, PostprocessSettings(max_candidates=-1))
+    found = select_candidates(*arguments, PostprocessSettings(max_candidates=limit))
+    for name in ("scores", "labels", "cells", "masks"):
+        assert torch.equal(getattr(found, name), getattr(everything, name)[:limit])
+    own = apply_kernels(kernels[found.cells], arguments[2]) > 0.5
+    assert torch.equal(own, found.masks)
+
+
+@pytest.mark.parametrize("max_candidates", [500, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["nothing_passes", "all_masks_too_small"])
+def test_nothing_found(name: str, dtype: torch.dtype, max_candidates: int) -> None:
+    case = CASES[name]
+    raw = raw_outputs(case["tag"], case["params"], dtype)
+    settings = replace(settings_of(case), max_candidates=max_candidates)
+    (result,) = postprocess(raw, [(150, 200)], [(300, 401)], settings)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert result["scores"].shape == (0,) and result["scores"].dtype == wide
+    assert result["labels"].shape == (0,) and result["labels"].dtype == torch.int64
+    assert result["masks"].shape == (0, 300, 401) and result["masks"].dtype == torch.bool
+    assert result["boxes"].shape == (0, 4) and result["boxes"].dtype == torch.float32
+    (runs,) = postprocess(raw, [(150, 200)], [(300, 401)], settings, mask_format="rle")
+    assert runs["masks"] == [] and runs["boxes"].shape == (0, 4)
+
+
+def test_run_lengths_are_the_planes() -> None:
+    for name in ("batch_of_three", "grid_corners"):
+        planes, runs = run(CASES[name]), run(CASES[name], mask_format="rle")
+        for plane, rle in zip(planes, runs, strict=True):
+            for key in ("scores", "labels", "boxes"):
+                assert torch.equal(plane[key], rle[key])
+            assert torch.equal(torch.stack([decode_rle(item) for item in rle["masks"]]).bool(), plane["masks"])
+
+
+def test_results_are_sorted_and_tight() -> None:
+    for result, meta in zip(run(CASES["batch_of_three"]), CASES["batch_of_three"]["metas"], strict=True):
+        assert (result["scores"].diff() <= 0).all()
+        assert result["masks"].shape[1:] == tuple(meta["ori_shape"])
+        for mask, (x1, y1, x2, y2) in zip(result["masks"], result["boxes"].int().tolist()):
+            if not mask.any():  # its pixels lay in the padding
+                assert (x1, y1, x2, y2) == (0, 0, 0, 0)
+                continue
+            assert mask[y1:y2, x1:x2].sum() == mask.sum()
+            assert mask[y1].any() and mask[y2 - 1].any() and mask[:, x1].any() and mask[:, x2 - 1].any()
+
+
+def test_a_batch_gives_what_its_images_give() -> None:
+    case = CASES["batch_of_three"]
+    raw, together = raw_outputs(case["tag"], case["params"], torch.float64), run(case, torch.float64)
+    for image, (result, meta) in enumerate(zip(together, case["metas"], strict=True)):
+        own = {
+            key: [level[image : image + 1] for level in value] if isinstance(value, list) else value[image : image + 1]
+            for key, value in raw.items()
+        }
+        sizes = (torch.tensor([meta[key]]) for key in ("img_shape", "ori_shape"))
+        (alone,) = postprocess(own, *sizes, settings_of(case))
+        for key in alone:
+            assert torch.equal(alone[key], result[key])
+
+
+def test_thresholds_and_limits() -> None:
+    case = CASES["normal"]
+    (everything,) = run(case)
+    raw = raw_outputs(case["tag"], case["params"], torch.float32)
+    threshold = everything["scores"][30].item()
+    (high,) = postprocess(raw, [(160, 224)], [(160, 224)], PostprocessSettings(score_threshold=threshold))
+    assert torch.equal(high["scores"], everything["scores"][:31])  # the threshold itself passes
+    (few,) = postprocess(raw, [(160, 224)], [(160, 224)], PostprocessSettings(max_instances=7))
+    for key in ("scores", "labels", "masks", "boxes"):
+        assert torch.equal(few[key], everything[key][:7])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+    case = CASES["normal"]
+    half = raw_outputs(case["tag"], case["params"], dtype)
+    wide = {
+        key: [level.float() for level in value] if isinstance(value, list) else value.float()
+        for key, value in half.items()
+    }
+    arguments = [(160, 224)], [(200, 300)], PostprocessSettings()
+    (wanted,), (result,) = postprocess(wide, *arguments), postprocess(half, *arguments)
+    with torch.autocast("cpu", dtype=dtype):
+        (under_autocast,) = postprocess(half, *arguments)
+    assert wanted["scores"].dtype == torch.float32 and len(wanted["scores"]) > 50
+    for key in wanted:
+        assert torch.equal(result[key], wanted[key]) and torch.equal(under_autocast[key], wanted[key])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most bytes that any tensor made inside takes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.most = max(self.most, value.untyped_storage().nbytes())
+        return result
+
+
+def test_every_cell_and_class_above_the_threshold() -> None:
+    """3,872 cells times 80 classes: their masks together would be 5 GB, no single tensor here passes 32 MiB."""
+    generator = torch.Generator().manual_seed(0)
+    grids = (40, 36, 24, 16, 12)
+    raw = {
+        "category_logits": [torch.full((1, 80, size, size), 3.0) for size in grids],
+        "kernels": [torch.randn(1, 8, size, size, generator=generator) for size in grids],
+        "mask_features": torch.randn(1, 8, 64, 64, generator=generator),
+    }
+    with LargestTensor() as memory:
+        (result,) = postprocess(raw, [(256, 256)], [(256, 256)], PostprocessSettings())
+    assert len(result["scores"]) == 100
+    assert memory.most <= 2**25
+
+
+def test_final_masks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on pixels alive at once changes nothing but memory."""
+    whole = run(CASES["crop_up"], torch.float64)[0]
+    monkeypatch.setattr("solov2.models.postprocess.PIXELS_AT_ONCE", 400_000)  # three masks
+    chunked = run(CASES["crop_up"], torch.float64)[0]
+    assert all(torch.equal(whole[key], chunked[key]) for key in ("scores", "labels", "masks", "boxes"))
+
+
+def test_copies_under_the_linear_kernel() -> None:
+    """Identical masks of one class: one is left and nothing is NaN, even without a score threshold."""
+    case = CASES["duplicates_linear"]
+    raw = raw_outputs(case["tag"], case["params"], torch.float32)
+    (result,) = postprocess(
+        raw, [(160, 224)], [(160, 224)], PostprocessSettings(nms_kernel="linear", score_threshold=-1.0)
+    )
+    assert torch.isfinite(result["scores"]).all()
+    assert (result["scores"] == 0).sum() == 3
+
+
+def test_points_nms() -> None:
+    """A score survives unless its upper, left or upper-left neighbour is higher; ties survive."""
+    scores = torch.tensor([[0.5, 0.5, 0.4], [0.6, 0.5, 0.7], [0.1, 0.6, 0.7]])
+    kept = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1]])
+    assert torch.equal(suppress_neighbours(scores[None, None])[0, 0], scores * kept)
+
+
+def test_raw_outputs_are_left_untouched() -> None:
+    case = CASES["normal"]
+    raw, fresh = (raw_outputs(case["tag"], case["params"], torch.float32) for _ in range(2))
+    postprocess(raw, [(160, 224)], [(160, 224)], PostprocessSettings())
+    assert torch.equal(raw["mask_features"], fresh["mask_features"])
+    for key in ("category_logits", "kernels"):
+        assert all(torch.equal(one, other) for one, other in zip(raw[key], fresh[key], strict=True))
+
+
+def test_unknown_mask_format() -> None:
+    with pytest.raises(ValueError, match="'bool' or 'rle', got 'polygon'"):
+        run(CASES["exactly_one"], mask_format="polygon")

@@ -1,0 +1,140 @@
+"""Images in by every way, instances out: normalize, preprocess and predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny import lively, tiny_model
+
+from solov2.models.solov2 import SOLOv2
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth RGB image, uint8 [H, W, 3]."""
+    y, x = np.mgrid[:height, :width]
+    phases = np.random.default_rng(seed).uniform(0, 6, 3)
+    return np.stack([127 + 120 * np.sin(x / 9 + y / 13 + phase) for phase in phases], 2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> SOLOv2:
+    return lively(tiny_model(input_scale=(96, 64)))
+
+
+def test_normalize() -> None:
+    """(pixel - mean) / std inside `sizes`, zero outside; input untouched."""
+    model, pixels = tiny_model(), torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8)
+    kept, sizes = pixels.clone(), torch.tensor([[32, 64], [20, 33]])
+    images = model.normalize(pixels, sizes)
+    assert images.dtype == torch.float32 and torch.equal(pixels, kept)
+    mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
+    std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+    for image, pixel, (height, width) in zip(images, pixels, sizes.tolist()):
+        wanted = torch.zeros(3, 32, 64)
+        wanted[:, :height, :width] = ((pixel - mean) / std)[:, :height, :width]
+        assert torch.allclose(image, wanted, atol=1e-6)
+
+
+def test_normalize_in_bgr_order() -> None:
+    """Weights trained on BGR: channels are turned round, mean and std belong to the turned order."""
+    model = tiny_model(channel_order="bgr", pixel_mean=(103.53, 116.28, 123.675), pixel_std=(1.0, 2.0, 4.0))
+    pixels = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1).expand(-1, -1, 32, 32)
+    images = model.normalize(pixels, torch.tensor([[32, 32]]))
+    assert images[0, :, 5, 5].tolist() == pytest.approx([30 - 103.53, (20 - 116.28) / 2, (10 - 123.675) / 4], rel=1e-5)
+
+
+def test_preprocess(predictor: SOLOv2) -> None:
+    """Resized to the model's scale, ratio kept, one padded batch of multiples of 32, zero in the padding."""
+    given = [picture(200, 300), torch.from_numpy(picture(120, 60)).permute(2, 0, 1)]
+    images, sizes, original_sizes = predictor.preprocess(given)
+    assert original_sizes.tolist() == [[200, 300], [120, 60]] and original_sizes.dtype == torch.int64
+    assert sizes.tolist() == [[64, 96], [96, 48]] and sizes.dtype == torch.int64
+    assert images.shape == (2, 3, 96, 96) and images.dtype == torch.float32
+    for image, (height, width) in zip(images, sizes.tolist()):
+        assert not image[:, height:].any() and not image[:, :, width:].any()
+        assert image[:, height - 1].any() and image[:, :, width - 1].any()
+
+
+def test_every_form_of_an_image_gives_the_same(predictor: SOLOv2, tmp_path: Path) -> None:
+    """Path as text or Path, PIL image, array, tensor: mixed in one call, inputs untouched."""
+    array = picture(80, 110)
+    PIL.Image.fromarray(array).save(tmp_path / "image.png")
+    forms = [
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
+        PIL.Image.fromarray(array),
+        array,
+        torch.from_numpy(array).permute(2, 0, 1),
+    ]
+    kept = array.copy()
+    results = predictor.predict(forms)
+    assert np.array_equal(array, kept)
+    assert len(results) == 5 and len(results[0]["scores"]) > 3
+    for result in results:
+        assert result["masks"].shape[1:] == (80, 110)
+        assert all(torch.equal(result[key], results[0][key]) for key in results[0])
+    for form in forms:
+        (single,) = predictor.predict(form)
+        assert torch.equal(single["scores"], results[0]["scores"])
+
+
+def test_predict_in_batches(predictor: SOLOv2) -> None:
+    """Images of one padded size: the batch size changes nothing."""
+    given = [picture(64, 96, seed) for seed in range(3)]
+    single, batched = predictor.predict(given), predictor.predict(given, batch_size=2)
+    for one, other in zip(single, batched, strict=True):
+        assert torch.allclose(one["scores"], other["scores"], atol=1e-4)
+
+
+def test_predict_settings(predictor: SOLOv2) -> None:
+    (everything,) = predictor.predict(picture(64, 96))
+    threshold = everything["scores"][4].item()
+    (high,) = predictor.predict(picture(64, 96), score_threshold=threshold)
+    (few,) = predictor.predict(picture(64, 96), max_instances=2)
+    assert torch.equal(high["scores"], everything["scores"][:5])
+    assert torch.equal(few["scores"], everything["scores"][:2])
+    (runs,) = predictor.postprocess(predictor(torch.zeros(1, 3, 64, 96)), [(64, 96)], [(64, 96)], mask_format="rle")
+    assert all(rle["size"] == [64, 96] for rle in runs["masks"])
+
+
+def test_nothing_to_predict_and_nothing_found(predictor: SOLOv2) -> None:
+    assert predictor.predict([]) == []
+    (result,) = predictor.predict(picture(50, 70), score_threshold=1.1)
+    assert [tuple(result[key].shape) for key in ("scores", "labels", "masks", "boxes")] == [
+        (0,),
+        (0,),
+        (0, 50, 70),
+        (0, 4),
+    ]
+    assert [result[key].dtype for key in ("scores", "labels", "masks", "boxes")] == [
+        torch.float32,
+        torch.int64,
+        torch.bool,
+        torch.float32,
+    ]
+
+
+def test_predict_keeps_the_mode_of_the_model() -> None:
+    model = tiny_model("nothing frozen, batch norm").train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    (result,) = model.predict(picture(64, 96))
+    assert model.training and model.head.training
+    assert not result["scores"].requires_grad
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    with pytest.raises(ValueError):
+        model.predict([np.zeros((4, 4, 3), dtype=np.float32)])
+    assert model.training
+    model.eval().predict(picture(64, 96))
+    assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_a_half_type_predicts(dtype: torch.dtype) -> None:
+    model = lively(tiny_model("deformable everywhere", input_scale=(96, 64)))
+    (wanted,), (result,) = model.predict(picture(64, 96)), model.to(dtype).predict(picture(64, 96))
+    assert result["scores"].dtype == result["boxes"].dtype == torch.float32
+    assert torch.allclose(result["scores"][:3], wanted["scores"][:3], atol=0.05)

@@ -1,0 +1,162 @@
+"""Target assignment is that of the reference to the last cell, and its contract holds at the edges."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+import torch
+from parity import GRIDS, decode, instances, load
+
+from solov2.targets import TargetAssigner
+
+STORED = load("targets.json.gz")
+SCENES = {scene["name"]: scene for scene in STORED["scenes"]}
+FIRST_CELL = [sum(size * size for size in GRIDS[:level]) for level in range(len(GRIDS))]
+
+
+def assigner(ranges: str) -> TargetAssigner:
+    return TargetAssigner(GRIDS, STORED["scale_ranges"][ranges], num_classes=80, center_sigma=STORED["pos_scale"])
+
+
+def expected_category(expected: dict[str, Any]) -> torch.Tensor:
+    category = torch.full((sum(size * size for size in GRIDS),), 80)
+    for first, labels in zip(FIRST_CELL, expected["labels"]):
+        for cell, label in labels:
+            category[first + cell] = label
+    return category
+
+
+def expected_positives(expected: dict[str, Any]) -> list[list[int]]:
+    """(image, cell, instance) triples: the stored rectangles of a level one after another, each row by row."""
+    return [
+        [0, first + y * size + x, instance]
+        for first, size, rectangles in zip(FIRST_CELL, GRIDS, expected["cells"])
+        for instance, top, bottom, left, right in rectangles
+        for y in range(top, bottom + 1)
+        for x in range(left, right + 1)
+    ]
+
+
+def test_all_scenes_are_here() -> None:
+    assert len(SCENES) == STORED["stats"]["scenes"] == 55
+    assert sum(len(scene["labels"]) for scene in SCENES.values()) == STORED["stats"]["gts"]
+
+
+@pytest.mark.parametrize("ranges", STORED["scale_ranges"])
+@pytest.mark.parametrize("name", SCENES)
+def test_cells_categories_and_masks(name: str, ranges: str) -> None:
+    scene, expected = SCENES[name], SCENES[name]["expected"][ranges]
+    truth, padded = instances(scene), tuple(scene["pad_shape"])
+    targets = assigner(ranges)([truth], padded)
+    assert torch.equal(targets["category"], expected_category(expected)[None])
+    assert targets["positives"].tolist() == expected_positives(expected)
+    assert targets["positives_per_image"] == [expected["num_entries"]]
+    assert targets["instances_per_image"] == [len(truth["labels"])]
+    assert (targets["category"] < 80).sum() == expected["num_pos"]
+    quarter = [side // 4 for side in padded]
+    assert targets["masks"].shape == (len(truth["labels"]), *quarter)
+    for mask, counts in zip(targets["masks"], scene["mask_targets"], strict=True):
+        if counts is not None:
+            assert torch.equal(mask, decode(counts, quarter))
+
+
+def test_a_batch_is_its_images_one_after_another() -> None:
+    """Images are numbered, instances are counted through the batch, everything else stays."""
+    by_size = sorted(SCENES.values(), key=lambda scene: scene["pad_shape"])
+    padded, scenes = max(
+        ((size, list(group)) for size, group in groupby(by_size, lambda scene: scene["pad_shape"])),
+        key=lambda item: len(item[1]),
+    )
+    truths = [instances(scene) for scene in scenes[:6]]
+    assert len(truths) > 2
+    together, offset = assigner("full")(truths, tuple(padded)), 0
+    positives = together["positives"].split(together["positives_per_image"])
+    masks = together["masks"].split(together["instances_per_image"])
+    for i, truth in enumerate(truths):
+        alone = assigner("full")([truth], tuple(padded))
+        assert torch.equal(together["category"][i], alone["category"][0])
+        assert torch.equal(positives[i], alone["positives"] + torch.tensor([i, 0, offset]))
+        assert torch.equal(masks[i], alone["masks"])
+        offset += len(truth["labels"])
+
+
+def square(x: int, y: int, side: int, *, size: tuple[int, int] = (64, 96)) -> dict[str, torch.Tensor]:
+    """One instance: a filled square with its tight box."""
+    mask = torch.zeros(1, *size, dtype=torch.uint8)
+    mask[:, y : y + side, x : x + side] = 1
+    return {
+        "boxes": torch.tensor([[x, y, x + side, y + side]], dtype=torch.float32),
+        "labels": torch.tensor([2]),
+        "masks": mask,
+    }
+
+
+def nothing(size: tuple[int, int] = (64, 96)) -> dict[str, torch.Tensor]:
+    return {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, *size, dtype=torch.uint8),
+    }
+
+
+def small_assigner() -> TargetAssigner:
+    return TargetAssigner((8, 4), [(1, 20), (10, 100)], num_classes=3)
+
+
+def test_shapes_and_dtypes_without_instances() -> None:
+    for truths in ([nothing(), nothing()], [nothing(), square(20, 10, 12)]):
+        targets = small_assigner()(truths, (64, 96))
+        count = sum(len(truth["labels"]) for truth in truths)
+        assert targets["category"].shape == (2, 80) and targets["category"].dtype == torch.int64
+        assert targets["positives"].shape[1] == 3 and targets["positives"].dtype == torch.int64
+        assert targets["masks"].shape == (count, 16, 24) and targets["masks"].dtype == torch.uint8
+        assert (targets["category"][0] == 3).all()
+        assert targets["positives_per_image"] == torch.bincount(targets["positives"][:, 0], minlength=2).tolist()
+    assert (targets["positives"][:, 0] == 1).all() and (targets["positives"][:, 2] == 0).all()
+
+
+def test_an_instance_without_a_visible_pixel_gets_no_cell() -> None:
+    truth = square(20, 10, 12)
+    truth["masks"].zero_()
+    targets = small_assigner()([truth], (64, 96))
+    assert len(targets["positives"]) == 0 and (targets["category"] == 3).all()
+    assert targets["masks"].shape == (1, 16, 24)
+
+
+def test_scale_ranges_include_their_bounds() -> None:
+    for side, levels in ((9, [0]), (10, [0, 1]), (20, [0, 1]), (21, [1])):
+        cells = small_assigner()([square(20, 10, side)], (64, 96))["positives"][:, 1]
+        assert sorted({int(cell >= 64) for cell in cells}) == levels
+
+
+def test_a_later_instance_takes_the_category_and_both_keep_their_masks() -> None:
+    first, second = square(20, 10, 12), square(20, 10, 12)
+    second["labels"] = torch.tensor([0])
+    both = {key: torch.cat([first[key], second[key]]) for key in first}
+    targets = small_assigner()([both], (64, 96))
+    assert set(targets["category"].unique().tolist()) == {0, 3}
+    _, cells, owners = targets["positives"].T
+    assert cells[owners == 0].tolist() == cells[owners == 1].tolist()
+    assert len(owners) == 2 * (targets["category"] == 0).sum()
+
+
+def test_the_image_lies_in_the_corner_of_the_padded_batch() -> None:
+    """Cells and masks refer to the padded size, whatever the image's own size."""
+    large, small = small_assigner()([square(20, 10, 12)], (64, 96)), square(20, 10, 12, size=(30, 40))
+    padded = small_assigner()([small], (64, 96))
+    for key in ("category", "positives", "masks"):
+        assert torch.equal(padded[key], large[key])
+
+
+def test_instances_are_left_untouched() -> None:
+    truth = square(20, 10, 12)
+    copies = {key: value.clone() for key, value in truth.items()}
+    small_assigner()([truth], (64, 96))
+    assert all(torch.equal(truth[key], copies[key]) for key in truth)
+
+
+def test_grids_and_ranges_must_belong_together() -> None:
+    with pytest.raises(ValueError, match="2 grid sizes but 1 scale ranges"):
+        TargetAssigner((8, 4), [(1, 20)], num_classes=3)
