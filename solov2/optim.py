@@ -30,9 +30,9 @@ def build_optimizer(
     """
     groups = parameter_groups(model, weight_decay=weight_decay, decay_norms=decay_norms)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=True)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate)
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {name!r}")
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process where None.
 
     Returns:
-        0; 1 if some images could not be read (the others are done); 2 for a mistake in what was asked for.
+        0; 1 if some images could not be read (the others are done); 2 for a mistake in what was asked for; 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
     try:
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{args.json} exists already; give another --json or --overwrite")
         model = build_model(args.model, weights=args.weights, device=select_device(args.device))
         return _predict_all(model, jobs, args)
+    except KeyboardInterrupt:
+        print("interrupted; the pictures written so far are complete", file=sys.stderr)
+        return 130
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

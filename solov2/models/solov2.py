@@ -95,8 +95,10 @@ class SOLOv2(nn.Module):
             int64 [B, 2].
 
         Raises:
-            ValueError: an image that cannot be read or is not of these forms; the sentence names it.
+            ValueError: no image, or one that cannot be read or is not of these forms; the sentence names it.
         """
+        if not images:
+            raise ValueError("preprocess needs at least one image")
         long, short = self.input_scale
         loaded = [to_rgb_tensor(image) for image in images]
         original_sizes = [tuple(image.shape[-2:]) for image in loaded]
