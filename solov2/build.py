@@ -235,7 +235,7 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, source: str) -> Non
         return
     if source == "imagenet":
         if name not in IMAGENET_WEIGHTS:
-            raise InputError(f"there are no ImageNet weights for {name}; set train.pretrained_backbone to none or a file")
+            raise InputError(f"no ImageNet weights exist for {name}; set train.pretrained_backbone to none or a file")
         enum = IMAGENET_WEIGHTS[name]
         try:
             state = enum.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process where None.
 
     Returns:
-        0; 1 if some images could not be read (the others are done); 2 for a mistake in what was asked for; 130 after Ctrl-C.
+        0; 1 if some images could not be read (the others are done); 2 for a mistake in what was asked for; 130 after
+        Ctrl-C.
     """
     args = _parser().parse_args(argv)
     try:
