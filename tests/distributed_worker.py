@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import random_batch, tiny_config  # noqa: E402
+from tiny_runs import random_batch, tiny_config  # noqa: E402
 
 from solov2 import distributed  # noqa: E402
 from solov2.build import build_criterion, construct  # noqa: E402

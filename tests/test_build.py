@@ -7,7 +7,7 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from tiny import tiny_config
+from tiny_runs import tiny_config
 
 from solov2.build import COCO_CLASSES, IMAGENET_WEIGHTS, build_model, construct, load_pretrained_backbone
 from solov2.checkpoint import save_checkpoint

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from distributed_worker import RATE, STEPS, batches_of, fresh_model
-from tiny import arguments, tiny_config
+from tiny_runs import arguments, tiny_config
 
 from solov2 import distributed
 from solov2.build import build_criterion
@@ -24,6 +24,23 @@ def run(command, cwd, **environment):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
+def averaged_in_one_process():
+    """The same steps here: gradients of the two half-batches averaged, with as many threads as each worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, criterion = fresh_model().train(), build_criterion(tiny_config().model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    for halves in zip(batches_of(0), batches_of(1)):
+        for batch in halves:
+            losses = criterion(model(model.normalize(batch["pixels"], batch["sizes"])), batch["targets"])
+            (sum(losses.values()) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    return model
+
+
 def test_two_processes_equal_averaged_gradients(repo_root, tmp_path):
     done = run([*LAUNCHER, "tests/distributed_worker.py", str(tmp_path)], repo_root, PYTHONPATH=str(repo_root))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -35,15 +52,7 @@ def test_two_processes_equal_averaged_gradients(repo_root, tmp_path):
     running = [name for name in first["buffers_before"] if "running_mean" in name]
     assert any(not torch.equal(first["buffers_before"][name], second["buffers_before"][name]) for name in running)
 
-    model, criterion = fresh_model().train(), build_criterion(tiny_config().model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-    for halves in zip(batches_of(0), batches_of(1)):
-        for batch in halves:
-            losses = criterion(model(model.normalize(batch["pixels"], batch["sizes"])), batch["targets"])
-            (sum(losses.values()) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    model = averaged_in_one_process()
     start = fresh_model()
     moved = 0.0
     for (name, value), initial in zip(model.named_parameters(), start.parameters()):

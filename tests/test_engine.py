@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny import random_batch, tiny_config
+from tiny_runs import random_batch, tiny_config
 
 from solov2.build import build_criterion, construct
 from solov2.engine import grouped, to_device, train_one_epoch

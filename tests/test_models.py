@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from parity import DATA, MODELS, assert_same_instances, load, mmdet_name, network_input, reference_model
-from tiny import VARIANTS, lively, tiny_model
+from tiny_models import VARIANTS, lively, tiny_model
 from torch import nn
 
 from solov2.build import build_model

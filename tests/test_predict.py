@@ -27,8 +27,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = build_model("quickstart")
     torch.nn.init.zeros_(model.head.category_predictor.bias)
-    torch.nn.init.normal_(model.head.category_predictor.weight, std=3.0)
-    torch.nn.init.normal_(model.head.kernel_predictor.weight, std=3.0)
+    torch.nn.init.normal_(model.head.category_predictor.weight, std=6.0)
+    torch.nn.init.normal_(model.head.kernel_predictor.weight, std=6.0)
     path = tmp_path_factory.mktemp("weights") / "small.pth"
     config = load_config("quickstart").to_dict()
     save_checkpoint(path, {"model": model.state_dict(), "config": config, "class_names": NAMES, "traits": {}})

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import lively, tiny_model
+from tiny_models import lively, tiny_model
 
 from solov2.models.solov2 import SOLOv2
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import arguments
+from tiny_runs import arguments
 
 from solov2.build import build_model
 from solov2.checkpoint import load_file
@@ -221,4 +221,4 @@ def test_bare_eval_says_what_it_needs(capsys, tmp_path, run):
 
 def test_resolved_configuration_is_plain_yaml(run):
     _, folder = run
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["backbone"] == "resnet18"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["backbone"] == "resnet10"

@@ -57,7 +57,7 @@ def prepare_data(config: Config, *, splits: Sequence[str]) -> None:
     """Generate the data set where the configuration says so, then check that the files of the splits are there.
 
     Raises:
-        InputError: a missing data set; the sentences say where it was looked for, how to get it, and the quickstart.
+        InputError: a missing data set, or a folder that holds other data.
     """
     data = config.data
     if data.shapes and distributed.is_main():
@@ -72,6 +72,15 @@ def prepare_data(config: Config, *, splits: Sequence[str]) -> None:
         if written:
             print(f"generated {data.shapes_train} + {data.shapes_val} images of shapes in {data.root}", flush=True)
     distributed.barrier()
+    require_data(data, splits=splits)
+
+
+def require_data(data: DataConfig, *, splits: Sequence[str]) -> None:
+    """Check that annotation file and image folder of each split exist.
+
+    Raises:
+        InputError: the sentences say where was looked, how to get COCO, and how to go on without.
+    """
     for split in splits:
         for path in split_paths(data, split):
             if not path.exists():

@@ -21,6 +21,7 @@ from solov2.checkpoint import latest_checkpoint
 from solov2.commands.data import (
     add_data_arguments,
     prepare_data,
+    require_data,
     resolve_config,
     training_dataset,
     training_loader,
@@ -98,16 +99,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    if args.nproc is not None:
-        distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
     config = resolve_config(args, FLAGS)
     warnings.showwarning = _print_warning
+    # What can be seen to be wrong is said before other processes are started: each of them would say it again.
+    folder = Path(args.output or f"runs/{config.name}")
+    checkpoint = check_folder(folder, args.resume, args.overwrite)
+    if args.weights is not None and not Path(args.weights).is_file():
+        raise InputError(f"weights file {args.weights} does not exist")
+    if not config.data.shapes:
+        require_data(config.data, splits=_splits(config))
+    if args.nproc is not None:
+        distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
     device = distributed.select_device(args.device)
     distributed.start(device)
     try:
-        return _train(config, args, device)
+        return _train(config, args, device, folder, checkpoint)
     except KeyboardInterrupt:
-        folder = Path(args.output or f"runs/{config.name}")
         print(
             f"interrupted; go on with: --resume --output {folder}"
             if latest_checkpoint(folder)
@@ -119,11 +126,15 @@ def _run(argv: Sequence[str]) -> int:
         distributed.stop()
 
 
-def _train(config: Config, args: argparse.Namespace, device: torch.device) -> int:
+def _splits(config: Config) -> Sequence[str]:
+    return ("train", "val") if config.train.evaluate_every else ("train",)
+
+
+def _train(
+    config: Config, args: argparse.Namespace, device: torch.device, folder: Path, checkpoint: Path | None
+) -> int:
     started = time.perf_counter()
-    folder = Path(args.output or f"runs/{config.name}")
-    checkpoint = check_folder(folder, args.resume, args.overwrite)
-    prepare_data(config, splits=("train", "val") if config.train.evaluate_every else ("train",))
+    prepare_data(config, splits=_splits(config))
     dataset = training_dataset(config.data)
     validation = _validation(config, dataset)
     config = _explain_classes(with_classes(config, dataset), config)

@@ -1,0 +1,51 @@
+"""A training problem that takes seconds: the quickstart configuration at 64 pixels on a handful of shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from solov2.build import build_assigner
+from solov2.config import Config, load_config
+
+SETTINGS = (
+    "data.shapes_train=16", "data.shapes_val=6", "data.shapes_size=64", "data.train_scales=[64]",
+    "data.train_long_edge=64", "data.workers=1", "model.input_scale=[64, 64]", "model.grid_sizes=[8, 6, 5, 4, 2]",
+    "model.scale_ranges=[[1, 14], [10, 24], [18, 36], [30, 60], [50, 100]]", "model.backbone_width=16",
+    "model.fpn_channels=32", "model.tower_channels=32", "model.mask_hidden_channels=32",
+    "model.mask_feature_channels=32",
+    "train.batch_size=4", "train.log_every=1", "train.warmup_steps=2",
+)  # fmt: skip
+
+
+def tiny_config(*changes: str) -> Config:
+    """The configuration as an object."""
+    return load_config("quickstart", [*SETTINGS, *changes])
+
+
+def arguments(root: Path, output: Path, *more: str) -> list[str]:
+    """The command line of train.py for it; the data set at `root` is generated on first use."""
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    return ["quickstart", *settings, "--data-root", str(root), "--output", str(output), "--device", "cpu", *more]
+
+
+def random_batch(config: Config, *, seed: int, images: int = 2, instances: int = 3, size: int = 64) -> dict:
+    """A batch with targets, of noise and rectangles; `instances` 0 gives empty images."""
+    generator = torch.Generator().manual_seed(seed)
+    truths = []
+    for _ in range(images):
+        start = torch.randint(0, size - 24, (instances, 2), generator=generator)
+        extent = torch.randint(8, 24, (instances, 2), generator=generator)
+        masks = torch.zeros(instances, size, size, dtype=torch.uint8)
+        for mask, (y, x), (h, w) in zip(masks, start.tolist(), extent.tolist()):
+            mask[y : y + h, x : x + w] = 1
+        boxes = torch.cat([start.flip(1), (start + extent).flip(1)], dim=1).float()
+        labels = torch.randint(0, config.model.num_classes, (instances,), generator=generator)
+        truths.append({"boxes": boxes, "labels": labels, "masks": masks})
+    sizes = torch.tensor([[size, size]] * images)
+    return {
+        "pixels": torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator),
+        "sizes": sizes, "original_sizes": sizes.clone(), "image_ids": list(range(images)),
+        "targets": build_assigner(config.model)(truths, (size, size)),
+    }  # fmt: skip
