@@ -87,7 +87,7 @@ def test_evaluation_of_the_checkpoint(run, tmp_path, capsys):
 def test_oracle_of_the_training_targets(run, tmp_path):
     data, _ = run
     figures = tmp_path / "oracle.json"
-    settings = [word for word in arguments(data, tmp_path)[1:-6] if True]
+    settings = arguments(data, tmp_path)[1:-6]  # without --data-root, --output and --device
     assert (
         evaluate_main(
             [
