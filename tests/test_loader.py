@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -189,5 +191,26 @@ def test_workers_leave_the_interrupt_to_the_parent(capfd):
             time.sleep(0.2)
         image_ids += batch["image_ids"]
     assert image_ids == [100 + i for i in range(40)]
+    del loader
+    assert capfd.readouterr().err == ""
+
+
+class HalfFinishedReader(Samples):
+    """Breaks off a handshake with the worker's thread that hands tensors over, as an interrupted reader does."""
+
+    def __getitem__(self, index):
+        resource_sharer.DupFd(0)  # starts that thread
+        with socket.socket(socket.AF_UNIX) as reader:
+            reader.connect(resource_sharer._resource_sharer._address)
+        time.sleep(0.2)
+        return super().__getitem__(index)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux hands tensors over")
+def test_workers_say_nothing_when_their_reader_is_interrupted(capfd):
+    loader = build_loader(
+        HalfFinishedReader(1), sampler=EvalSampler(1, rank=0, world_size=1), collate=Collate(None), workers=1
+    )
+    assert [batch["image_ids"] for batch in loader] == [[100]]
     del loader
     assert capfd.readouterr().err == ""

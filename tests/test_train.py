@@ -149,7 +149,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, tmp_path, repo_root):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and time.monotonic() - asked < 20
     assert "--resume" in errors and "Traceback" not in errors
-    assert load_file(tmp_path / "cut" / "last.pth")["epoch"] == 1
+    assert load_file(tmp_path / "cut" / "last.pth")["epoch"] < 4
     assert main(arguments(data, tmp_path / "cut", *words, "--resume")) == 0
     whole, cut = (load_file(tmp_path / name / "last.pth") for name in ("whole", "cut"))
     assert cut["epoch"] == 4

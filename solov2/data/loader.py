@@ -7,7 +7,9 @@ batch  pixels u8[B,3,H,W] RGB, zero-padded bottom/right | sizes i64[B,2] (h, w) 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -163,3 +165,13 @@ def _init_worker(worker_id: int) -> None:
     """One thread per worker, and Ctrl-C left to the parent, which may still need them to finish a step and save."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_exception
+
+
+def _report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker's excepthook: the thread that hands tensors over says nothing when Ctrl-C ends its reader half-way.
+
+    Exceptions of the data set do not come here; the DataLoader carries them to the training process.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

@@ -7,10 +7,13 @@ cut by the border, empty images. Everything follows from the seed.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +30,7 @@ CLASSES = {"disc": 1, "square": 3, "triangle": 4, "star": 7}  # name -> category
 SPLITS = ("train2017", "val2017")
 EMPTY_EVERY = 50  # one image in so many holds nothing
 CROWD_EVERY = 25  # one image in so many holds a crowd region
-SMALL_SHARE = 0.3  # of the objects are drawn smaller than 1/8 of the image side
+SMALL_SHARE = 0.33  # of the objects are drawn smaller than 1/8 of the image side
 OVERLAP_SHARE = 0.4  # of the objects are put onto an earlier one
 LEAST_VISIBLE = 0.4  # no object may hide more of another than this leaves
 
@@ -51,7 +54,7 @@ def generate_shapes(
         InputError: `root` holds something else, or cannot be written.
     """
     root = Path(root)
-    recipe = {"train_images": train_images, "val_images": val_images, "size": size, "seed": seed, "version": 1}
+    recipe = {"train_images": train_images, "val_images": val_images, "size": size, "seed": seed, "version": 2}
     if root.exists() and any(root.iterdir()):
         marker = root / "shapes.json"
         if marker.is_file() and json.loads(marker.read_text()) == recipe:
@@ -80,13 +83,14 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int, progr
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
-    for i in tqdm(range(count), desc=f"drawing {split}", unit="image", leave=False, disable=None if progress else True):
-        pixels, objects = draw_scene(np.random.default_rng([seed, SPLITS.index(split), i]), size, i)
-        name = f"{i + 1:012d}.jpg"
-        PIL.Image.fromarray(pixels).save(root / split / name, quality=92)
-        images.append({"id": i + 1, "file_name": name, "width": size, "height": size, "license": 0})
-        for entry in objects:
-            annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **entry})
+    with multiprocessing.Pool(min(os.cpu_count() or 1, 8), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        scenes = pool.imap(functools.partial(_write_scene, root, split, size, seed), range(count), chunksize=8)
+        bar = tqdm(scenes, f"drawing {split}", count, leave=False, unit="image", disable=None if progress else True)
+        for i, objects in enumerate(bar):
+            name = _file_name(i)
+            images.append({"id": i + 1, "file_name": name, "width": size, "height": size, "license": 0})
+            for entry in objects:
+                annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **entry})
     content = {
         "info": {"description": f"textured shapes, {split}, seed {seed}"},
         "licenses": [{"id": 0, "name": "generated, no rights reserved", "url": ""}],
@@ -95,6 +99,17 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int, progr
         "annotations": annotations,
     }
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _file_name(index: int) -> str:
+    return f"{index + 1:012d}.jpg"
+
+
+def _write_scene(root: Path, split: str, size: int, seed: int, index: int) -> list[dict[str, Any]]:
+    """Draw one image into its file; returns its annotations."""
+    pixels, objects = draw_scene(np.random.default_rng([seed, SPLITS.index(split), index]), size, index)
+    PIL.Image.fromarray(pixels).save(root / split / _file_name(index), quality=92)
+    return objects
 
 
 def draw_scene(random: np.random.Generator, size: int, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
