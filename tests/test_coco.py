@@ -27,8 +27,16 @@ def polygon(x: float, y: float, width: float, height: float) -> list[list[float]
 
 def annotation(number: int, image: int = 1, category: int = 3, box: tuple = (10, 8, 20, 16), **changes) -> dict:
     x, y, width, height = box
-    return {"id": number, "image_id": image, "category_id": category, "bbox": list(box), "area": width * height,
-            "iscrowd": 0, "segmentation": polygon(x, y, width, height), **changes}
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": list(box),
+        "area": width * height,
+        "iscrowd": 0,
+        "segmentation": polygon(x, y, width, height),
+        **changes,
+    }
 
 
 def rle(counts: list[int] | str, size: list[int] | None = None) -> dict:

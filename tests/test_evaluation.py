@@ -51,8 +51,15 @@ def scene(images: int = 12, seed: int = 0) -> tuple[dict[str, Any], list[int], l
         for box, label, rle in zip(boxes.tolist(), labels.tolist(), encode_rle(rectangles(boxes)), strict=True):
             width, height = box[2] - box[0], box[3] - box[1]
             annotations.append(
-                {"id": len(annotations) + 1, "image_id": 50 - image, "category_id": (3, 7, 90)[label], "iscrowd": 0,
-                 "bbox": [*box[:2], width, height], "area": width * height, "segmentation": rle}
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 50 - image,
+                    "category_id": (3, 7, 90)[label],
+                    "iscrowd": 0,
+                    "bbox": [*box[:2], width, height],
+                    "area": width * height,
+                    "segmentation": rle,
+                }
             )
         moved = (boxes + torch.randint(-4, 5, boxes.shape, generator=generator)).clamp(0, SIZE)
         moved[:, 2:] = torch.maximum(moved[:, 2:], moved[:, :2] + 1)
@@ -144,8 +151,15 @@ def test_area_of_a_mask_is_not_that_of_its_box() -> None:
         "images": [{"id": 1, "width": SIZE, "height": SIZE}],
         "categories": [{"id": 1, "name": "line"}],
         "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 64, "bbox": [150, 0, 8, 8],
-             "segmentation": square}
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": 64,
+                "bbox": [150, 0, 8, 8],
+                "segmentation": square,
+            }
         ],
     }
     masks = torch.cat([mask, far])
@@ -207,8 +221,11 @@ def test_only_the_images_asked_for_count() -> None:
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS, image_ids=subset)
     evaluator.update(image_ids, results)
     assert {entry["image_id"] for entry in evaluator.results()} == set(subset)
-    small = {**dataset, "images": [image for image in dataset["images"] if image["id"] in subset],
-             "annotations": [entry for entry in dataset["annotations"] if entry["image_id"] in subset]}
+    small = {
+        **dataset,
+        "images": [image for image in dataset["images"] if image["id"] in subset],
+        "annotations": [entry for entry in dataset["annotations"] if entry["image_id"] in subset],
+    }
     assert evaluator.summarize()["segm"] == plain_figures(load(small), evaluator.results(), "segm")
 
 

@@ -93,7 +93,7 @@ def imports_of(source: Source) -> list[Import]:
             module = node.module or ""
             if node.level:
                 package = source.name.split(".") if source.path.name == "__init__.py" else source.name.split(".")[:-1]
-                module = ".".join([*package[:len(package) - node.level + 1], *([module] if module else [])])
+                module = ".".join([*package[: len(package) - node.level + 1], *([module] if module else [])])
             found += [Import(module, alias.name, line, lazy) for alias in node.names]
         elif isinstance(node, ast.Call) and called_name(node).endswith(("import_module", "__import__")) and node.args:
             target = node.args[0]
@@ -155,8 +155,10 @@ def outside_import_violations(item: Import, where: str) -> list[str]:
 
 def import_cycle(sources: list[Source]) -> list[str]:
     modules = {source.name for source in sources}
-    graph = {source.name: {target_module(item, modules) for item in imports_of(source)} & modules - {source.name}
-             for source in sources}
+    graph = {
+        source.name: {target_module(item, modules) for item in imports_of(source)} & modules - {source.name}
+        for source in sources
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -212,11 +214,19 @@ def missing_docstrings(source: Source) -> list[str]:
     """The module, its public functions and classes, and the public methods of those."""
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     public = [node for node in source.tree.body if isinstance(node, definitions) and not node.name.startswith("_")]
-    methods = [item for node in public if isinstance(node, ast.ClassDef) for item in node.body
-               if isinstance(item, definitions) and not item.name.startswith("_")]
+    methods = [
+        item
+        for node in public
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, definitions) and not item.name.startswith("_")
+    ]
     problems = [] if ast.get_docstring(source.tree) else [f"{source.name}: no module docstring"]
-    return problems + [f"{source.name}:{node.lineno} {node.name}: no docstring" for node in (*public, *methods)
-                       if not ast.get_docstring(node)]
+    return problems + [
+        f"{source.name}:{node.lineno} {node.name}: no docstring"
+        for node in (*public, *methods)
+        if not ast.get_docstring(node)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +259,13 @@ def test_public_names_have_docstrings(sources: list[Source]) -> None:
 
 def test_import_stays_cheap(repo_root: Path) -> None:
     """`import solov2` loads no dependency; a name loads its module when it is first used."""
-    code = ("import sys, solov2\n"
-            f"loaded = {sorted(OUTSIDE)!r}\n"
-            "print([name for name in loaded if name in sys.modules])\n"
-            "solov2.list_models()\n"
-            "print('yaml' in sys.modules, 'torch' in sys.modules)")
+    code = (
+        "import sys, solov2\n"
+        f"loaded = {sorted(OUTSIDE)!r}\n"
+        "print([name for name in loaded if name in sys.modules])\n"
+        "solov2.list_models()\n"
+        "print('yaml' in sys.modules, 'torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["[]", "True False"]
 
@@ -271,53 +283,84 @@ def broken_package(folder: Path, files: dict[str, str]) -> list[Source]:
     return read_package(folder / "solov2")
 
 
-@pytest.mark.parametrize(("files", "expected"), [
-    ({"data/coco.py": "from solov2.targets import T", "targets.py": ""}, "data must not import solov2.targets"),
-    ({"data/coco.py": "def f():\n    from ..targets import T", "targets.py": ""},
-     "data must not import solov2.targets"),
-    ({"models/head.py": "import solov2.config", "config.py": ""}, "models must not import solov2.config"),
-    ({"models/head.py": "from .. import losses", "losses.py": ""}, "models must not import solov2.losses"),
-    ({"losses.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from solov2.models import head",
-      "models/head.py": ""}, "losses must not import solov2.models.head"),
-    ({"engine.py": "from solov2.evaluation.coco import E", "evaluation/coco.py": ""},
-     "engine must not import solov2.evaluation.coco"),
-    ({"build.py": "import importlib\nimportlib.import_module('solov2.visualize')", "visualize.py": ""},
-     "build must not import solov2.visualize"),
-    ({"build.py": "import importlib\nname = 'x'\nimportlib.import_module(name)"}, "imports a computed module name"),
-    ({"predict.py": "import solov2"}, "predict must not import solov2"),
-    ({"ops/masks.py": "from solov2.config import Config", "config.py": ""},
-     "ops may import only InputError from config"),
-    ({"config.py": "from solov2.nowhere import x"}, "solov2.nowhere does not exist"),
-    ({"data/coco.py": "import cv2"}, "cv2 is not among the dependencies"),
-    ({"logger.py": "from torch.utils import tensorboard"}, "must be imported inside a function"),
-    ({"utils.py": ""}, "is not in the table of floors"),
-])
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"data/coco.py": "from solov2.targets import T", "targets.py": ""}, "data must not import solov2.targets"),
+        (
+            {"data/coco.py": "def f():\n    from ..targets import T", "targets.py": ""},
+            "data must not import solov2.targets",
+        ),
+        ({"models/head.py": "import solov2.config", "config.py": ""}, "models must not import solov2.config"),
+        ({"models/head.py": "from .. import losses", "losses.py": ""}, "models must not import solov2.losses"),
+        (
+            {
+                "losses.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from solov2.models import head",
+                "models/head.py": "",
+            },
+            "losses must not import solov2.models.head",
+        ),
+        (
+            {"engine.py": "from solov2.evaluation.coco import E", "evaluation/coco.py": ""},
+            "engine must not import solov2.evaluation.coco",
+        ),
+        (
+            {"build.py": "import importlib\nimportlib.import_module('solov2.visualize')", "visualize.py": ""},
+            "build must not import solov2.visualize",
+        ),
+        ({"build.py": "import importlib\nname = 'x'\nimportlib.import_module(name)"}, "imports a computed module name"),
+        ({"predict.py": "import solov2"}, "predict must not import solov2"),
+        (
+            {"ops/masks.py": "from solov2.config import Config", "config.py": ""},
+            "ops may import only InputError from config",
+        ),
+        ({"config.py": "from solov2.nowhere import x"}, "solov2.nowhere does not exist"),
+        ({"data/coco.py": "import cv2"}, "cv2 is not among the dependencies"),
+        ({"logger.py": "from torch.utils import tensorboard"}, "must be imported inside a function"),
+        ({"utils.py": ""}, "is not in the table of floors"),
+    ],
+)
 def test_checker_finds_forbidden_imports(tmp_path: Path, files: dict[str, str], expected: str) -> None:
     problems = import_violations(broken_package(tmp_path, files))
     assert len(problems) == 1 and expected in problems[0], problems
 
 
 def test_checker_accepts_what_the_table_allows(tmp_path: Path) -> None:
-    sources = broken_package(tmp_path, {
-        "config.py": "import yaml",
-        "ops/masks.py": "from solov2.config import InputError\nfrom .resize import r\nimport torch, numpy",
-        "ops/resize.py": "",
-        "logger.py": "def f():\n    from torch.utils.tensorboard import SummaryWriter",
-        "commands/train.py": "from solov2 import ops, config\nfrom solov2.logger import f",
-    })
+    sources = broken_package(
+        tmp_path,
+        {
+            "config.py": "import yaml",
+            "ops/masks.py": "from solov2.config import InputError\nfrom .resize import r\nimport torch, numpy",
+            "ops/resize.py": "",
+            "logger.py": "def f():\n    from torch.utils.tensorboard import SummaryWriter",
+            "commands/train.py": "from solov2 import ops, config\nfrom solov2.logger import f",
+        },
+    )
     assert import_violations(sources) == [] and import_cycle(sources) == []
 
 
 def test_checker_finds_cycles(tmp_path: Path) -> None:
-    sources = broken_package(tmp_path, {"ops/a.py": "from solov2.ops import b",
-                                        "ops/b.py": "def f():\n    from .a import x"})
+    sources = broken_package(
+        tmp_path, {"ops/a.py": "from solov2.ops import b", "ops/b.py": "def f():\n    from .a import x"}
+    )
     assert set(import_cycle(sources)) == {"solov2.ops.a", "solov2.ops.b"}
 
 
-@pytest.mark.parametrize("code", [
-    "x.cuda()", "x.to('cuda')", "x.to(device='cuda:1')", "torch.load(f)", "torch.load(f, weights_only=False)",
-    "load_it(f, weights_only=False)", "yaml.load(f)", "yaml.unsafe_load(f)", "run(c, shell=True)", "eval(text)",
-])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x.cuda()",
+        "x.to('cuda')",
+        "x.to(device='cuda:1')",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "load_it(f, weights_only=False)",
+        "yaml.load(f)",
+        "yaml.unsafe_load(f)",
+        "run(c, shell=True)",
+        "eval(text)",
+    ],
+)
 def test_checker_finds_forbidden_code(tmp_path: Path, code: str) -> None:
     [source] = [item for item in broken_package(tmp_path, {"build.py": code}) if item.name == "solov2.build"]
     assert forbidden_code(source)
@@ -334,4 +377,7 @@ def test_checker_finds_missing_hints_and_docstrings(tmp_path: Path) -> None:
     missing, total = unhinted_arguments(source)
     assert [name.split()[-1] for name in missing] == ["f(x)", "f(rest)"] and total == 4
     assert missing_docstrings(source) == [
-        "solov2.build: no module docstring", "solov2.build:1 A: no docstring", "solov2.build:2 f: no docstring"]
+        "solov2.build: no module docstring",
+        "solov2.build:1 A: no docstring",
+        "solov2.build:2 f: no docstring",
+    ]

@@ -45,8 +45,11 @@ class Samples(Dataset):
 
 
 def assign_shapes(instances: list[dict], size: tuple[int, int]) -> dict:
-    return {"size": size, "labels": torch.cat([x["labels"] for x in instances]),
-            "shapes": [tuple(x["masks"].shape) for x in instances]}
+    return {
+        "size": size,
+        "labels": torch.cat([x["labels"] for x in instances]),
+        "shapes": [tuple(x["masks"].shape) for x in instances],
+    }
 
 
 def test_batch():
@@ -69,7 +72,7 @@ def test_targets_see_unpadded_instances_and_the_padded_size():
     received = []
     batch = Collate(lambda instances, size: received.append((instances, size)) or {"made": 1}, divisor=16)(samples)
     assert batch["targets"] == {"made": 1} and batch["pixels"].shape[2:] == (48, 80)
-    (instances, size), = received
+    ((instances, size),) = received
     assert size == (48, 80)
     for instance, sample in zip(instances, samples):
         assert set(instance) == {"boxes", "labels", "masks"}
@@ -85,8 +88,9 @@ def ratios(landscape: int, portrait: int) -> list[float]:
 def global_batches(aspect_ratios: list[float], batch_size: int, world_size: int, epoch: int = 0, **options) -> list:
     """The union of all processes' batches, step by step."""
     samplers = [
-        TrainBatchSampler(aspect_ratios, batch_size=batch_size, rank=rank, world_size=world_size,
-                          **{"seed": 5, **options})
+        TrainBatchSampler(
+            aspect_ratios, batch_size=batch_size, rank=rank, world_size=world_size, **{"seed": 5, **options}
+        )
         for rank in range(world_size)
     ]
     for sampler in samplers:
@@ -170,8 +174,9 @@ def test_batches_do_not_depend_on_workers():
 
 
 def test_eval_loader_and_an_empty_shard():
-    loader = build_loader(Samples(5), sampler=EvalSampler(5, rank=1, world_size=2), batch_size=2,
-                          collate=Collate(None), workers=0)
+    loader = build_loader(
+        Samples(5), sampler=EvalSampler(5, rank=1, world_size=2), batch_size=2, collate=Collate(None), workers=0
+    )
     assert [batch["image_ids"] for batch in loader] == [[101, 103]]
     none = TrainBatchSampler([], batch_size=2, rank=0, world_size=1, seed=0)
     assert list(build_loader(Samples(5), batch_sampler=none, collate=Collate(None), workers=0)) == []

@@ -12,8 +12,17 @@ def test_lines_for_machines_and_people(tmp_path, capsys):
     logger.write("start", learning_rate=0.01)
     logger.start_epoch(1, 2)
     logger.advance()
-    logger.train(1, epoch=1, total_steps=2, seconds_left=61.0, loss=3.0, loss_category=1.0, loss_mask=2.0,
-                 images_per_second=4.0, learning_rate=0.01)
+    logger.train(
+        1,
+        epoch=1,
+        total_steps=2,
+        seconds_left=61.0,
+        loss=3.0,
+        loss_category=1.0,
+        loss_mask=2.0,
+        images_per_second=4.0,
+        learning_rate=0.01,
+    )
     logger.close()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["start", "train"]

@@ -142,8 +142,11 @@ def test_it_bounds_the_average_precision() -> None:
 
 
 def _as_coco(instances: list[dict[str, torch.Tensor]]) -> COCO:
-    rows = [(image, label, rle) for image, truth in enumerate(instances, 1)
-            for label, rle in zip(truth["labels"].tolist(), encode_rle(truth["masks"]), strict=True)]
+    rows = [
+        (image, label, rle)
+        for image, truth in enumerate(instances, 1)
+        for label, rle in zip(truth["labels"].tolist(), encode_rle(truth["masks"]), strict=True)
+    ]
     coco = COCO()
     coco.dataset = {
         "images": [{"id": image, "height": 250, "width": 310} for image in range(1, len(instances) + 1)],

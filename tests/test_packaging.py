@@ -18,17 +18,24 @@ import solov2
 
 BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, sys.argv[1])(sys.argv[2]))"
 # The checkout under test may be installed in editable mode itself; its finder must not answer for the copy's.
-USE = ("import sys, site; sys.meta_path[:] = [item for item in sys.meta_path if 'ditable' not in repr(item)]\n"
-       "site.addsitedir(sys.argv[1]); import solov2; from solov2.config import config_folder\n"
-       "print(solov2.__file__); print(config_folder()); print(*solov2.list_models())\n"
-       "if len(sys.argv) > 2: print(sum(p.numel() for p in solov2.build_model(sys.argv[2]).parameters()))")
+USE = (
+    "import sys, site; sys.meta_path[:] = [item for item in sys.meta_path if 'ditable' not in repr(item)]\n"
+    "site.addsitedir(sys.argv[1]); import solov2; from solov2.config import config_folder\n"
+    "print(solov2.__file__); print(config_folder()); print(*solov2.list_models())\n"
+    "if len(sys.argv) > 2: print(sum(p.numel() for p in solov2.build_model(sys.argv[2]).parameters()))"
+)
 
 
 def python(*arguments: str, cwd: Path) -> str:
     """Standard output of a Python process that sees neither the checkout nor the network."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True,
-                            env={**environment, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**environment, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -60,8 +67,9 @@ def unpacked_sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the unpacked sdist: that shows both are complete."""
     folder = tmp_path_factory.mktemp("wheel")
-    python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".",
-           cwd=unpacked_sdist)
+    python(
+        "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".", cwd=unpacked_sdist
+    )
     [path] = folder.glob("solov2-*.whl")
     return path
 
@@ -72,8 +80,12 @@ def configurations(root: Path) -> set[str]:
 
 def test_sdist_is_complete(checkout: Path, unpacked_sdist: Path) -> None:
     names = {path.relative_to(unpacked_sdist).as_posix() for path in unpacked_sdist.rglob("*") if path.is_file()}
-    wanted = {path.relative_to(checkout).as_posix() for folder in ("solov2", "configs", "tests")
-              for path in (checkout / folder).rglob("*") if path.suffix in (".py", ".yaml")}
+    wanted = {
+        path.relative_to(checkout).as_posix()
+        for folder in ("solov2", "configs", "tests")
+        for path in (checkout / folder).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    }
     wanted |= {"LICENSE", "README.md", "pyproject.toml", "setup.py", "train.py", "eval.py", "benchmark.py"}
     assert wanted <= names
 
@@ -111,15 +123,26 @@ def test_installed_wheel_builds_a_model(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     python("-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
     module, folder, models, parameters = python(
-        "-c", USE, str(target), "solov2_light_r18_fpn_3x", cwd=tmp_path).splitlines()
+        "-c", USE, str(target), "solov2_light_r18_fpn_3x", cwd=tmp_path
+    ).splitlines()
     assert Path(module) == target / "solov2" / "__init__.py" and Path(folder) == target / "solov2" / "configs"
     assert models.split() == solov2.list_models()
     assert int(parameters) == 18_271_760
 
 
 def test_editable_install_finds_the_configurations_beside_it(checkout: Path, tmp_path: Path) -> None:
-    python("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--prefix", str(tmp_path / "prefix"), "-e", ".",
-           cwd=checkout)
+    python(
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--prefix",
+        str(tmp_path / "prefix"),
+        "-e",
+        ".",
+        cwd=checkout,
+    )
     [site_packages] = (tmp_path / "prefix").rglob("site-packages")
     module, folder, models = python("-c", USE, str(site_packages), cwd=tmp_path).splitlines()
     assert Path(module) == checkout / "solov2" / "__init__.py" and Path(folder) == checkout / "configs"

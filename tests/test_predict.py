@@ -52,8 +52,21 @@ def run(*arguments: str | Path) -> int:
 
 
 def test_folder_with_json(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(photos, "--weights", weights, "--output", tmp_path / "out", "--json", tmp_path / "out" / "found.json",
-               "--max-instances", "5", "--batch-size", "2", "--score-threshold", "0.4")
+    code = run(
+        photos,
+        "--weights",
+        weights,
+        "--output",
+        tmp_path / "out",
+        "--json",
+        tmp_path / "out" / "found.json",
+        "--max-instances",
+        "5",
+        "--batch-size",
+        "2",
+        "--score-threshold",
+        "0.4",
+    )
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.jpg", "b.png", "c.png", "found.json"]
     with Image.open(photos / "b.png") as before, Image.open(tmp_path / "out" / "b.png") as after:
@@ -175,8 +188,18 @@ def test_mistakes_are_one_sentence(
 
 
 def test_the_module_runs(weights: Path, photos: Path, tmp_path: Path, repo_root: Path) -> None:
-    command = [sys.executable, "-m", "solov2.predict", str(photos / "b.png"), "--weights", str(weights), "--output",
-               str(tmp_path / "out"), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "solov2.predict",
+        str(photos / "b.png"),
+        "--weights",
+        str(weights),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "b.png: " in done.stdout and (tmp_path / "out" / "b.png").is_file()

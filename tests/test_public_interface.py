@@ -55,11 +55,15 @@ def find(module: str, name: str) -> Callable:
 def same_parameters(actual: inspect.Signature, wanted: inspect.Signature) -> bool:
     """Whether every call that `wanted` documents means the same to `actual`; `self` and annotations do not count."""
     parameters = [item for item in actual.parameters.values() if item.name != "self"]
-    added = [item for item in parameters if item.name not in wanted.parameters and item.kind is item.KEYWORD_ONLY
-             and item.default is not item.empty]
+    added = [
+        item
+        for item in parameters
+        if item.name not in wanted.parameters and item.kind is item.KEYWORD_ONLY and item.default is not item.empty
+    ]
     kept, promised = [item for item in parameters if item not in added], list(wanted.parameters.values())
     return [(item.name, item.kind) for item in kept] == [(item.name, item.kind) for item in promised] and all(
-        item.default is item.empty or own.default == item.default for own, item in zip(kept, promised, strict=True))
+        item.default is item.empty or own.default == item.default for own, item in zip(kept, promised, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("module", "name"), SIGNATURES)
@@ -87,9 +91,17 @@ def test_names_are_handed_on() -> None:
 
 def test_model_names() -> None:
     assert set(solov2.list_models()) == {
-        "quickstart", "solov2_r50_fpn_1x", "solov2_r50_fpn_3x", "solov2_r101_fpn_3x", "solov2_r101_dcn_fpn_3x",
-        "solov2_x101_dcn_fpn_3x", "solov2_light_r18_fpn_3x", "solov2_light_r34_fpn_3x", "solov2_light_r50_fpn_3x",
-        "solov2_light_r50_dcn_fpn_3x"}
+        "quickstart",
+        "solov2_r50_fpn_1x",
+        "solov2_r50_fpn_3x",
+        "solov2_r101_fpn_3x",
+        "solov2_r101_dcn_fpn_3x",
+        "solov2_x101_dcn_fpn_3x",
+        "solov2_light_r18_fpn_3x",
+        "solov2_light_r34_fpn_3x",
+        "solov2_light_r50_fpn_3x",
+        "solov2_light_r50_dcn_fpn_3x",
+    }
 
 
 def test_built_model_has_class_names() -> None:

@@ -111,8 +111,11 @@ def test_quarter_of_any_size_pads_with_zeros(height, width):
     padded = torch.zeros(3, -(-height // 4) * 4, -(-width // 4) * 4, dtype=torch.uint8)
     padded[:, :height, :width] = masks
     expected = [
-        [[padded[n, y + 1:y + 3, x + 1:x + 3].sum() >= 2 for x in range(0, padded.shape[2], 4)]
-         for y in range(0, padded.shape[1], 4)] for n in range(3)
+        [
+            [padded[n, y + 1 : y + 3, x + 1 : x + 3].sum() >= 2 for x in range(0, padded.shape[2], 4)]
+            for y in range(0, padded.shape[1], 4)
+        ]
+        for n in range(3)
     ]
     before = masks.clone()
     assert quarter_masks(masks).tolist() == torch.tensor(expected).int().tolist()

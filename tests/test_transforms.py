@@ -30,19 +30,31 @@ def make_sample(height: int = 40, width: int = 30, seed: int = 0) -> dict:
     for mask, (x1, y1, x2, y2) in zip(masks, BOXES.int().tolist()):
         mask[y1:y2, x1:x2] = 1
     image[:, masks[0].bool()] = 200
-    return {"image": image, "boxes": BOXES.clone(), "labels": torch.tensor([4, 0, 7]), "masks": masks, "image_id": 9,
-            "original_size": (height, width)}
+    return {
+        "image": image,
+        "boxes": BOXES.clone(),
+        "labels": torch.tensor([4, 0, 7]),
+        "masks": masks,
+        "image_id": 9,
+        "original_size": (height, width),
+    }
 
 
 def empty_sample() -> dict:
-    return {**make_sample(), "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
-            "masks": torch.zeros(0, 40, 30, dtype=torch.uint8)}
+    return {
+        **make_sample(),
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 40, 30, dtype=torch.uint8),
+    }
 
 
 def equal(first: dict, second: dict) -> bool:
     assert first.keys() == second.keys()
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-               for a, b in ((first[key], second[key]) for key in first))
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in ((first[key], second[key]) for key in first)
+    )
 
 
 def check_together(sample: dict) -> None:
@@ -98,14 +110,17 @@ def test_inputs_are_not_changed():
     assert equal(sample, before)
 
 
-@pytest.mark.parametrize("transform", [
-    lambda sample: resize_sample(sample, (17, 50)),
-    lambda sample: flip_sample(sample, horizontal=True, vertical=True),
-    transpose_sample,
-    drop_flat_instances,
-    lambda sample: TrainTransform(scales=[20], max_size=40)(sample, seeded_generator(1)),
-    EvalTransform(short=20, long=40),
-])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda sample: resize_sample(sample, (17, 50)),
+        lambda sample: flip_sample(sample, horizontal=True, vertical=True),
+        transpose_sample,
+        drop_flat_instances,
+        lambda sample: TrainTransform(scales=[20], max_size=40)(sample, seeded_generator(1)),
+        EvalTransform(short=20, long=40),
+    ],
+)
 def test_samples_without_instances(transform):
     result = transform(empty_sample())
     assert result["boxes"].shape == (0, 4) and len(result["labels"]) == 0
@@ -135,7 +150,8 @@ def test_train_transform_draws_every_scale_and_flip():
 def test_flip_probability():
     results = [
         TrainTransform(scales=[30], max_size=99, flip_probability=probability)(make_sample(), seeded_generator(i))
-        for probability in (0.0, 1.0) for i in range(5)
+        for probability in (0.0, 1.0)
+        for i in range(5)
     ]
     assert all(equal(result, make_sample()) for result in results[:5])
     assert all(equal(r, flip_sample(make_sample(), horizontal=True, vertical=False)) for r in results[5:])
@@ -184,6 +200,8 @@ def test_plain_index_is_epoch_0_at_its_own_position():
 
 
 def test_seeds_are_mixed():
-    draws = {torch.rand(1, generator=seeded_generator(*values)).item()
-             for values in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (10, 0, 0), (1, 0), (0,)]}
+    draws = {
+        torch.rand(1, generator=seeded_generator(*values)).item()
+        for values in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (10, 0, 0), (1, 0), (0,)]
+    }
     assert len(draws) == 8

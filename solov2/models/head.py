@@ -27,17 +27,35 @@ class SOLOv2Head(nn.Module):
         modulated: DCNv2 if true, DCNv1 if false.
     """
 
-    def __init__(self, in_channels: int, *, tower_channels: int, tower_depth: int, num_classes: int,
-                 kernel_channels: int, grid_sizes: Sequence[int], norm: str = "group", deformable_convs: int = 0,
-                 modulated: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        tower_channels: int,
+        tower_depth: int,
+        num_classes: int,
+        kernel_channels: int,
+        grid_sizes: Sequence[int],
+        norm: str = "group",
+        deformable_convs: int = 0,
+        modulated: bool = True,
+    ) -> None:
         super().__init__()
         self.grid_sizes = tuple(grid_sizes)
 
         def tower(first_channels: int) -> nn.Sequential:
-            return nn.Sequential(*(
-                ConvNormReLU(tower_channels if i else first_channels, tower_channels, norm=norm,
-                             deformable=i >= tower_depth - deformable_convs, modulated=modulated)
-                for i in range(tower_depth)))
+            return nn.Sequential(
+                *(
+                    ConvNormReLU(
+                        tower_channels if i else first_channels,
+                        tower_channels,
+                        norm=norm,
+                        deformable=i >= tower_depth - deformable_convs,
+                        modulated=modulated,
+                    )
+                    for i in range(tower_depth)
+                )
+            )
 
         self.category_tower = tower(in_channels)
         self.kernel_tower = tower(in_channels + 2)
@@ -69,8 +87,9 @@ class SOLOv2Head(nn.Module):
         The reference resizes their concatenation; the resize works per channel, so this is the same without the copy.
         """
         coordinates = coordinate_channels(*feature.shape[-2:], dtype=feature.dtype, device=feature.device)
-        grid, coordinates = (F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-                             for x in (feature, coordinates))
+        grid, coordinates = (
+            F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False) for x in (feature, coordinates)
+        )
         return grid, coordinates.expand(len(grid), -1, -1, -1)
 
 

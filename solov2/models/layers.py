@@ -17,12 +17,21 @@ class DeformConv2d(nn.Module):
     Source: Zhu et al. 2019 (arXiv 1811.11168), layout of mmcv's ModulatedDeformConv2dPack.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0,
-                 groups: int = 1, modulated: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        modulated: bool = True,
+    ) -> None:
         super().__init__()
         self.stride, self.padding, self.modulated = stride, padding, modulated
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
-        offset_channels = (3 if modulated else 2) * kernel_size ** 2
+        offset_channels = (3 if modulated else 2) * kernel_size**2
         self.conv_offset = nn.Conv2d(in_channels, offset_channels, kernel_size, stride, padding)
         self.reset_parameters()
 
@@ -45,8 +54,9 @@ class DeformConv2d(nn.Module):
             first, second, mask = offsets.chunk(3, dim=1)
             offsets, mask = torch.cat([first, second], dim=1), mask.sigmoid()
         with torch.autocast(x.device.type, enabled=False):
-            y = deform_conv2d(x.to(wide), offsets, self.weight.to(wide), stride=self.stride, padding=self.padding,
-                              mask=mask)
+            y = deform_conv2d(
+                x.to(wide), offsets, self.weight.to(wide), stride=self.stride, padding=self.padding, mask=mask
+            )
         return y.to(result_dtype)
 
 
@@ -66,8 +76,16 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 class ConvNormReLU(nn.Sequential):
     """Convolution without bias, norm, ReLU: one step of a tower or the mask branch. [B, C, H, W] -> [B, C', H, W]."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, norm: str = "group",
-                 deformable: bool = False, modulated: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        norm: str = "group",
+        deformable: bool = False,
+        modulated: bool = True,
+    ) -> None:
         super().__init__()
         padding = kernel_size // 2
         if deformable:

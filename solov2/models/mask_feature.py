@@ -20,15 +20,26 @@ class MaskFeatureHead(nn.Module):
     coordinates.
     """
 
-    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int, *, norm: str = "group",
-                 deformable: bool = False, modulated: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        *,
+        norm: str = "group",
+        deformable: bool = False,
+        modulated: bool = True,
+    ) -> None:
         super().__init__()
         kind = {"norm": norm, "deformable": deformable, "modulated": modulated}
         self.levels = nn.ModuleList()
         for i in range(4):
             first = in_channels + (2 if i == 3 else 0)
-            self.levels.append(nn.ModuleList(
-                ConvNormReLU(hidden_channels if j else first, hidden_channels, **kind) for j in range(max(1, i))))
+            self.levels.append(
+                nn.ModuleList(
+                    ConvNormReLU(hidden_channels if j else first, hidden_channels, **kind) for j in range(max(1, i))
+                )
+            )
         self.predictor = ConvNormReLU(hidden_channels, out_channels, kernel_size=1, **kind)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:

@@ -33,16 +33,27 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, *, stride: int, groups: int = 1, group_width: int = 64,
-                 deformable: bool = False, modulated: bool = True, stride_in_1x1: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        *,
+        stride: int,
+        groups: int = 1,
+        group_width: int = 64,
+        deformable: bool = False,
+        modulated: bool = True,
+        stride_in_1x1: bool = False,
+    ) -> None:
         super().__init__()
         width, out_channels = planes * group_width // 64 * groups, planes * self.expansion
         first_stride, second_stride = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, first_stride, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         if deformable:
-            self.conv2 = DeformConv2d(width, width, 3, stride=second_stride, padding=1, groups=groups,
-                                      modulated=modulated)
+            self.conv2 = DeformConv2d(
+                width, width, 3, stride=second_stride, padding=1, groups=groups, modulated=modulated
+            )
         else:
             self.conv2 = nn.Conv2d(width, width, 3, second_stride, 1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
@@ -92,8 +103,17 @@ class ResNet(nn.Module):
         ValueError: unknown name, or deformable basic blocks.
     """
 
-    def __init__(self, name: str, *, width: int = 64, frozen_stages: int = 1, frozen_batch_norm: bool = True,
-                 deformable: bool = False, modulated: bool = True, stride_in_1x1: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        width: int = 64,
+        frozen_stages: int = 1,
+        frozen_batch_norm: bool = True,
+        deformable: bool = False,
+        modulated: bool = True,
+        stride_in_1x1: bool = False,
+    ) -> None:
         super().__init__()
         if name not in ARCHITECTURES:
             raise ValueError(f"backbone must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
@@ -101,7 +121,7 @@ class ResNet(nn.Module):
         if block is BasicBlock and (deformable or stride_in_1x1):
             raise ValueError(f"{name} has basic blocks: neither deformable stages nor stride_in_1x1 exist for them")
         self.frozen_stages, self.frozen_batch_norm = frozen_stages, frozen_batch_norm
-        self.out_channels = [width * 2 ** i * block.expansion for i in range(4)]
+        self.out_channels = [width * 2**i * block.expansion for i in range(4)]
 
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -109,11 +129,20 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         in_channels = width
         for i, depth in enumerate(depths):
-            planes, blocks = width * 2 ** i, []
+            planes, blocks = width * 2**i, []
             for j in range(depth):
-                blocks.append(block(in_channels, planes, stride=2 if i and not j else 1, groups=groups,
-                                    group_width=group_width, deformable=deformable and i > 0, modulated=modulated,
-                                    stride_in_1x1=stride_in_1x1))
+                blocks.append(
+                    block(
+                        in_channels,
+                        planes,
+                        stride=2 if i and not j else 1,
+                        groups=groups,
+                        group_width=group_width,
+                        deformable=deformable and i > 0,
+                        modulated=modulated,
+                        stride_in_1x1=stride_in_1x1,
+                    )
+                )
                 in_channels = planes * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self._initialise()

@@ -37,10 +37,20 @@ class SOLOv2(nn.Module):
 
     divisor = 32  # images are padded to multiples of the coarsest backbone stride
 
-    def __init__(self, backbone: ResNet, fpn: FPN, head: SOLOv2Head, mask_feature_head: MaskFeatureHead, *,
-                 class_names: Sequence[str], settings: PostprocessSettings, pixel_mean: Sequence[float],
-                 pixel_std: Sequence[float], channel_order: str = "rgb",
-                 input_scale: tuple[int, int] = (1333, 800)) -> None:
+    def __init__(
+        self,
+        backbone: ResNet,
+        fpn: FPN,
+        head: SOLOv2Head,
+        mask_feature_head: MaskFeatureHead,
+        *,
+        class_names: Sequence[str],
+        settings: PostprocessSettings,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        channel_order: str = "rgb",
+        input_scale: tuple[int, int] = (1333, 800),
+    ) -> None:
         super().__init__()
         self.backbone, self.fpn, self.head, self.mask_feature_head = backbone, fpn, head, mask_feature_head
         self.class_names = list(class_names)
@@ -102,20 +112,28 @@ class SOLOv2(nn.Module):
         long, short = self.input_scale
         loaded = [to_rgb_tensor(image) for image in images]
         original_sizes = [tuple(image.shape[-2:]) for image in loaded]
-        resized = [resize_image(image, resized_size(size, long=long, short=short))
-                   for image, size in zip(loaded, original_sizes, strict=True)]
+        resized = [
+            resize_image(image, resized_size(size, long=long, short=short))
+            for image, size in zip(loaded, original_sizes, strict=True)
+        ]
         largest = max(image.shape[-2] for image in resized), max(image.shape[-1] for image in resized)
         height, width = padded_size(largest, self.divisor)
         pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8)
         for target, image in zip(pixels, resized, strict=True):
-            target[:, :image.shape[-2], :image.shape[-1]] = image
+            target[:, : image.shape[-2], : image.shape[-1]] = image
         device = self.pixel_mean.device
         sizes = torch.tensor([tuple(image.shape[-2:]) for image in resized], device=device)
         return self.normalize(pixels.to(device), sizes), sizes, torch.tensor(original_sizes, device=device)
 
-    def postprocess(self, raw: dict[str, Any], sizes: Tensor | Sequence[Sequence[int]],
-                    original_sizes: Tensor | Sequence[Sequence[int]], *, mask_format: str = "bool",
-                    **settings: Any) -> list[dict[str, Any]]:
+    def postprocess(
+        self,
+        raw: dict[str, Any],
+        sizes: Tensor | Sequence[Sequence[int]],
+        original_sizes: Tensor | Sequence[Sequence[int]],
+        *,
+        mask_format: str = "bool",
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
         """Raw outputs -> one result per image, see `solov2.models.postprocess.postprocess`.
 
         Args:
@@ -127,8 +145,14 @@ class SOLOv2(nn.Module):
         return postprocess(raw, sizes, original_sizes, replace(self.settings, **settings), mask_format=mask_format)
 
     @torch.no_grad()
-    def predict(self, images: Sequence[ImageLike] | ImageLike, *, score_threshold: float | None = None,
-                max_instances: int | None = None, batch_size: int = 1) -> list[dict[str, Any]]:
+    def predict(
+        self,
+        images: Sequence[ImageLike] | ImageLike,
+        *,
+        score_threshold: float | None = None,
+        max_instances: int | None = None,
+        batch_size: int = 1,
+    ) -> list[dict[str, Any]]:
         """Segment the instances of each image.
 
         Args:
@@ -155,7 +179,7 @@ class SOLOv2(nn.Module):
         try:
             results = []
             for start in range(0, len(images), batch_size):
-                inputs, sizes, original_sizes = self.preprocess(images[start:start + batch_size])
+                inputs, sizes, original_sizes = self.preprocess(images[start : start + batch_size])
                 results.extend(self.postprocess(self(inputs), sizes, original_sizes, **settings))
         finally:
             self.train(was_training)
