@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import urllib.error
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from solov2.checkpoint import is_own, load_file
 from solov2.config import Config, InputError, ModelConfig, load_config, replace_model
-from solov2.convert import convert_state_dict
+from solov2.convert import read_weights
 from solov2.losses import SOLOv2Criterion
 from solov2.models.fpn import FPN
 from solov2.models.head import SOLOv2Head
@@ -45,6 +46,31 @@ IMAGENET_WEIGHTS = {
 }
 
 
+# What is published for each model. Names of mmdetection's files end in the first eight digits of their SHA-256; the
+# authors' files have no published hash. All of them are for academic use by the authors' licence.
+_MMDET, _AUTHORS = "https://download.openmmlab.com/mmdetection/v2.0/solov2", "https://huggingface.co/xinlongwang/SOLO"
+PUBLISHED_WEIGHTS = {
+    "solov2_r50_fpn_1x": f"{_MMDET}/solov2_r50_fpn_1x_coco/solov2_r50_fpn_1x_coco_20220512_125858-a357fa23.pth",
+    "solov2_r50_fpn_3x": f"{_MMDET}/solov2_r50_fpn_3x_coco/solov2_r50_fpn_3x_coco_20220512_125856-fed092d4.pth",
+    "solov2_r101_fpn_3x": f"{_AUTHORS}/resolve/main/SOLOv2_R101_3x.pth",
+    "solov2_r101_dcn_fpn_3x": (
+        f"{_MMDET}/solov2_r101_dcn_fpn_3x_coco/solov2_r101_dcn_fpn_3x_coco_20220513_214734-16c966cb.pth"
+    ),
+    "solov2_x101_dcn_fpn_3x": (
+        f"{_MMDET}/solov2_x101_dcn_fpn_3x_coco/solov2_x101_dcn_fpn_3x_coco_20220513_214337-aef41095.pth"
+    ),
+    "solov2_light_r18_fpn_3x": (
+        f"{_MMDET}/solov2_light_r18_fpn_3x_coco/solov2_light_r18_fpn_3x_coco_20220511_083717-75fa355b.pth"
+    ),
+    "solov2_light_r34_fpn_3x": f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_448_R34_3x.pth",
+    "solov2_light_r50_fpn_3x": (
+        f"{_MMDET}/solov2_light_r50_fpn_3x_coco/solov2_light_r50_fpn_3x_coco_20220512_165256-c93a6074.pth"
+    ),
+    "solov2_light_r50_dcn_fpn_3x": f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_512_DCN_R50_3x.pth",  # DCNv1
+}
+TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # fields a weights file decides
+
+
 def build_model(
     name_or_config: str | Path | Config | ModelConfig | None = None,
     *,
@@ -58,7 +84,8 @@ def build_model(
     Args:
         name_or_config: model name (`list_models`), path of a YAML file, or a configuration. May be left out where
             `weights` is a checkpoint of this library, which carries its configuration.
-        weights: checkpoint file, ours or of a family that `solov2.convert` knows; None leaves random weights.
+        weights: checkpoint file, ours or of a family that `solov2.convert` knows; "official" fetches the published file
+            of this model (`official_weights`); None leaves random weights.
         num_classes: another class count than the configuration's (or the file's). The category layer is then made anew
             and said so; all other weights are kept.
         device: where to put the model; default the CPU.
@@ -71,29 +98,82 @@ def build_model(
         InputError (a ValueError): unknown name or override (close ones are listed), unreadable file, tensors that do
             not fit (all are named).
     """
+    weights = find_weights(weights, name_or_config)
     content = load_file(weights) if weights is not None else None
     config = _model_config(name_or_config, content, weights)
-    state, traits, class_names = _read_weights(content, weights)
-    fields = {
-        key: traits[key]
-        for key in ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")
-        if key in traits
-    }
-    if state is not None:
-        fields["num_classes"] = (
-            len(state["head.category_predictor.bias"])
-            if "head.category_predictor.bias" in state
-            else config.num_classes
-        )
-    if num_classes is not None:
-        fields["num_classes"] = num_classes
-    config = replace_model(config, fields | overrides)
+    state, class_names = None, None
+    if content is not None:
+        state, traits, class_names = read_weights(content, str(weights))
+        category_bias = state.get("head.category_predictor.bias")
+        fields = {key: traits[key] for key in TRAITS if key in traits}
+        config = replace_model(config, fields | ({} if category_bias is None else {"num_classes": len(category_bias)}))
+    config = replace_model(config, overrides | ({} if num_classes is None else {"num_classes": num_classes}))
     if class_names is None or len(class_names) != config.num_classes:
         class_names = default_class_names(config.num_classes)
     model = construct(config, class_names)
     if state is not None:
         load_weights(model, state, str(weights))
     return model.to(device or "cpu").eval()
+
+
+def find_weights(
+    weights: str | Path | None, name_or_config: str | Path | Config | ModelConfig | None
+) -> str | Path | None:
+    """`weights` as it is, or where "official" stands for it, the path of the published file of the model.
+
+    Raises:
+        InputError: the file does not exist, or cannot be had.
+    """
+    if weights == "official":
+        return official_weights(name_or_config)
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"weights file {weights} does not exist")
+    return weights
+
+
+def official_weights(name: str | Path | Config | ModelConfig | None) -> Path:
+    """Path of a model's published weights in torch's hub cache, where they are downloaded to on first use.
+
+    Raises:
+        InputError: nothing is published under this name, or the download failed; the sentence names the ways on.
+    """
+    name = Path(name).stem if isinstance(name, (str, Path)) else getattr(name, "name", None)
+    if name not in PUBLISHED_WEIGHTS:
+        raise InputError(
+            f"no weights are published for {name}; there are some for: {', '.join(PUBLISHED_WEIGHTS)}; for others give "
+            "a file"
+        )
+    url = PUBLISHED_WEIGHTS[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    print(f"downloading {url}; its authors license it for academic use only", file=sys.stderr)
+    start_of_hash = torch.hub.HASH_REGEX.search(path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), start_of_hash and start_of_hash.group(1))
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"the published weights could not be downloaded from {url} ({_reason(error)}); put that file into "
+            f"{path.parent}, or give its path as weights"
+        ) from error
+    return path
+
+
+def fit_to_weights(config: ModelConfig, weights: str | Path) -> ModelConfig:
+    """The configuration with what a weights file fixes: pixel statistics, channel order, strides, kind of DCN.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    _, traits, _ = read_weights(load_file(weights), str(weights))
+    return replace_model(config, {key: traits[key] for key in TRAITS if key in traits})
+
+
+def traits_of(config: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint of this model carries beside its tensors, see `solov2.convert.convert_state_dict`."""
+    values = {key: getattr(config, key) for key in TRAITS}
+    return {"family": "solov2", **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}}
 
 
 def construct(config: ModelConfig, class_names: Sequence[str]) -> SOLOv2:
@@ -267,24 +347,6 @@ def _model_config(
         if weights
         else "name a model or give a weights file of this library"
     )
-
-
-def _read_weights(
-    content: dict[str, Any] | None, source: str | Path | None
-) -> tuple[dict[str, Tensor] | None, dict[str, Any], list[str] | None]:
-    """(state dict under our names, traits, class names) of a loaded file."""
-    if content is None:
-        return None, {}, None
-    if is_own(content):
-        return content["model"], content.get("traits", {}), content.get("class_names")
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
-    try:
-        return *convert_state_dict(tensors), None
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from error
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,36 @@ from solov2.config import InputError
 
 FORMAT = "solov2"  # value of the key "format" in our own files
 
+# mmengine puts its loss history, which holds numpy arrays and functions, into every checkpoint. Nobody here reads it;
+# these names are allowed in a file only because they stand for `Inert` here, whatever they mean elsewhere.
+MMENGINE_GLOBALS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    *(
+        f"{package}.multiarray.{function}"
+        for package in ("numpy.core", "numpy._core")
+        for function in ("_reconstruct", "scalar")
+    ),
+    "_codecs.encode",
+    "__builtin__.getattr",
+    "builtins.getattr",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int32", "Int64", "Bool")),
+)
+
+
+class Inert:
+    """Stands for an object of a file that is neither needed nor trusted: takes any arguments and does nothing."""
+
+    def __init__(self, *_arguments: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` so that `path` holds either the old file or the whole new one, whatever happens in between.
+    """Write a checkpoint of our own with `write_file`.
 
     Args:
         path: target; its folder must exist.
@@ -28,11 +54,20 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: disk full, no permission; the old file stays.
     """
+    write_file(path, {"format": FORMAT, **content})
+
+
+def write_file(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `content` so that `path` holds either the old file or the whole new one, whatever happens in between.
+
+    Raises:
+        OSError: disk full, no permission; the old file stays.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -52,7 +87,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"weights file {path} does not exist")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Inert, name) for name in MMENGINE_GLOBALS]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Unsupported" in reason or "GLOBAL" in reason or "weights_only" in reason.lower():
@@ -61,7 +97,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
                 "could run as code; save a plain state dict instead"
             ) from error
         raise InputError(f"{path} is not a checkpoint file") from error
-    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
         raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")

@@ -1,75 +1,317 @@
-"""Foreign checkpoints by named rules.
+"""Published checkpoints of every SOLOv2 implementation, by named rules.
 
-Each family is a table of (pattern, replacement) on state-dict names; a name no rule knows is reported, never dropped.
+Each family is a table of prefixes, theirs -> ours. A name that no rule knows is reported, never dropped. What a family
+does otherwise (pixel statistics, position of the strides, kind of deformable convolution) travels beside the tensors as
+`traits`, which `solov2.build_model` reads before it constructs the network.
+
+    python -m solov2.convert IN OUT [--to solov2|mmdet]
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-RGB_MEAN, RGB_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+from solov2.checkpoint import is_own, load_file, save_checkpoint, write_file
+from solov2.config import InputError
 
-# mmdetection 2.x and 3.x; the last names of convolution and norm inside a step differ from ours
-MMDET_RULES = (
-    (r"^backbone\.", "backbone."),
-    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"fpn.lateral.\1."),
-    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"fpn.output.\1."),
-    (r"^mask_head\.cls_convs\.(\d)\.(conv|gn)\.", r"head.category_tower.\1.\2."),
-    (r"^mask_head\.kernel_convs\.(\d)\.(conv|gn)\.", r"head.kernel_tower.\1.\2."),
-    (r"^mask_head\.conv_cls\.", "head.category_predictor."),
-    (r"^mask_head\.conv_kernel\.", "head.kernel_predictor."),
-    (
-        r"^mask_head\.mask_feature_head\.convs_all_levels\.(\d)\.conv(\d)\.(conv|gn)\.",
-        r"mask_feature_head.levels.\1.\2.\3.",
-    ),
-    (r"^mask_head\.mask_feature_head\.conv_pred\.(conv|gn)\.", r"mask_feature_head.predictor.\1."),
-)
+RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+# Beside the tensors of the network a file may hold its pixel statistics (detectron2; mmdetection's data_preprocessor).
+STATISTICS = {
+    "pixel_mean": "pixel_mean",
+    "pixel_std": "pixel_std",
+    "data_preprocessor.mean": "pixel_mean",
+    "data_preprocessor.std": "pixel_std",
+}
+
+
+def _mmdet_prefixes() -> Iterator[tuple[str, str]]:
+    """mmdetection 2.25 and later, 3.x included."""
+    yield "backbone", "backbone"
+    for i in range(4):
+        yield f"neck.lateral_convs.{i}.conv", f"fpn.lateral.{i}"
+        yield f"neck.fpn_convs.{i}.conv", f"fpn.output.{i}"
+        yield from _conv_norm(f"mask_head.cls_convs.{i}", f"head.category_tower.{i}")
+        yield from _conv_norm(f"mask_head.kernel_convs.{i}", f"head.kernel_tower.{i}")
+    yield "mask_head.conv_cls", "head.category_predictor"
+    yield "mask_head.conv_kernel", "head.kernel_predictor"
+    theirs, ours = "mask_head.mask_feature_head.convs_all_levels", "mask_feature_head.levels"
+    for i, j in _mask_branch_steps():
+        yield from _conv_norm(f"{theirs}.{i}.conv{j}", f"{ours}.{i}.{j}")
+    yield from _conv_norm("mask_head.mask_feature_head.conv_pred", "mask_feature_head.predictor")
+
+
+def _original_prefixes() -> Iterator[tuple[str, str]]:
+    """WXinlong/SOLO: mmdetection's layout under the names of the authors' fork."""
+    renamed = {
+        "mask_head.cls_convs": "bbox_head.cate_convs",
+        "mask_head.kernel_convs": "bbox_head.kernel_convs",
+        "mask_head.conv_cls": "bbox_head.solo_cate",
+        "mask_head.conv_kernel": "bbox_head.solo_kernel",
+        "mask_head.mask_feature_head.convs_all_levels": "mask_feat_head.convs_all_levels",
+        "mask_head.mask_feature_head.conv_pred": "mask_feat_head.conv_pred.0",
+    }
+    for theirs, ours in _mmdet_prefixes():
+        start = next((name for name in renamed if theirs.startswith(name)), "")
+        yield renamed.get(start, "") + theirs.removeprefix(start), ours
+
+
+def _adelaidet_prefixes() -> Iterator[tuple[str, str]]:
+    """AdelaiDet on detectron2."""
+    theirs, ours = "backbone.bottom_up", "backbone"
+    yield f"{theirs}.stem.conv1", f"{ours}.conv1"
+    yield f"{theirs}.stem.conv1.norm", f"{ours}.bn1"
+    for i in range(1, 5):
+        for j in range(23):  # blocks of the deepest stage, layer3 of ResNet-101
+            block = f"{theirs}.res{i + 1}.{j}"
+            for k in (1, 2, 3):
+                yield f"{block}.conv{k}", f"{ours}.layer{i}.{j}.conv{k}"
+                yield f"{block}.conv{k}.norm", f"{ours}.layer{i}.{j}.bn{k}"
+            yield f"{block}.shortcut", f"{ours}.layer{i}.{j}.downsample.0"
+            yield f"{block}.shortcut.norm", f"{ours}.layer{i}.{j}.downsample.1"
+    for i in range(4):
+        yield f"backbone.fpn_lateral{i + 2}", f"fpn.lateral.{i}"
+        yield f"backbone.fpn_output{i + 2}", f"fpn.output.{i}"
+        for theirs, ours in (("cate_tower", "category_tower"), ("kernel_tower", "kernel_tower")):
+            yield f"ins_head.{theirs}.{3 * i}", f"head.{ours}.{i}.conv"  # convolution, norm, ReLU in one list
+            yield f"ins_head.{theirs}.{3 * i + 1}", f"head.{ours}.{i}.norm"
+    yield "ins_head.cate_pred", "head.category_predictor"
+    yield "ins_head.kernel_pred", "head.kernel_predictor"
+    steps = [(f"convs_all_levels.{i}.conv{j}", f"levels.{i}.{j}") for i, j in _mask_branch_steps()]
+    for theirs, ours in [*steps, ("conv_pred", "predictor")]:
+        yield f"mask_head.{theirs}.0", f"mask_feature_head.{ours}.conv"
+        yield f"mask_head.{theirs}.1", f"mask_feature_head.{ours}.norm"
+
+
+def _conv_norm(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+    yield f"{theirs}.conv", f"{ours}.conv"
+    yield f"{theirs}.gn", f"{ours}.norm"
+
+
+def _mask_branch_steps() -> list[tuple[int, int]]:
+    return [(i, j) for i in range(4) for j in range(max(1, i))]
+
+
+PREFIXES = {
+    "mmdet": dict(_mmdet_prefixes()),
+    "original": dict(_original_prefixes()),
+    "adelaidet": dict(_adelaidet_prefixes()),
+}
+SIGNS = {  # a tensor that every file of the family holds and no file of another
+    "solov2": "head.category_predictor.bias",
+    "mmdet": "mask_head.conv_cls.bias",
+    "original": "bbox_head.solo_cate.bias",
+    "adelaidet": "ins_head.cate_pred.bias",
+}
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict of another SOLOv2 implementation under our names.
+    """State dict of another SOLOv2 implementation under our names. The tensors are handed on, not copied.
 
     Args:
-        state_dict: name -> tensor, without wrappers.
+        state_dict: name -> tensor, without wrappers (`unwrap` takes those off).
 
     Returns:
-        (state dict, traits): traits hold family, stride_in_1x1, channel_order, pixel_mean, pixel_std, modulated.
+        (state dict, traits). The traits are family ("solov2", "original", "mmdet" or "adelaidet"), stride_in_1x1 (the
+        MSRA backbone of detectron2 strides in the first 1x1 of a bottleneck), channel_order ("rgb" or "bgr"),
+        pixel_mean and pixel_std in that order, modulated (DCNv2, which is also what networks without deformable
+        convolutions say, or DCNv1).
 
     Raises:
-        ValueError: the family is not recognised, or a name fits no rule; the sentence lists such names.
+        ValueError: the family is not recognised, or names fit no rule; the sentence lists them.
     """
-    traits = {
-        "family": "solov2",
-        "stride_in_1x1": False,
-        "channel_order": "rgb",
-        "pixel_mean": RGB_MEAN,
-        "pixel_std": RGB_STD,
-        "modulated": True,
-    }
-    if any(name.startswith("head.category_predictor.") for name in state_dict):
-        return dict(state_dict), traits
-    if not any(name.startswith("mask_head.mask_feature_head.") for name in state_dict):
+    family = next((family for family, sign in SIGNS.items() if sign in state_dict), None)
+    if family is None:
         raise ValueError(
-            "the names in this file are not those of a SOLOv2 that this version converts "
-            f"(first names: {', '.join(list(state_dict)[:3])})"
+            "the names in this file are not those of a SOLOv2 that this version converts (WXinlong/SOLO, mmdetection, "
+            f"AdelaiDet, or our own); its first names are: {', '.join(list(state_dict)[:3]) or 'none'}"
         )
-    return _rename(state_dict, MMDET_RULES), traits | {"family": "mmdet"}
+    detectron2 = family == "adelaidet"
+    traits = {
+        "family": family,
+        "stride_in_1x1": detectron2,
+        "channel_order": "bgr" if detectron2 else "rgb",
+        "pixel_mean": list(RGB_MEAN[::-1] if detectron2 else RGB_MEAN),
+        "pixel_std": [1.0, 1.0, 1.0] if detectron2 else list(RGB_STD),
+    }
+    tensors = dict(state_dict)
+    for name in STATISTICS.keys() & tensors.keys():
+        traits[STATISTICS[name]] = tensors.pop(name).flatten().tolist()
+    if family != "solov2":
+        tensors = _rename(_drop_averages(tensors), PREFIXES[family])
+    return tensors, traits | {"modulated": _is_modulated(tensors)}
 
 
-def _rename(state_dict: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+def to_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> mmdetection's, for a checkpoint that mmdetection is to load.
+
+    Raises:
+        ValueError: a name that mmdetection's SOLOv2 has no place for.
+    """
+    if "head.category_tower.0.norm.running_mean" in state_dict:
+        raise ValueError("the head has batch norm, and mmdetection's SOLOv2 has group norm there")
+    return _rename(state_dict, {ours: theirs for theirs, ours in PREFIXES["mmdet"].items()})
+
+
+def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name, whatever they are wrapped in.
+
+    Takes "state_dict" or "model" of the file if it has one, and the prefix "module." (DataParallel) or "model." off the
+    names. mmcv and mmengine write averaged weights (EMA) under the plain names, so those are what is taken.
+    """
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for prefix in ("module.", "model."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def read_weights(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], dict[str, Any], list[str] | None]:
+    """What `build_model` needs of a loaded checkpoint file of any family.
+
+    Args:
+        content: what `solov2.checkpoint.load_file` returned.
+        source: what to call the file in messages.
+
+    Returns:
+        (state dict under our names, traits, class names or None). Traits of our own files are only those of weights
+        that were converted.
+
+    Raises:
+        InputError: not a SOLOv2 that is known, or names that fit no rule.
+    """
+    if is_own(content):
+        return content["model"], content.get("traits", {}), content.get("class_names")
+    try:
+        return *convert_state_dict(unwrap(content)), _class_names(content)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _class_names(content: Mapping[str, Any]) -> list[str] | None:
+    """Class names in the meta entry of mmdetection (2.x: CLASSES; 3.x: dataset_meta)."""
+    meta = content.get("meta")
+    places = [meta, meta.get("dataset_meta")] if isinstance(meta, Mapping) else []
+    for place in places:
+        for key in ("CLASSES", "classes"):
+            names = place.get(key) if isinstance(place, Mapping) else None
+            if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+                return list(names)
+    return None
+
+
+def _drop_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without mmcv's second copies: `ema_backbone_conv1_weight` beside `backbone.conv1.weight`."""
+    second = {"ema_" + name.replace(".", "_") for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if name not in second}
+
+
+def _current_name(name: str) -> str:
+    """Offset branches of old files: `conv2_offset` beside `conv2` is `conv2.conv_offset` now (mmdetection 1.x)."""
+    name = re.sub(r"(convs_all_levels\.\d\.conv\d)\.conv_offset\.", r"\1.conv.conv_offset.", name)
+    return re.sub(r"(?<!\.conv)(?<!\.conv\d)\.(conv\d?)_offset\.", r".\1.conv_offset.", name)
+
+
+def _rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Replace the longest prefix (of whole dotted parts) that the table knows in each name."""
     renamed, unknown = {}, []
-    for name, tensor in state_dict.items():
-        for pattern, replacement in rules:
-            new_name, count = re.subn(pattern, replacement, name)
-            if count:
-                renamed[re.sub(r"\.gn\.(?=weight$|bias$)", ".norm.", new_name)] = tensor
+    for name, tensor in tensors.items():
+        parts = _current_name(name).split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            prefix = ".".join(parts[:end])
+            if prefix in prefixes:
+                renamed[".".join([prefixes[prefix], *parts[end:]])] = tensor
                 break
         else:
             unknown.append(name)
     if unknown:
         raise ValueError(f"{len(unknown)} names fit no rule of this family, among them {', '.join(unknown[:5])}")
     return renamed
+
+
+def _is_modulated(tensors: Mapping[str, Tensor]) -> bool:
+    """DCNv2 has three numbers per tap in its offset branches, DCNv1 two."""
+    return all(
+        len(tensor) == 3 * tensor.shape[-1] * tensor.shape[-2]
+        for name, tensor in tensors.items()
+        if name.endswith("conv_offset.weight")
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert a file; returns the exit code (0 done, 2 a user's mistake)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m solov2.convert",
+        description="Convert a SOLOv2 checkpoint of WXinlong/SOLO, mmdetection or AdelaiDet, or one of ours.",
+    )
+    parser.add_argument("source", metavar="IN", help="checkpoint file of any family")
+    parser.add_argument("target", metavar="OUT", help="file to write")
+    parser.add_argument("--to", choices=("solov2", "mmdet"), default="solov2", help="names to write (default: solov2)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args(argv)
+    try:
+        print(convert_file(args.source, args.target, to=args.to, overwrite=args.overwrite))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert_file(source: str | Path, target: str | Path, *, to: str = "solov2", overwrite: bool = False) -> str:
+    """Convert a checkpoint file.
+
+    Args:
+        source: a file of any family.
+        target: file to write; its folder must exist.
+        to: "solov2", which keeps the traits and the class names beside the tensors, or "mmdet".
+        overwrite: replace an existing target.
+
+    Returns:
+        A sentence that says what was found and written.
+
+    Raises:
+        InputError: source unreadable or unknown, target there already or not writable, or a network that mmdetection
+            has no names or no place for its traits.
+    """
+    if Path(target).exists() and not overwrite:
+        raise InputError(f"{target} exists already; give --overwrite to replace it")
+    content = load_file(source)
+    own = is_own(content)
+    state, traits, class_names = read_weights(content, str(source))
+    if to == "mmdet":
+        if traits.get("stride_in_1x1") or traits.get("channel_order", "rgb") != "rgb":
+            raise InputError(f"{source} has an MSRA backbone, for which mmdetection has no SOLOv2 configuration")
+        try:
+            written: dict[str, Any] = {"state_dict": to_mmdet(state), "meta": {"CLASSES": class_names}}
+        except ValueError as error:
+            raise InputError(f"{source}: {error}") from error
+    else:
+        kept = {"config": content["config"]} if own and "config" in content else {}
+        written = {"model": state, "traits": traits, **kept}
+        if class_names is not None:
+            written["class_names"] = class_names
+    try:
+        (save_checkpoint if to == "solov2" else write_file)(target, written)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
+    kind = "our own" if own else traits["family"]
+    layers = sum(name.endswith("conv_offset.weight") for name in state)
+    return (
+        f"{source}: {kind}, {len(state)} tensors, "
+        + (f"{layers} deformable layers ({'DCNv2' if _is_modulated(state) else 'DCNv1'}), " if layers else "")
+        + f"{traits.get('channel_order', 'rgb')} input, written to {target} under the names of {to}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -137,7 +137,9 @@ def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], class
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m solov2.predict", description=__doc__)
     parser.add_argument("images", nargs="+", help="image files, and folders with images")
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="checkpoint")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", help="checkpoint; official: the published one of --model"
+    )
     parser.add_argument("--model", metavar="NAME", help="model name; default: what the checkpoint says")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions/")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier run")

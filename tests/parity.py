@@ -244,3 +244,46 @@ def _fits(item: tuple[int, int, list[float], Tensor], expected: Mapping[str, Any
     if rank >= len(expected["masks"]):
         return True
     return int((mask ^ decode(expected["masks"][rank], mask.shape).bool()).sum()) <= pixels
+
+
+# ---- names of the other families
+
+# mmdetection's names -> WXinlong/SOLO's
+TO_ORIGINAL = (
+    (r"^mask_head\.cls_convs\.", "bbox_head.cate_convs."),
+    (r"^mask_head\.kernel_convs\.", "bbox_head.kernel_convs."),
+    (r"^mask_head\.conv_cls\.", "bbox_head.solo_cate."),
+    (r"^mask_head\.conv_kernel\.", "bbox_head.solo_kernel."),
+    (r"^mask_head\.mask_feature_head\.conv_pred\.", "mask_feat_head.conv_pred.0."),
+    (r"^mask_head\.mask_feature_head\.", "mask_feat_head."),
+)
+
+
+def original_name(name: str) -> str:
+    """The authors' name of one of mmdetection's state-dict entries."""
+    for pattern, replacement in TO_ORIGINAL:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def adelaidet_name(name: str) -> str:
+    """AdelaiDet's name of one of mmdetection's state-dict entries (it has none for num_batches_tracked)."""
+    name = re.sub(r"^backbone\.(conv1|bn1)\.", r"backbone.bottom_up.stem.\1.", name)
+    name = re.sub(r"^backbone\.layer(\d)\.", lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}.", name)
+    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    name = re.sub(r"^(backbone\.bottom_up\..*)\.bn(\d)\.", r"\1.conv\2.norm.", name)
+    name = re.sub(r"^neck\.lateral_convs\.(\d)\.conv\.", lambda m: f"backbone.fpn_lateral{int(m[1]) + 2}.", name)
+    name = re.sub(r"^neck\.fpn_convs\.(\d)\.conv\.", lambda m: f"backbone.fpn_output{int(m[1]) + 2}.", name)
+    for theirs, mmdet in (("cate_tower", "cls_convs"), ("kernel_tower", "kernel_convs")):
+        name = re.sub(
+            rf"^mask_head\.{mmdet}\.(\d)\.(conv|gn)\.",
+            lambda m, tower=theirs: f"ins_head.{tower}.{3 * int(m[1]) + (m[2] == 'gn')}.",
+            name,
+        )
+    name = name.replace("mask_head.conv_cls.", "ins_head.cate_pred.")
+    name = name.replace("mask_head.conv_kernel.", "ins_head.kernel_pred.")
+    if name.startswith("mask_head.mask_feature_head."):
+        name = name.replace("mask_head.mask_feature_head.", "mask_head.")
+        name = re.sub(r"\.conv\.(?=weight$)", ".0.", name)
+        name = name.replace(".gn.", ".1.")
+    return name

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from solov2 import distributed
-from solov2.build import build_assigner, build_model, construct
+from solov2.build import build_assigner, build_model, construct, find_weights
 from solov2.checkpoint import is_own, load_file
 from solov2.commands.data import (
     add_data_arguments,
@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "config", nargs="?", help="model name or YAML file; may be left out for a checkpoint of train.py"
     )
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint to evaluate")
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint to evaluate; official: the published one")
     parser.add_argument(
         "--oracle",
         action="store_true",
@@ -82,6 +82,7 @@ def _run(argv: Sequence[str]) -> int:
             "name the weights to evaluate: python eval.py solov2_r50_fpn_1x --weights FILE (a checkpoint of "
             "train.py needs no model name); the data is looked for in data/coco or --data-root"
         )
+    args.weights = find_weights(args.weights, args.config)
     if args.nproc is not None:
         distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
     for path in (args.json, args.results):
@@ -161,7 +162,7 @@ def _report(summary: dict[str, Any], evaluator: CocoEvaluator, args: argparse.Na
     if args.json is not None:
         content = {
             "config": config.name,
-            "weights": args.weights,
+            "weights": None if args.weights is None else str(args.weights),
             "oracle": args.oracle,
             "split": args.split,
             "images": len(evaluator.coco.imgs),

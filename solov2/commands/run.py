@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from solov2 import distributed
-from solov2.build import load_weights
+from solov2.build import load_weights, traits_of
 from solov2.checkpoint import is_own, latest_checkpoint, load_file, save_checkpoint
 from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
@@ -41,6 +41,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "config": self.config.to_dict(),
+            "traits": traits_of(self.config.model),
             "class_names": self.model.class_names,
             "category_ids": self.dataset.category_ids,
             "epoch": self.epoch,

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solov2 import distributed
-from solov2.build import build_assigner, build_criterion, build_model, construct, load_pretrained_backbone
+from solov2.build import (
+    build_assigner,
+    build_criterion,
+    build_model,
+    construct,
+    find_weights,
+    fit_to_weights,
+    load_pretrained_backbone,
+)
 from solov2.checkpoint import latest_checkpoint
 from solov2.commands.data import (
     add_data_arguments,
@@ -66,7 +75,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", nargs="?", default="solov2_r50_fpn_1x", help="model name or YAML file")
     parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME)")
-    parser.add_argument("--weights", metavar="FILE", help="start from these weights (fine-tuning)")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="start from these weights (fine-tuning); official: the published ones"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -104,8 +115,9 @@ def _run(argv: Sequence[str]) -> int:
     # What can be seen to be wrong is said before other processes are started: each of them would say it again.
     folder = Path(args.output or f"runs/{config.name}")
     checkpoint = check_folder(folder, args.resume, args.overwrite)
-    if args.weights is not None and not Path(args.weights).is_file():
-        raise InputError(f"weights file {args.weights} does not exist")
+    args.weights = find_weights(args.weights, config)
+    if args.weights is not None:
+        config = replace(config, model=fit_to_weights(config.model, args.weights))
     if not config.data.shapes:
         require_data(config.data, splits=_splits(config))
     if args.nproc is not None:
