@@ -127,14 +127,7 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
     Raises:
         InputError: nproc < 1, a torchrun of another size is already running, or too few devices.
     """
-    running = int(os.environ.get("WORLD_SIZE", 1))
-    if nproc < 1:
-        raise InputError(f"--nproc must be at least 1, got {nproc}")
-    if running > 1 and running != nproc:
-        raise InputError(
-            f"--nproc {nproc} inside a torchrun of {running} processes: leave the flag out or make them equal"
-        )
-    if running == nproc:
+    if check_nproc(nproc) == nproc:
         return
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and (device is None or not device.startswith("cpu")):
@@ -161,6 +154,22 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
     ]
     sys.stdout.flush()
     os.execvpe(command[0], command, environment)
+
+
+def check_nproc(nproc: int) -> int:
+    """Number of processes that a torchrun has already started, 1 without one.
+
+    Raises:
+        InputError: nproc < 1, or another number of processes is already running.
+    """
+    running = int(os.environ.get("WORLD_SIZE", 1))
+    if nproc < 1:
+        raise InputError(f"--nproc must be at least 1, got {nproc}")
+    if running > 1 and running != nproc:
+        raise InputError(
+            f"--nproc {nproc} inside a torchrun of {running} processes: leave the flag out or make them equal"
+        )
+    return running
 
 
 def without_nproc(arguments: Sequence[str]) -> list[str]:

@@ -134,9 +134,12 @@ def oracle_dataset(data: DataConfig, split: str) -> CocoInstances:
 
 
 def training_loader(
-    config: Config, dataset: CocoInstances, assigner: TargetAssigner
+    config: Config, dataset: CocoInstances, assigner: TargetAssigner, *, processes: int | None = None
 ) -> tuple[DataLoader, TrainBatchSampler]:
-    """This process's batches, padded and with targets, and the sampler whose epoch has to be set."""
+    """This process's batches, padded and with targets, and the sampler whose epoch has to be set.
+
+    `processes` is how many share an epoch; default those that are running.
+    """
     data, train = config.data, config.train
     transform = TrainTransform(
         scales=data.train_scales,
@@ -148,7 +151,7 @@ def training_loader(
         dataset.aspect_ratios,
         batch_size=train.batch_size,
         rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        world_size=processes or distributed.world_size(),
         seed=train.seed,
     )
     loader = build_loader(

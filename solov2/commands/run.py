@@ -1,10 +1,10 @@
-"""A training run: what belongs together, its folder, its checkpoints."""
+"""A training run: what belongs together, its steps, its folder, its checkpoints."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import yaml
 from solov2 import distributed
 from solov2.build import load_weights, traits_of
 from solov2.checkpoint import is_own, latest_checkpoint, load_file, save_checkpoint
-from solov2.config import Config, InputError
+from solov2.config import Config, InputError, TrainConfig
 from solov2.data.coco import CocoInstances
 from solov2.logger import RunLogger
 from solov2.models.solov2 import SOLOv2
+from solov2.optim import make_schedule, scaled_learning_rate
 
 
 @dataclass
@@ -49,6 +50,69 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe becomes optimiser steps on a number of processes."""
+
+    processes: int
+    global_batch: int  # images per optimiser step, of all processes
+    learning_rate: float  # scaled to the global batch
+    steps_per_epoch: int | None  # None where the data set is not known
+
+
+def plan_run(train: TrainConfig, *, images: int | None, batches: int | None, processes: int) -> Plan:
+    """The steps of a recipe.
+
+    Args:
+        train: the recipe.
+        images: of the training set; only for the error.
+        batches: per epoch and process; None where the data set is not known.
+        processes: that train together.
+
+    Raises:
+        InputError: the data set is too small for one step.
+    """
+    steps_per_epoch = None if batches is None else batches // train.accumulate
+    if steps_per_epoch == 0:
+        raise InputError(
+            f"{images} training images make {batches} batches, fewer than the "
+            f"{train.accumulate} that one optimiser step accumulates; lower the batch size"
+        )
+    global_batch = train.batch_size * processes * train.accumulate
+    rate = scaled_learning_rate(train.learning_rate, global_batch, train.reference_batch_size)
+    return Plan(processes, global_batch, rate, steps_per_epoch)
+
+
+def run_schedule(train: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """Learning-rate factor of each optimiser step (0-based) of a recipe."""
+    return make_schedule(
+        train.schedule,
+        steps_per_epoch=steps_per_epoch,
+        epochs=train.epochs,
+        warmup_steps=train.warmup_steps,
+        warmup_start=train.warmup_start,
+        step_epochs=train.step_epochs,
+    )
+
+
+def announcement(config: Config, plan: Plan, *, parameters: int, images: int | None, device: torch.device) -> list[str]:
+    """What a run says at its start, in two lines; what is None is called unknown."""
+    train, processes = config.train, plan.processes
+    steps = "an unknown number of" if plan.steps_per_epoch is None else plan.steps_per_epoch
+    return [
+        f"{config.name}: {parameters:,} parameters, {'an unknown number of' if images is None else images} training "
+        f"images, {processes} process{'es' if processes > 1 else ''} on {device.type}, {train.precision}",
+        f"{train.epochs} epochs of {steps} steps, {plan.global_batch} images per step ({train.batch_size} per "
+        f"process x {processes} x {train.accumulate} accumulated); learning rate {train.learning_rate:g} for "
+        f"{train.reference_batch_size} images, scaled to {plan.learning_rate:g}",
+    ]
+
+
+def config_text(config: Config) -> str:
+    """The configuration as YAML, as the run folder has it."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)
 
 
 def check_folder(folder: Path, resume: str | None, overwrite: bool) -> Path | None:
@@ -82,7 +146,7 @@ def open_folder(folder: Path, config: Config, *, overwrite: bool) -> None:
             if overwrite and folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            (folder / "config.yaml").write_text(config_text(config))
         except OSError as error:
             raise InputError(
                 f"cannot write to run folder {folder}: {error.strerror}; name another with --output"

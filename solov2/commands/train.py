@@ -38,16 +38,28 @@ from solov2.commands.data import (
     validation_loader,
     with_classes,
 )
+from solov2.commands.dry_run import describe
 from solov2.commands.errors import run_command
 from solov2.commands.picture import draw_predictions
-from solov2.commands.run import Run, check_folder, class_difference, open_folder, resume, save
+from solov2.commands.run import (
+    Plan,
+    Run,
+    announcement,
+    check_folder,
+    class_difference,
+    open_folder,
+    plan_run,
+    resume,
+    run_schedule,
+    save,
+)
 from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
 from solov2.engine import evaluate, predictor, train_one_epoch
 from solov2.evaluation.coco import CocoEvaluator, format_table
 from solov2.logger import RunLogger, format_seconds
 from solov2.models.solov2 import SOLOv2
-from solov2.optim import build_optimizer, make_schedule, scaled_learning_rate
+from solov2.optim import build_optimizer
 
 FLAGS = {
     "epochs": "train.epochs",
@@ -98,6 +110,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--tensorboard", action="store_true")
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, learning rates, batch sizes and memory of the run, and end",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -114,10 +131,13 @@ def _run(argv: Sequence[str]) -> int:
     warnings.showwarning = _print_warning
     # What can be seen to be wrong is said before other processes are started: each of them would say it again.
     folder = Path(args.output or f"runs/{config.name}")
-    checkpoint = check_folder(folder, args.resume, args.overwrite)
+    # A dry run writes nothing, so it minds only a checkpoint that it was asked to go on with.
+    checkpoint = None if args.dry_run and args.resume is None else check_folder(folder, args.resume, args.overwrite)
     args.weights = find_weights(args.weights, config)
     if args.weights is not None:
         config = replace(config, model=fit_to_weights(config.model, args.weights))
+    if args.dry_run:
+        return _dry_run(config, args)
     if not config.data.shapes:
         require_data(config.data, splits=_splits(config))
     if args.nproc is not None:
@@ -136,6 +156,20 @@ def _run(argv: Sequence[str]) -> int:
         return 130
     finally:
         distributed.stop()
+
+
+def _dry_run(config: Config, args: argparse.Namespace) -> int:
+    if args.nproc is not None:
+        distributed.check_nproc(args.nproc)
+    device = distributed.select_device(args.device)
+    distributed.start(device)
+    try:
+        if distributed.is_main():
+            processes = args.nproc or distributed.world_size()
+            describe(config, device=device, processes=processes, splits=_splits(config))
+    finally:
+        distributed.stop()
+    return 0
 
 
 def _splits(config: Config) -> Sequence[str]:
@@ -192,23 +226,10 @@ def _train_epochs(run: Run, validation: CocoInstances | None) -> dict[str, Any] 
     """All epochs that are left; returns the summary of the last evaluation."""
     config, train, logger = run.config, run.config.train, run.logger
     loader, sampler = training_loader(config, run.dataset, build_assigner(config.model))
-    steps_per_epoch = len(sampler) // train.accumulate
-    if steps_per_epoch == 0:
-        raise InputError(
-            f"{len(run.dataset)} training images make {len(sampler)} batches, fewer than the "
-            f"{train.accumulate} that one optimiser step accumulates; lower the batch size"
-        )
-    global_batch = train.batch_size * distributed.world_size() * train.accumulate
-    rate = scaled_learning_rate(train.learning_rate, global_batch, train.reference_batch_size)
-    _announce(run, global_batch, rate, steps_per_epoch)
-    schedule = make_schedule(
-        train.schedule,
-        steps_per_epoch=steps_per_epoch,
-        epochs=train.epochs,
-        warmup_steps=train.warmup_steps,
-        warmup_start=train.warmup_start,
-        step_epochs=train.step_epochs,
-    )
+    plan = plan_run(train, images=len(run.dataset), batches=len(sampler), processes=distributed.world_size())
+    steps_per_epoch = plan.steps_per_epoch
+    _announce(run, plan)
+    schedule = run_schedule(train, steps_per_epoch)
     criterion = build_criterion(config.model, mask_weight=train.mask_weight)
     model = wrap(run.model, run.device)
     summary = None
@@ -220,7 +241,7 @@ def _train_epochs(run: Run, validation: CocoInstances | None) -> dict[str, Any] 
             loader,
             run.optimizer,
             schedule,
-            learning_rate=rate,
+            learning_rate=plan.learning_rate,
             device=run.device,
             epoch=run.epoch,
             steps_per_epoch=steps_per_epoch,
@@ -307,29 +328,21 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def _announce(run: Run, global_batch: int, rate: float, steps_per_epoch: int) -> None:
-    train, processes = run.config.train, distributed.world_size()
+def _announce(run: Run, plan: Plan) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     run.logger.write(
         "start",
         device=str(run.device),
-        processes=processes,
+        processes=plan.processes,
         torch=torch.__version__,
-        learning_rate=rate,
-        global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch,
+        learning_rate=plan.learning_rate,
+        global_batch=plan.global_batch,
+        steps_per_epoch=plan.steps_per_epoch,
         parameters=parameters,
-        seed=train.seed,
+        seed=run.config.train.seed,
     )
-    run.logger.say(
-        f"{run.config.name}: {parameters:,} parameters, {len(run.dataset)} training images, {processes} "
-        f"process{'es' if processes > 1 else ''} on {run.device.type}, {train.precision}"
-    )
-    run.logger.say(
-        f"{train.epochs} epochs of {steps_per_epoch} steps, {global_batch} images per step ({train.batch_size} per "
-        f"process x {processes} x {train.accumulate} accumulated); learning rate {train.learning_rate:g} for "
-        f"{train.reference_batch_size} images, scaled to {rate:g}"
-    )
+    for line in announcement(run.config, plan, parameters=parameters, images=len(run.dataset), device=run.device):
+        run.logger.say(line)
 
 
 def _print_warning(message: Warning | str, *_details: object) -> None:
