@@ -209,9 +209,10 @@ def test_every_cell_and_class_above_the_threshold() -> None:
 
 
 def test_final_masks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit on pixels alive at once changes nothing but memory."""
+    """The limits on what is alive at once change nothing but memory."""
     whole = run(CASES["crop_up"], torch.float64)[0]
-    monkeypatch.setattr("solov2.models.postprocess.PIXELS_AT_ONCE", 400_000)  # three masks
+    monkeypatch.setattr("solov2.models.postprocess.CELLS_AT_ONCE", 3)
+    monkeypatch.setattr("solov2.ops.resample.BAND", 7)
     chunked = run(CASES["crop_up"], torch.float64)[0]
     assert all(torch.equal(whole[key], chunked[key]) for key in ("scores", "labels", "masks", "boxes"))
 

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solov2.ops.masks import encode_rle, masks_to_boxes
 from solov2.ops.matrix_nms import matrix_nms
+from solov2.ops.resample import MaskResampler
 
 CELLS_AT_ONCE = 512  # dynamic kernels applied in one matrix product
-PIXELS_AT_ONCE = 2**25  # float pixels alive while final masks are resized: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -220,8 +219,8 @@ def final_masks(
     """Masks of the kept cells at the original size, and their tight boxes.
 
     Probabilities go bilinearly to the padded input size, are cropped to the image, go bilinearly to the original size
-    and are cut at the threshold (align_corners false both times); scores are not recomputed. Works in chunks of bounded
-    size.
+    and are cut at the threshold (align_corners false both times); scores are not recomputed. `MaskResampler` does it
+    where a pixel can be set; run lengths are made without ever holding a full plane.
 
     Args:
         cells: int64 [N].
@@ -234,24 +233,16 @@ def final_masks(
     Returns:
         (masks, boxes): bool [N, H, W] or N run-length dictionaries; float32 [N, 4].
     """
-    height, width = features.shape[-2:]
-    padded = (4 * height, 4 * width)
-    at_once = max(1, PIXELS_AT_ONCE // max(padded[0] * padded[1], original_size[0] * original_size[1]))
-    planes, boxes, runs = [], [], []
-    for chunk in cells.split(at_once) if len(cells) else ():
-        soft = apply_kernels(kernels[chunk], features).view(1, len(chunk), height, width)
-        soft = F.interpolate(soft, size=padded, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
-        masks = F.interpolate(soft, size=original_size, mode="bilinear", align_corners=False)[0] > threshold
-        boxes.append(masks_to_boxes(masks))
-        if mask_format == "rle":
-            runs.extend(encode_rle(masks))
-        else:
-            planes.append(masks)
-    no_boxes = torch.zeros(0, 4, device=features.device)
-    if mask_format == "rle":
-        return runs, torch.cat([no_boxes, *boxes])
-    no_masks = torch.zeros(0, *original_size, dtype=torch.bool, device=features.device)
-    return torch.cat([no_masks, *planes]), torch.cat([no_boxes, *boxes])
+    resampler = MaskResampler(
+        features.shape[-2:], size, original_size, threshold, dtype=features.dtype, device=features.device
+    )
+    resample = resampler.run_lengths if mask_format == "rle" else resampler.planes
+    parts = []
+    for chunk in cells.split(CELLS_AT_ONCE) if len(cells) else [cells]:
+        soft = apply_kernels(kernels[chunk], features)
+        parts.append(resample(soft.view(len(chunk), *features.shape[-2:])))
+    masks, boxes = zip(*parts)
+    return sum(masks, []) if mask_format == "rle" else torch.cat(masks), torch.cat(boxes)
 
 
 def _pairs(sizes: Tensor | Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -61,6 +61,45 @@ def encode_rle(masks: Tensor) -> list[dict[str, Any]]:
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
+def rle_from_columns(
+    mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]
+) -> tuple[dict[str, Any], tuple[float, float, float, float]]:
+    """Run lengths of an image whose set pixels all lie in a window.
+
+    Args:
+        mask: the window, bool [columns, rows]: transposed, as COCO's run lengths go down the columns.
+        corner: (row, column) of its first pixel in the image.
+        size: (h, w) of the image.
+
+    Returns:
+        (compressed RLE as `encode_rle` writes it, tight box x1, y1, x2, y2 with the maximum exclusive, zeros where no
+        pixel is set).
+    """
+    (row, column), (height, width) = corner, size
+    padded = np.zeros((mask.shape[0], mask.shape[1] + 1), dtype=np.int8)  # a run may not pass from column to column
+    padded[:, :-1] = mask
+    steps = np.diff(padded.ravel(), prepend=np.int8(0))
+    starts, ends = (np.flatnonzero(steps == step) for step in (1, -1))
+    if len(starts) == 0:
+        return {"size": [height, width], "counts": _compress([height * width], size)}, (0.0, 0.0, 0.0, 0.0)
+    columns, first_rows = np.divmod(starts, padded.shape[1])
+    last_rows = ends - columns * padded.shape[1]
+    box = column + columns[0], row + first_rows.min(), column + columns[-1] + 1, row + last_rows.max()
+    begin = (columns + column) * height + first_rows + row
+    end = (columns + column) * height + last_rows + row
+    apart = begin[1:] != end[:-1]  # runs that meet at the end of a column are one
+    begin, end = begin[np.append(True, apart)], end[np.append(apart, True)]
+    borders = np.stack((begin, end), axis=1).ravel()
+    counts = np.diff(borders, prepend=0).tolist()
+    if end[-1] < height * width:
+        counts.append(int(height * width - end[-1]))
+    return {"size": [height, width], "counts": _compress(counts, size)}, tuple(map(float, box))
+
+
+def _compress(counts: list[int], size: tuple[int, int]) -> str:
+    return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"].decode("ascii")
+
+
 def decode_rle(rle: dict[str, Any]) -> Tensor:
     """One RLE, compressed or not, as uint8 [h, w]. InputError where the counts do not fit the size."""
     return segmentation_to_mask(rle, tuple(rle["size"]))
