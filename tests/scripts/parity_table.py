@@ -42,13 +42,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="light networks only")
     args = parser.parse_args()
-    torch.backends.mkldnn.enabled = False  # its Winograd convolutions round more coarsely than the reference's run
-    print(f"{'group':<34}{'dtype':<9}{'measure':<44}figure")
+    torch.backends.mkldnn.enabled = False  # its float32 convolutions round more coarsely than the reference's run
+    print(f"{'group':<40}{'dtype':<9}{'measure':<44}figure")
     for name, dtype in TYPES.items():
         for rows in (forward(dtype, args.quick), targets(), losses(dtype), instances(dtype), decay(dtype),
                      trajectories(dtype, args.quick), schedules()):  # fmt: skip
             for group, measure, figure in rows:
-                print(f"{group:<34}{name:<9}{measure:<44}{figure}", flush=True)
+                print(f"{group:<40}{name:<9}{measure:<44}{figure}", flush=True)
     return 0
 
 
