@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 from tiny_runs import random_batch, tiny_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils import _pytree as pytree
 
-from solov2.build import build_criterion, construct
-from solov2.engine import grouped, to_device, train_one_epoch
+from solov2.build import build_criterion, construct, default_class_names
+from solov2.engine import count_positives, grouped, to_device, train_one_epoch
 from solov2.logger import RunLogger
+from solov2.optim import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -129,3 +132,41 @@ def test_to_device_leaves_the_batch_untouched():
     assert batch["pixels"].device == CPU and batch["targets"]["category"].device == CPU
     assert moved["pixels"].device.type == "meta" and moved["targets"]["masks"].device.type == "meta"
     assert moved["image_ids"] == batch["image_ids"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(("accumulate", "instances"), [(1, 3), (2, 3), (1, 0)])
+def test_nothing_between_batch_and_optimiser_step_waits_for_the_device(tmp_path, precision, accumulate, instances):
+    """Fake tensors have no values: whatever would have to read one on the host raises."""
+    config = tiny_config()
+    batches = [random_batch(config, seed=i, instances=instances) for i in range(2 * accumulate)]
+    logger = RunLogger(tmp_path, main=False)
+    count = count_positives(batches[:accumulate], config.model.num_classes)
+    with FakeTensorMode() as mode, pytest.MonkeyPatch.context() as patch:
+        # The loader's batches are on the host, where counting them costs no wait; here even they are fake.
+        patch.setattr("solov2.engine.count_positives", lambda *_: count)
+        model = construct(config.model, default_class_names(config.model.num_classes))
+        optimizer = build_optimizer(
+            model, name="adamw", learning_rate=1e-3, momentum=0.9, weight_decay=1e-4, decay_norms=True
+        )
+        train_one_epoch(
+            model,
+            build_criterion(config.model),
+            pytree.tree_map_only(torch.Tensor, mode.from_tensor, batches),
+            optimizer,
+            lambda step: 1.0,
+            learning_rate=1e-3,
+            device=torch.device("cpu"),
+            epoch=0,
+            steps_per_epoch=3,  # never reached, so that the losses are not read
+            total_steps=3,
+            logger=logger,
+            precision=precision,
+            accumulate=accumulate,
+            clip_norm=35.0,
+            channels_last=True,
+            log_every=100,
+        )
+        assert len(optimizer.state) == len(list(model.parameters()))  # every parameter took a step
+        with pytest.raises(DataDependentOutputException):
+            mode.from_tensor(torch.ones(1)).item()

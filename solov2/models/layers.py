@@ -31,6 +31,7 @@ class DeformConv2d(nn.Module):
         super().__init__()
         self.stride, self.padding, self.modulated = stride, padding, modulated
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
+        self.register_parameter("bias", None)  # takes a batch norm that is folded in
         offset_channels = (3 if modulated else 2) * kernel_size**2
         self.conv_offset = nn.Conv2d(in_channels, offset_channels, kernel_size, stride, padding)
         self.reset_parameters()
@@ -55,7 +56,13 @@ class DeformConv2d(nn.Module):
             offsets, mask = torch.cat([first, second], dim=1), mask.sigmoid()
         with torch.autocast(x.device.type, enabled=False):
             y = deform_conv2d(
-                x.to(wide), offsets, self.weight.to(wide), stride=self.stride, padding=self.padding, mask=mask
+                x.to(wide),
+                offsets,
+                self.weight.to(wide),
+                None if self.bias is None else self.bias.to(wide),
+                stride=self.stride,
+                padding=self.padding,
+                mask=mask,
             )
         return y.to(result_dtype)
 

@@ -1,0 +1,247 @@
+"""Times this library beside mmdetection: same weights, same image, same outputs, alternating in one run.
+
+    python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms] [--json FILE]
+
+PEER_DIR holds peer.py, PEER_PYTHON is the interpreter of its environment. Every ratio is peer time / our time, of the
+medians of `--rounds` alternating runs after one that does not count. Memory is what a step adds to a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from solov2.build import build_assigner, build_criterion, build_model  # noqa: E402
+from solov2.commands.synthetic import synthetic_raw  # noqa: E402
+from solov2.config import load_config  # noqa: E402
+from solov2.models.solov2 import SOLOv2  # noqa: E402
+from solov2.ops.matrix_nms import matrix_nms  # noqa: E402
+from solov2.optim import build_optimizer  # noqa: E402
+
+CASES = {"solov2_r50": (800, 1216), "solov2_light_r50": (448, 768)}  # network -> input
+PHOTOGRAPHS = ((480, 640), (3000, 4000))  # (height, width) that masks are brought to
+
+
+class Peer:
+    """The reference in its own process; an attribute call is a step of peer_worker.py."""
+
+    def __init__(self, folder: str, python: str, threads: int) -> None:
+        command = [python, str(Path(__file__).with_name("peer_worker.py")), folder, str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def __getattr__(self, step: str) -> Callable[..., dict[str, Any]]:
+        def call(**arguments: Any) -> dict[str, Any]:
+            self.process.stdin.write(json.dumps({"do": step, **arguments}) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"the reference's process ended in step {step}")
+            return json.loads(answer)
+
+        return call
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def alternate(rounds: int, **steps: Callable[[], Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """(median seconds, last result) of each step, taken in turns; a step may return its own "seconds"."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    results: dict[str, Any] = {}
+    for round_number in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            results[name] = step()
+            taken = time.perf_counter() - start
+            if isinstance(results[name], dict):
+                taken = results[name].get("seconds", taken)
+            if round_number:
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
+
+
+def load_ours(config: str, folder: str) -> tuple[SOLOv2, Tensor, Tensor]:
+    """(our model with the reference's weights, normalised image [1, 3, H, W], its size [1, 2])."""
+    model = build_model(f"{config}_fpn_3x", weights=Path(folder) / "weights.pth")
+    pixels = torch.load(Path(folder) / "image.pth", weights_only=True)["image"].flip(0)[None]
+    sizes = torch.tensor([pixels.shape[2:]])
+    return model, model.normalize(pixels, sizes), sizes
+
+
+def compare_inference(peer: Peer, config: str, folder: str, rounds: int) -> dict[str, Any]:
+    """Normalised image to boolean masks, plain and optimised."""
+    model, images, sizes = load_ours(config, folder)
+    fast = model.optimize()
+    layout = images.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def run(network: SOLOv2, inputs: Tensor) -> dict[str, Any]:
+        start = time.perf_counter()
+        raw = network(inputs)
+        middle = time.perf_counter()
+        (result,) = network.postprocess(raw, sizes, sizes)
+        end = time.perf_counter()
+        return {"seconds": end - start, "parts": [middle - start, end - middle], "found": len(result["scores"]),
+                "score_sum": float(result["scores"].sum())}  # fmt: skip
+
+    seconds, results = alternate(
+        rounds, peer=peer.infer, plain=lambda: run(model, images), optimized=lambda: run(fast, layout)
+    )
+    return report(seconds, results)
+
+
+def compare_training(peer: Peer, config: str, folder: str, rounds: int, instances: int) -> dict[str, Any]:
+    """A training step, target assignment included, on one image."""
+    peer.truth(instances=instances, file=f"{folder}/truth.npz")
+    model, images, _ = load_ours(config, folder)
+    settings = load_config(f"{config}_fpn_3x")
+    assigner, criterion = build_assigner(settings.model), build_criterion(settings.model)
+    with np.load(f"{folder}/truth.npz") as file:
+        truth = {key: torch.from_numpy(file[key]) for key in ("boxes", "labels", "masks")}
+    optimizer = build_optimizer(
+        model, name="sgd", learning_rate=1e-5, momentum=0.9, weight_decay=1e-4, decay_norms=True
+    )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+
+    def run() -> dict[str, Any]:
+        start = time.perf_counter()
+        targets = assigner([truth], tuple(images.shape[2:]))
+        assigned = time.perf_counter()
+        losses = criterion(model(images), targets)
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 35)
+        optimizer.step()
+        end = time.perf_counter()
+        return {"seconds": end - start, "parts": [assigned - start, end - assigned],
+                "losses": {key: loss.item() for key, loss in losses.items()}}  # fmt: skip
+
+    seconds, results = alternate(rounds, peer=peer.train, ours=run)
+    return report(seconds, results)
+
+
+def compare_postprocessing(peer: Peer, config: str, folder: str, rounds: int) -> dict[str, Any]:
+    """Raw outputs with 500 candidates and about 100 instances, to photographs of two sizes."""
+    model, images, sizes = load_ours(config, folder)
+    with torch.no_grad():
+        raw = synthetic_raw(model(images), 500, torch.Generator().manual_seed(0))
+    torch.save(raw, f"{folder}/raw.pth")
+    reports = {}
+    for photograph in PHOTOGRAPHS:
+        original = torch.tensor([photograph])
+
+        def planes(original: Tensor = original) -> dict[str, Any]:
+            start = time.perf_counter()
+            (result,) = model.postprocess(raw, sizes, original)
+            seconds = time.perf_counter() - start
+            return {"seconds": seconds, "found": len(result["scores"]), "pixels": int(result["masks"].sum()),
+                    "score_sum": float(result["scores"].sum())}  # fmt: skip
+
+        def run_lengths(original: Tensor = original) -> None:
+            model.postprocess(raw, sizes, original, mask_format="rle")
+
+        def theirs(photograph: tuple[int, int] = photograph) -> dict[str, Any]:
+            return peer.postprocess(file=f"{folder}/raw.pth", size=sizes[0].tolist(), original_size=photograph)
+
+        seconds, results = alternate(rounds, peer=theirs, ours=planes, run_lengths=run_lengths)
+        reports[f"{photograph[0]} x {photograph[1]}"] = report(seconds, results)
+    return reports
+
+
+def compare_nms(peer: Peer, folder: str, rounds: int) -> dict[str, Any]:
+    """500 masks of 200 x 304, half of them near duplicates: classes as frequent as in COCO, and one class."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(200), torch.arange(304), indexing="ij")
+    base = torch.rand(250, 4, generator=generator)
+    base = torch.cat([base, base + 0.03 * torch.randn(250, 4, generator=generator)])
+    a, b, c, d = (part[:, None, None] for part in base.unbind(1))
+    masks = ((y - a * 200) / (6 + c.abs() * 66)) ** 2 + ((x - b * 304) / (6 + d.abs() * 100)) ** 2 <= 1
+    scores = torch.rand(500, generator=generator).sort(descending=True).values
+    frequent = torch.multinomial(1 / torch.arange(1, 81.0), 250, replacement=True, generator=generator).repeat(2)
+    reports = {}
+    for name, labels in (("as frequent as in COCO", frequent), ("one class", torch.zeros(500, dtype=torch.int64))):
+        torch.save({"masks": masks, "labels": labels, "scores": scores}, f"{folder}/nms.pth")
+
+        def ours(labels: Tensor = labels) -> Tensor:
+            return matrix_nms(masks, labels, scores)
+
+        seconds, results = alternate(rounds, peer=lambda: peer.nms(file=f"{folder}/nms.pth"), ours=ours)
+        results["ours"] = {"score_sum": float(results["ours"].sum())}
+        reports[name] = report(seconds, results)
+    return reports
+
+
+def report(seconds: dict[str, float], results: dict[str, Any]) -> dict[str, Any]:
+    """Medians, ratios to the reference, and what each side found."""
+    ratios = {name: seconds["peer"] / value for name, value in seconds.items() if name != "peer"}
+    return {"seconds": seconds, "ratios": ratios, "results": results}
+
+
+def main() -> int:
+    """Print one line per comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("peer_dir")
+    parser.add_argument("peer_python")
+    parser.add_argument("--only", nargs="+", choices=("infer", "train", "post", "nms"),
+                        default=["infer", "train", "post", "nms"])  # fmt: skip
+    parser.add_argument("--configs", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--instances", type=int, nargs="+", default=[8, 60])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    reports: dict[str, Any] = {}
+
+    def say(name: str, entry: dict[str, Any]) -> None:
+        reports[name] = entry
+        times = "  ".join(f"{key} {1000 * value:,.0f}" for key, value in entry["seconds"].items())
+        ratios = "  ".join(f"{key} {value:.2f}" for key, value in entry["ratios"].items())
+        print(f"{name:<44} ms: {times}   ratio: {ratios}", flush=True)
+
+    for config in args.configs:
+        with tempfile.TemporaryDirectory() as folder:
+            peer = Peer(args.peer_dir, args.peer_python, args.threads)
+            size = CASES[config]
+            peer.setup(config=config, size=size, candidates=500, folder=folder)
+            where = f"{config} {size[0]} x {size[1]}"
+            if "infer" in args.only:
+                say(f"inference, {where}", compare_inference(peer, config, folder, args.rounds))
+            if "post" in args.only and config == "solov2_r50":
+                for photograph, entry in compare_postprocessing(peer, config, folder, args.rounds).items():
+                    say(f"post-processing to {photograph}", entry)
+            if "nms" in args.only and config == args.configs[0]:
+                for mix, entry in compare_nms(peer, folder, args.rounds).items():
+                    say(f"matrix NMS, 500 masks, {mix}", entry)
+            if "train" in args.only:
+                for instances in args.instances:
+                    say(f"training, {where}, {instances} instances",
+                        compare_training(peer, config, folder, args.rounds, instances))  # fmt: skip
+            peer.close()
+    if args.json:
+        Path(args.json).write_text(json.dumps(reports, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The reference's half of compare.py: does one step of work per line on standard input and answers how long it took.
+
+python peer_worker.py PEER_DIR THREADS      runs under the reference's own Python and knows nothing of this library
+
+A line is a JSON object with "do" and that step's arguments; the answer is one JSON object per line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Worker:
+    """The reference's model and what the steps share."""
+
+    def __init__(self, peer: Any) -> None:
+        self.peer = peer
+
+    def setup(self, config: str, size: list[int], candidates: int, folder: str) -> dict[str, Any]:
+        """Build and calibrate the model; its weights and the image (uint8 BGR [3, H, W]) go into the folder."""
+        self.model, self.config = self.peer.build(config, 0)
+        self.size = tuple(size)
+        self.image = self.peer.rand_image(*self.size, 0)
+        sample = self.peer.make_sample(self.size, self.size)
+        data = self.model.data_preprocessor({"inputs": [self.image], "data_samples": [sample]}, False)
+        self.inputs = data["inputs"]
+        self.meta = data["data_samples"][0].metainfo
+        self.peer.perturb(self.model, 0, self.inputs, candidates)
+        self.model.eval()
+        torch.save({"state_dict": self.model.state_dict()}, Path(folder) / "weights.pth")
+        torch.save({"image": self.image}, Path(folder) / "image.pth")
+        return {}
+
+    @torch.no_grad()
+    def infer(self) -> dict[str, Any]:
+        """Normalised image to full-size masks."""
+        start = time.perf_counter()
+        features = self.model.extract_feat(self.inputs)
+        neck = time.perf_counter()
+        raw = self.model.mask_head(features)
+        head = time.perf_counter()
+        (result,) = self.model.mask_head.predict_by_feat(*raw, batch_img_metas=[self.meta])
+        end = time.perf_counter()
+        return {"seconds": end - start, "parts": [neck - start, head - neck, end - head], "found": len(result.scores),
+                "score_sum": float(result.scores.sum())}  # fmt: skip
+
+    def postprocess(self, file: str, size: list[int], original_size: list[int]) -> dict[str, Any]:
+        """Raw outputs of a file to masks of the original size."""
+        raw = torch.load(file, weights_only=True)
+        meta = {"img_shape": tuple(size), "ori_shape": tuple(original_size)}
+        with torch.no_grad():
+            start = time.perf_counter()
+            (result,) = self.model.mask_head.predict_by_feat(
+                raw["kernels"], raw["category_logits"], raw["mask_features"], batch_img_metas=[meta]
+            )
+            seconds = time.perf_counter() - start
+        return {"seconds": seconds, "found": len(result.scores), "score_sum": float(result.scores.sum()),
+                "pixels": int(result.masks.sum())}  # fmt: skip
+
+    def nms(self, file: str) -> dict[str, Any]:
+        """Matrix NMS of the masks, labels and scores of a file."""
+        from mmdet.models.layers import mask_matrix_nms
+
+        given = torch.load(file, weights_only=True)
+        area = given["masks"].sum((1, 2)).float()
+        start = time.perf_counter()
+        scores, *_ = mask_matrix_nms(given["masks"], given["labels"], given["scores"], mask_area=area, nms_pre=500,
+                                     max_num=500, kernel="gaussian", sigma=2.0, filter_thr=-1)  # fmt: skip
+        return {"seconds": time.perf_counter() - start, "score_sum": float(scores.sum())}
+
+    def truth(self, instances: int, file: str) -> dict[str, Any]:
+        """Ground truth for `train`, written for the other side too."""
+        truth = self.peer.synth_gt(*self.size, self.model.mask_head.num_classes, 0, instances)
+        np.savez(file, boxes=truth[0], labels=truth[1], masks=truth[2])
+        self.sample = self.peer.make_sample(self.size, self.size, truth)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=1e-5, momentum=0.9, weight_decay=1e-4)
+        return {}
+
+    def train(self) -> dict[str, Any]:
+        """One training step: targets, forward, losses, backward, clipping, SGD."""
+        self.model.train()
+        data = self.model.data_preprocessor({"inputs": [self.image], "data_samples": [self.sample]}, True)
+        before = resident("VmRSS")
+        start = time.perf_counter()
+        losses = self.model.loss(data["inputs"], data["data_samples"])
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 35)
+        self.optimizer.step()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "before": before, "peak": resident("VmHWM"),
+                "losses": {key: float(value.detach()) for key, value in losses.items()}}  # fmt: skip
+
+
+def resident(key: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def main() -> None:
+    """Answer line by line."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the reference prints is no answer
+    sys.path.insert(0, sys.argv[1])
+    import peer  # only here: the folder is an argument
+
+    torch.set_num_threads(int(sys.argv[2]))
+    worker = Worker(peer)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(worker, request.pop("do"))(**request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

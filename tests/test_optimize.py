@@ -1,0 +1,113 @@
+"""The prepared form for inference computes the plain model's function."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import VARIANTS, lively, tiny_model
+from torch import nn
+
+from solov2.build import build_model
+from solov2.models.optimize import LEAST_TILES, WinogradConv2d, fold_batch_norms, transforms
+from solov2.models.solov2 import SOLOv2
+
+
+def scrambled(model: SOLOv2) -> SOLOv2:
+    """Batch norms that are not the identity, so that one folded wrongly shows."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+    return model
+
+
+def outputs(model: SOLOv2, images: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        raw = model.eval()(images)
+    return [*raw["category_logits"], *raw["kernels"], raw["mask_features"]]
+
+
+def test_transforms_filter_exactly() -> None:
+    to_input, to_weight, to_output = transforms()
+    signal, weight = np.random.default_rng(0).standard_normal(6), np.array([0.3, -1.2, 0.7])
+    expected = [signal[i : i + 3] @ weight for i in range(4)]
+    assert np.allclose(to_output @ ((to_weight @ weight) * (to_input @ signal)), expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 22), (40, 9), (5, 70), (8, 8)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_winograd_is_the_convolution(batch: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 96, 3, padding=1, bias=batch == 3).requires_grad_(False).double()
+    x = torch.randn(batch, 64, *size, dtype=torch.float64)
+    assert WinogradConv2d.pays_for(conv)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = WinogradConv2d(conv)(x.contiguous(memory_format=layout))
+        assert torch.allclose(y, conv(x), atol=1e-12)
+    single, exact = WinogradConv2d(conv.float())(x.float()), conv.double()(x)
+    assert (single - exact).abs().max() <= 5e-5 * exact.std()
+
+
+def test_small_maps_and_other_convolutions_stay_plain() -> None:
+    for conv in (
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.Conv2d(64, 64, 1),
+        nn.Conv2d(64, 64, 3, padding=1, groups=2),
+        nn.Conv2d(32, 64, 3, padding=1),
+    ):
+        assert not WinogradConv2d.pays_for(conv)
+    conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+    x = torch.randn(1, 64, 4, 4 * (LEAST_TILES - 1))
+    assert torch.equal(WinogradConv2d(conv)(x), conv(x))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_folded_norms_change_nothing(variant: str) -> None:
+    model = scrambled(lively(tiny_model(variant))).double().eval()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    before = outputs(model, images)
+    fold_batch_norms(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    for plain, folded in zip(before, outputs(model, images), strict=True):
+        assert (plain - folded).abs().max() <= 1e-10 * plain.std()
+
+
+def test_optimized_model_gives_the_plain_ones_answers() -> None:
+    """A network wide enough for Winograd: raw outputs to float32 tolerance, the same instances, the model untouched."""
+    torch.manual_seed(0)
+    model = scrambled(lively(build_model("solov2_light_r18_fpn_3x", grid_sizes=(16, 12, 9, 6, 4), num_classes=5)))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = model.optimize()
+    assert sum(isinstance(module, WinogradConv2d) for module in fast.modules()) > 15
+    assert not fast.training and not any(parameter.requires_grad for parameter in fast.parameters())
+    images = torch.randn(2, 3, 96, 128)
+    for plain, quick in zip(outputs(model, images), outputs(fast, images), strict=True):
+        assert (plain - quick).abs().max() <= 1e-3 * plain.std()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    photo = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    (expected,), (result,) = (m.predict([photo]) for m in (model, fast))
+    assert len(expected["scores"]) == len(result["scores"]) > 0
+    assert (expected["scores"] - result["scores"]).abs().max() <= 1e-3
+
+
+def test_bf16_keeps_the_pixel_statistics() -> None:
+    model = tiny_model()
+    fast = model.optimize(precision="bf16")
+    assert fast.head.category_predictor.weight.dtype == torch.bfloat16 and fast.pixel_mean.dtype == torch.float32
+    raw = fast(torch.randn(1, 3, 64, 64))
+    assert raw["mask_features"].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="bf16"):
+        model.optimize(precision="fp16")
+
+
+def test_transposed_layout_is_channels_last() -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+    y = WinogradConv2d(conv)(torch.randn(1, 64, 32, 32))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert F.relu(y, inplace=True) is y
