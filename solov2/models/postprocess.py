@@ -39,7 +39,7 @@ class PostprocessSettings:
 class Candidates:
     """(cell, class) pairs of one image, sorted by descending score.
 
-    scores float [n], labels int64 [n], cells int64 [n] (index into the concatenated levels), masks bool [n, h * w].
+    scores float [n], labels int64 [n], cells int64 [n] (index into the concatenated levels), masks bool [n, h, w].
     """
 
     scores: Tensor
@@ -140,9 +140,9 @@ def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Te
         threshold: a pixel is set where its probability is above it.
 
     Returns:
-        masks bool [n, h * w], areas [n] in pixels, mean probabilities [n] (0 for an empty mask).
+        masks bool [n, h, w], areas [n] in pixels, mean probabilities [n] (0 for an empty mask).
     """
-    features = features.flatten(1)
+    size, features = features.shape[1:], features.flatten(1)
     kernels = kernels.to(features.dtype)
     masks = torch.empty(len(kernels), features.shape[1], dtype=torch.bool, device=features.device)
     areas, totals = features.new_zeros(2, len(kernels))
@@ -151,7 +151,7 @@ def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Te
         torch.gt(soft, threshold, out=mask)
         areas += mask.sum(1, dtype=areas.dtype)
         totals += soft.mul_(mask).sum(1)
-    return masks, areas, totals / areas.clamp(min=1)
+    return masks.unflatten(1, size), areas, totals / areas.clamp(min=1)
 
 
 def select_candidates(
@@ -181,7 +181,7 @@ def select_candidates(
         pair_scores[:0],
         pair_labels[:0],
         pair_cells[:0],
-        torch.zeros(0, features[0].numel(), dtype=torch.bool, device=features.device),
+        torch.zeros(0, *features.shape[1:], dtype=torch.bool, device=features.device),
     )
     for chunk in cells.split(CELLS_AT_ONCE):
         if 0 < limit == len(found.scores) and found.scores[-1] >= best[chunk[0]]:
@@ -207,7 +207,7 @@ def _best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Cand
     scores = torch.cat([found.scores, new.scores])
     order = scores.argsort(descending=True, stable=True)[:limit]
     old_count = len(found.scores)
-    masks = torch.empty(len(order), new.masks.shape[1], dtype=torch.bool, device=scores.device)
+    masks = torch.empty(len(order), *new.masks.shape[1:], dtype=torch.bool, device=scores.device)
     is_old = order < old_count
     masks[is_old] = found.masks[order[is_old]]
     masks[~is_old] = new.masks[slots[order[~is_old] - old_count]]
@@ -262,6 +262,8 @@ def final_masks(
     for chunk in cells.split(CELLS_AT_ONCE) if len(cells) else [cells]:
         soft = apply_kernels(kernels[chunk], features)
         parts.append(resample(soft.view(len(chunk), *features.shape[-2:])))
+    if len(parts) == 1:
+        return parts[0]
     masks, boxes = zip(*parts)
     return sum(masks, []) if mask_format == "rle" else torch.cat(masks), torch.cat(boxes)
 

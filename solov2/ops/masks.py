@@ -25,6 +25,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     """
     if masks.numel() == 0:
         return torch.zeros(len(masks), 4, device=masks.device)
+    masks = masks.view(torch.uint8)  # which torch reduces several times faster than bool
     x1, x2 = _first_and_last(masks.amax(1))
     y1, y2 = _first_and_last(masks.amax(2))
     return torch.stack((x1, y1, x2, y2), dim=1).float()
@@ -32,7 +33,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 def _first_and_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
     """First and one past the last true index of each row of [N, n]; 0 and 0 for a row without any."""
-    flags = occupied.to(torch.uint8)
+    flags = (occupied > 0).to(torch.uint8)
     return flags.argmax(1), (flags.shape[1] - flags.flip(1).argmax(1)) * flags.amax(1)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-VALUES_AT_ONCE = 2**20  # of the masks as float32: they stay in the processor's cache
-ROWS_AT_ONCE = 64  # of the upper triangle; what lies below it in these blocks is computed in vain
+TILE = 32  # pixels; few masks touch a tile of this size, and enough to keep a matrix product busy
 
 
 def matrix_nms(
@@ -19,7 +18,7 @@ def matrix_nms(
     the formula) is left out: the first of the duplicates already gives 0.
 
     Args:
-        masks: bool [N, h, w], sorted by descending score.
+        masks: bool [N, h, w] (or [N, pixels], which is slower on a CPU), sorted by descending score.
         labels: int64 [N].
         scores: float [N], descending.
         kernel: "gaussian" or "linear".
@@ -35,43 +34,34 @@ def matrix_nms(
         raise ValueError(f"Matrix NMS kernel must be 'gaussian' or 'linear', got {kernel!r}")
     if len(scores) == 0:
         return scores.clone()
-    # Only masks of one class meet, so all work is done class by class: in this order each class is one block.
-    order = labels.argsort(stable=True)
-    _, counts = labels[order].unique_consecutive(return_counts=True)
     precision = torch.promote_types(scores.dtype, torch.float32)
-    decay = torch.ones(len(scores), dtype=precision, device=scores.device)
-    start = 0
-    for count in counts.tolist():
-        own = order[start : start + count]
-        start += count
-        if count > 1:
-            decay[own] = _decay(_intersections(masks[own].flatten(1)).to(precision), kernel, sigma)
-    return (scores * decay).to(scores.dtype)
-
-
-def _decay(intersections: Tensor, kernel: str, sigma: float) -> Tensor:
-    """Factors [n], at most 1, of the masks of one class; intersections [n, n]: upper triangle, areas diagonal."""
-    area = intersections.diagonal()
-    iou = (intersections / (area[:, None] + area[None] - intersections).clamp(min=1)).triu(1)  # [i, j]: i suppresses j
+    intersection = _intersections(masks if masks.ndim == 3 else masks.flatten(1)[:, None]).to(precision)
+    area = intersection.diagonal()
+    iou = intersection / (area[:, None] + area[None] - intersection).clamp(min=1)
+    iou = torch.where(labels[:, None] == labels[None], iou, 0).triu(1)  # [i, j]: i suppresses j
     compensation = iou.amax(0)[:, None]  # of suppressor i by those above it
     if kernel == "gaussian":
         decay = torch.exp(-sigma * (iou**2 - compensation**2))
     else:
         decay = torch.where(compensation < 1, (1 - iou) / (1 - compensation), torch.ones_like(iou))
     # Pairs that do not count have iou 0, hence decay f(0) / f(compensation) >= 1.
-    return decay.amin(0).clamp(max=1)
+    return (scores * decay.amin(0).clamp(max=1)).to(scores.dtype)
 
 
 def _intersections(masks: Tensor) -> Tensor:
-    """Pixels that each two of the masks [n, pixels] share: upper triangle of float32 [n, n], the rest zero or filled.
+    """Pixels that each two of the bool masks [N, h, w] share: float32 [N, N], areas in the diagonal.
 
-    0 and 1 are exact in float32, and so are the sums below 2^24 pixels.
+    0 and 1 are exact in float32, and so are the sums below 2^24 pixels. An accelerator multiplies all masks with all
+    masks faster than it could be told what to leave out; a CPU goes tile by tile, with the masks that touch the tile.
     """
-    shared = torch.zeros(len(masks), len(masks), device=masks.device)
     with torch.autocast(masks.device.type, enabled=False):
-        for part in masks.split(max(1, VALUES_AT_ONCE // len(masks)), dim=1):
-            flat = part.float()
-            for start in range(0, len(flat), ROWS_AT_ONCE):
-                block = slice(start, start + ROWS_AT_ONCE)
-                shared[block, start:].addmm_(flat[block], flat[start:].T)
+        if masks.device.type != "cpu":
+            flat = masks.flatten(1).float()
+            return flat @ flat.T
+        shared = torch.zeros(len(masks), len(masks))
+        for rows in masks.split(TILE, dim=1):
+            for tile in rows.split(TILE, dim=2):
+                touching = tile.contiguous().view(torch.uint8).flatten(1).amax(1).nonzero()[:, 0]
+                flat = tile[touching].flatten(1).float()
+                shared[touching[:, None], touching] += flat @ flat.T
     return shared

@@ -93,11 +93,18 @@ class MaskResampler:
 
     def planes(self, soft: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities [n, h, w] -> (masks bool [n, H, W], their tight boxes float32 [n, 4])."""
-        masks = torch.zeros(len(soft), *self.original_size, dtype=torch.bool, device=soft.device)
-        for mask, plane, window in zip(masks, soft, self._windows(soft)):
+        size = len(soft), *self.original_size
+        if soft.device.type == "cpu":  # numpy's zeros take no memory until something is written into them
+            masks = torch.from_numpy(np.zeros(size, dtype=bool))
+        else:
+            masks = torch.zeros(size, dtype=torch.bool, device=soft.device)
+        boxes = torch.zeros(len(soft), 4, device=soft.device)
+        for mask, box, plane, window in zip(masks, boxes, soft, self._windows(soft)):
             for top, bottom, left, right, values in self._bands(plane, window):
                 torch.gt(values, self.threshold, out=mask[top:bottom, left:right])
-        return masks, masks_to_boxes(masks)
+            top, bottom, left, right = window
+            box.copy_(_box(mask[top:bottom, left:right], top, left))
+        return masks, boxes
 
     def run_lengths(self, soft: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
         """Probabilities [n, h, w] -> (compressed COCO run lengths, tight boxes float32 [n, 4]), without full planes."""
@@ -138,3 +145,9 @@ class MaskResampler:
             begin, end = self.rows.sources_of(start, stop)
             weights = self.rows.matrix[start:stop, begin:end]
             yield start, stop, left, right, weights @ wide[begin - first_row : end - first_row]
+
+
+def _box(window: Tensor, top: int, left: int) -> Tensor:
+    """Tight box of the pixels set in a window that starts at (top, left); zeros where none is."""
+    (box,) = masks_to_boxes(window[None])
+    return torch.where(box[2] > 0, box + box.new_tensor([left, top, left, top]), box)
