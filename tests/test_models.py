@@ -18,7 +18,7 @@ from torch import nn
 from solov2.build import build_model
 from solov2.losses import SOLOv2Criterion
 from solov2.models.head import apply_tower
-from solov2.models.layers import ConvNormReLU, DeformConv2d, make_norm
+from solov2.models.layers import ConvNormReLU, DeformConv2d, conv_norm, make_norm
 from solov2.models.resnet import ResNet
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.coords import coordinate_channels
@@ -366,3 +366,28 @@ def test_bf16_autocast_of_quickstart() -> None:
         assert losses[name].dtype == torch.float32
         assert losses[name].item() == pytest.approx(loss.item(), rel=0.05)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("deformable", [False, True])
+def test_a_folded_batch_norm_is_the_batch_norm(deformable: bool) -> None:
+    """Values and all gradients, float64; with live statistics nothing is folded."""
+    torch.manual_seed(0)
+    kind = DeformConv2d if deformable else nn.Conv2d
+    conv, norm = kind(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
+    if not deformable:
+        conv.bias = None
+    conv, norm = conv.double(), norm.double().eval()
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64, requires_grad=True)
+    wanted = [x, conv.weight, norm.weight, norm.bias]
+    plain, folded = norm(conv(x)), conv_norm(conv, norm, x)
+    assert torch.allclose(plain, folded, atol=1e-12)
+    towards = torch.randn_like(plain)
+    for one, other in zip(*(torch.autograd.grad(y, wanted, towards) for y in (plain, folded)), strict=True):
+        assert torch.allclose(one, other, atol=1e-11)
+    before = norm.train().running_mean.clone()
+    conv_norm(conv, norm, x)
+    assert not torch.equal(norm.running_mean, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -43,8 +44,13 @@ class DeformConv2d(nn.Module):
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in the dtype of `x` (of autocast, if it is on)."""
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in the dtype of `x` (of autocast, if it is on).
+
+        `weight` and `bias` replace the layer's own.
+        """
+        weight = self.weight if weight is None else weight
+        bias = self.bias if bias is None else bias
         offsets = self.conv_offset(x)
         result_dtype = offsets.dtype
         # deform_conv2d has no half kernels on a CPU and sampling positions deserve more than 8 bits anyway.
@@ -58,13 +64,29 @@ class DeformConv2d(nn.Module):
             y = deform_conv2d(
                 x.to(wide),
                 offsets,
-                self.weight.to(wide),
-                None if self.bias is None else self.bias.to(wide),
+                weight.to(wide),
+                None if bias is None else bias.to(wide),
                 stride=self.stride,
                 padding=self.padding,
                 mask=mask,
             )
         return y.to(result_dtype)
+
+
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)), [B, C, H, W] -> [B, C', H', W'].
+
+    A batch norm with fixed statistics is a scale and a shift per channel, so it goes into the convolution's weight and
+    bias, also in training: the same function and the same gradients, one pass over memory less in each direction, and
+    the activation between the two need not be kept.
+    """
+    if not isinstance(norm, nn.BatchNorm2d) or norm.training:
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    if isinstance(conv, DeformConv2d):
+        return conv(x, weight, bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from solov2.models.layers import DeformConv2d
+from solov2.models.layers import DeformConv2d, conv_norm
 
 
 class BasicBlock(nn.Module):
@@ -23,9 +23,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, planes, H / stride, W / stride]."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm(self.conv2, self.bn2, out)
+        return self.relu(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
 
 
 class Bottleneck(nn.Module):
@@ -64,10 +64,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 4 planes, H / stride, W / stride]."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = self.relu(conv_norm(self.conv2, self.bn2, out))
+        out = conv_norm(self.conv3, self.bn3, out)
+        return self.relu(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
@@ -170,7 +170,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] -> four maps [B, out_channels[i], H / 4 / 2^i, W / 4 / 2^i]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, images)))
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
