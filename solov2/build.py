@@ -248,6 +248,19 @@ def build_criterion(config: ModelConfig, *, mask_weight: float = 3.0) -> SOLOv2C
     return SOLOv2Criterion(num_classes=config.num_classes, mask_weight=mask_weight)
 
 
+def choose_memory_format(config: Config, device: torch.device) -> torch.memory_format:
+    """Layout of images and weights that `train.memory_format` stands for.
+
+    "auto" is channels last, except for wide networks on a CPU: there the weight gradient of a 3x3 convolution of 64
+    channels and more takes 1.4 to 2.5 times as long in that layout (oneDNN 3.12, AVX2), and the rest gains little.
+    """
+    wanted = config.train.memory_format
+    if wanted == "auto":
+        wide = max(config.model.fpn_channels, config.model.tower_channels) >= 64
+        wanted = "contiguous" if device.type == "cpu" and wide else "channels_last"
+    return torch.channels_last if wanted == "channels_last" else torch.contiguous_format
+
+
 def default_class_names(num_classes: int) -> list[str]:
     """COCO's 80 names, or numbered ones for another count."""
     return list(COCO_CLASSES) if num_classes == len(COCO_CLASSES) else [f"class {i}" for i in range(num_classes)]

@@ -103,7 +103,7 @@ class TrainConfig:
     clip_norm: float = 35.0  # L2 norm of all gradients; 0 switches clipping off
     mask_weight: float = 3.0
     precision: str = "float32"  # float32, bf16, fp16
-    channels_last: bool = True
+    memory_format: str = "auto"  # channels_last, contiguous; auto: see build.choose_memory_format
     pretrained_backbone: str = "imagenet"  # imagenet (torchvision IMAGENET1K_V1), none, or the path of a file
     seed: int = 0
     evaluate_every: int = 1  # epochs; the last epoch is always evaluated unless this is 0
@@ -337,6 +337,7 @@ def _check_values(config: Config, source: str) -> None:
     _check_choice(train.optimizer, ("sgd", "adamw"), f"{source}: train.optimizer")
     _check_choice(train.schedule, ("step", "cosine"), f"{source}: train.schedule")
     _check_choice(train.precision, ("float32", "bf16", "fp16"), f"{source}: train.precision")
+    _check_choice(train.memory_format, ("auto", "channels_last", "contiguous"), f"{source}: train.memory_format")
     for key in ("epochs", "batch_size", "reference_batch_size", "accumulate", "log_every"):
         if getattr(train, key) < 1:
             raise InputError(f"{source}: train.{key} must be at least 1, got {getattr(train, key)}")

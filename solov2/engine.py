@@ -57,7 +57,7 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler | None = None,
     accumulate: int = 1,
     clip_norm: float = 0.0,
-    channels_last: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
     log_every: int = 50,
 ) -> None:
     """One pass over the loader.
@@ -87,7 +87,7 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step)
         losses = backward(
-            model, criterion, batches, scaler, device=device, precision=precision, channels_last=channels_last
+            model, criterion, batches, scaler, device=device, precision=precision, memory_format=memory_format
         )
         if clip_norm:
             scaler.unscale_(optimizer)
@@ -118,7 +118,7 @@ def backward(
     *,
     device: torch.device,
     precision: str,
-    channels_last: bool,
+    memory_format: torch.memory_format,
 ) -> dict[str, Tensor]:
     """Forward and backward of the batches of one optimiser step; gradients add up in the parameters.
 
@@ -128,7 +128,6 @@ def backward(
         The losses of the step, detached, on the device.
     """
     bare = unwrap(model)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
     total: dict[str, Tensor] = {}
     for j, batch in enumerate(batches):
@@ -160,11 +159,14 @@ def count_positives(batches: list[dict[str, Any]], num_classes: int) -> int:
 
 
 def predictor(
-    model: nn.Module, *, device: torch.device, precision: str = "float32", channels_last: bool = False
+    model: nn.Module,
+    *,
+    device: torch.device,
+    precision: str = "float32",
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
     """batch -> one result per image with run-length masks, by a model that is put into evaluation mode."""
     model.eval()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def predict(batch: dict[str, Any]) -> list[dict[str, Any]]:
         batch = to_device(batch, device)

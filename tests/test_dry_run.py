@@ -14,7 +14,7 @@ from tiny_models import TINY, VARIANTS
 from tiny_runs import arguments, tiny_config
 
 from solov2 import distributed
-from solov2.build import build_assigner, build_criterion, construct, default_class_names
+from solov2.build import build_assigner, build_criterion, choose_memory_format, construct, default_class_names
 from solov2.commands import dry_run
 from solov2.commands.data import prepare_data, training_dataset, training_loader
 from solov2.commands.run import plan_run
@@ -233,7 +233,7 @@ def bytes_of_a_step(config, size):
             scaler,
             device=CPU,
             precision=config.train.precision,
-            channels_last=config.train.channels_last,
+            memory_format=choose_memory_format(config, torch.device("cpu")),
         )
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -78,7 +78,7 @@ def test_loss_falls_and_frozen_parts_stay(tmp_path):
     torch.manual_seed(0)
     start = construct(config.model, list("abcd"))
     batch = random_batch(config, seed=1)
-    model, rows = train(tmp_path, [batch] * 12, config=config, clip_norm=35.0, channels_last=True)
+    model, rows = train(tmp_path, [batch] * 12, config=config, clip_norm=35.0, memory_format=torch.channels_last)
     assert rows[-1]["loss"] < rows[0]["loss"]
     for (name, before), after in zip(start.state_dict().items(), model.state_dict().values()):
         fixed = (
@@ -164,7 +164,7 @@ def test_nothing_between_batch_and_optimiser_step_waits_for_the_device(tmp_path,
             precision=precision,
             accumulate=accumulate,
             clip_norm=35.0,
-            channels_last=True,
+            memory_format=torch.channels_last,
             log_every=100,
         )
         assert len(optimizer.state) == len(list(model.parameters()))  # every parameter took a step

@@ -237,7 +237,7 @@ def _report(workload: Workload, mode: str, data_root: str | None) -> dict[str, A
         "size": list(workload.size),
         "batch_size": workload.batch_size,
         "precision": workload.precision,
-        "channels_last": workload.config.train.channels_last,
+        "channels_last": workload.memory_format == torch.channels_last,
         "warmup": workload.warmup,
         "iterations": workload.iterations,
         "parameters": parameters,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from solov2.build import build_assigner, build_criterion, construct, default_class_names
+from solov2.build import build_assigner, build_criterion, choose_memory_format, construct, default_class_names
 from solov2.commands.data import require_data, training_dataset, training_loader, with_classes
 from solov2.commands.run import Plan, announcement, config_text, plan_run, run_schedule
 from solov2.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
@@ -237,7 +237,7 @@ def kept_bytes(config: Config, size: tuple[int, int], device: torch.device) -> i
         if id_of(tensor) not in own:
             kept.setdefault(id_of(tensor), tensor.detach())
 
-    memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
+    memory_format = choose_memory_format(config, device)
     criterion = build_criterion(config.model, mask_weight=train.mask_weight)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):  # there is no backward
         images = model.normalize(pixels, sizes).contiguous(memory_format=memory_format)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from solov2 import distributed
-from solov2.build import build_assigner, build_model, construct, find_weights
+from solov2.build import build_assigner, build_model, choose_memory_format, construct, find_weights
 from solov2.checkpoint import is_own, load_file
 from solov2.commands.data import (
     add_data_arguments,
@@ -135,10 +135,9 @@ def _model_predictor(
             f"{len(dataset.class_names)}; evaluate on the data it was trained for, or fine-tune it with "
             "train.py --weights"
         )
-    channels_last = config.train.channels_last
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return predictor(model, device=device, precision=args.precision, channels_last=channels_last)
+    memory_format = choose_memory_format(config, device)
+    model = model.to(memory_format=memory_format)
+    return predictor(model, device=device, precision=args.precision, memory_format=memory_format)
 
 
 def _oracle_predictor(config: Config, class_names: Sequence[str]) -> Predictor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solov2.build import build_assigner, build_criterion, build_model
+from solov2.build import build_assigner, build_criterion, build_model, choose_memory_format
 from solov2.commands.data import training_dataset, training_loader, with_classes
 from solov2.commands.synthetic import calibrate, synthetic_instances, synthetic_raw
 from solov2.config import Config, InputError
@@ -56,7 +56,7 @@ class Workload:
     @property
     def memory_format(self) -> torch.memory_format:
         """Layout that the configuration trains and evaluates with."""
-        return torch.channels_last if self.config.train.channels_last else torch.contiguous_format
+        return choose_memory_format(self.config, self.device)
 
 
 class Stopwatch:

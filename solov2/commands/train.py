@@ -21,6 +21,7 @@ from solov2.build import (
     build_assigner,
     build_criterion,
     build_model,
+    choose_memory_format,
     construct,
     find_weights,
     fit_to_weights,
@@ -186,8 +187,7 @@ def _train(
     config = _explain_classes(with_classes(config, dataset), config)
     torch.manual_seed(config.train.seed)
     model = _initial_model(config, dataset, args.weights, from_checkpoint=checkpoint is not None).to(device)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=choose_memory_format(config, device))
     train = config.train
     optimizer = build_optimizer(
         model,
@@ -251,7 +251,7 @@ def _train_epochs(run: Run, validation: CocoInstances | None) -> dict[str, Any] 
             scaler=run.scaler,
             accumulate=train.accumulate,
             clip_norm=train.clip_norm,
-            channels_last=train.channels_last,
+            memory_format=choose_memory_format(config, run.device),
             log_every=train.log_every,
         )
         run.epoch += 1
@@ -269,7 +269,10 @@ def _train_epochs(run: Run, validation: CocoInstances | None) -> dict[str, Any] 
 def _evaluate(run: Run, validation: CocoInstances) -> dict[str, Any]:
     evaluator = CocoEvaluator(validation.coco, validation.category_ids)
     predict = predictor(
-        run.model, device=run.device, precision=run.config.train.precision, channels_last=run.config.train.channels_last
+        run.model,
+        device=run.device,
+        precision=run.config.train.precision,
+        memory_format=choose_memory_format(run.config, run.device),
     )
     summary = evaluate(predict, validation_loader(run.config, validation), evaluator, progress=distributed.is_main())
     figures = {f"{kind}_{name}": value for kind in ("segm", "bbox") for name, value in summary[kind].items()}

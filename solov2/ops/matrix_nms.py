@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 TILE = 32  # pixels; few masks touch a tile of this size, and enough to keep a matrix product busy
+VALUES_AT_ONCE = 2**20  # of the masks of one class as float32: they stay in the processor's cache
 
 
 def matrix_nms(
@@ -35,7 +36,7 @@ def matrix_nms(
     if len(scores) == 0:
         return scores.clone()
     precision = torch.promote_types(scores.dtype, torch.float32)
-    intersection = _intersections(masks if masks.ndim == 3 else masks.flatten(1)[:, None]).to(precision)
+    intersection = _intersections(masks if masks.ndim == 3 else masks.flatten(1)[:, None], labels).to(precision)
     area = intersection.diagonal()
     iou = intersection / (area[:, None] + area[None] - intersection).clamp(min=1)
     iou = torch.where(labels[:, None] == labels[None], iou, 0).triu(1)  # [i, j]: i suppresses j
@@ -48,20 +49,28 @@ def matrix_nms(
     return (scores * decay.amin(0).clamp(max=1)).to(scores.dtype)
 
 
-def _intersections(masks: Tensor) -> Tensor:
+def _intersections(masks: Tensor, labels: Tensor) -> Tensor:
     """Pixels that each two of the bool masks [N, h, w] share: float32 [N, N], areas in the diagonal.
 
-    0 and 1 are exact in float32, and so are the sums below 2^24 pixels. An accelerator multiplies all masks with all
-    masks faster than it could be told what to leave out; a CPU goes tile by tile, with the masks that touch the tile.
+    Some pairs of different classes may be left at 0. 0 and 1 are exact in float32, and so are the sums below 2^24
+    pixels. An accelerator multiplies all masks with all masks faster than it could be told what to leave out; a CPU
+    goes tile by tile with the masks that touch the tile, or class by class where that leaves less to multiply.
     """
     with torch.autocast(masks.device.type, enabled=False):
         if masks.device.type != "cpu":
             flat = masks.flatten(1).float()
             return flat @ flat.T
+        tiles = [tile for rows in masks.split(TILE, dim=1) for tile in rows.split(TILE, dim=2)]
+        groups = [(tile.contiguous().view(torch.uint8).flatten(1).amax(1).nonzero()[:, 0], tile) for tile in tiles]
+        order, (_, counts) = labels.argsort(stable=True), labels.unique(return_counts=True)
+        if int((counts**2).sum()) * len(tiles) < sum(len(touching) ** 2 for touching, _ in groups):
+            groups = [
+                (own, part)
+                for own in order.split(counts.tolist())
+                for part in masks.flatten(1).split(max(1, VALUES_AT_ONCE // len(own)), dim=1)
+            ]
         shared = torch.zeros(len(masks), len(masks))
-        for rows in masks.split(TILE, dim=1):
-            for tile in rows.split(TILE, dim=2):
-                touching = tile.contiguous().view(torch.uint8).flatten(1).amax(1).nonzero()[:, 0]
-                flat = tile[touching].flatten(1).float()
-                shared[touching[:, None], touching] += flat @ flat.T
+        for members, part in groups:
+            flat = part[members].flatten(1).float()
+            shared[members[:, None], members] += flat @ flat.T
     return shared

@@ -35,7 +35,8 @@ class Worker:
         self.meta = data["data_samples"][0].metainfo
         self.peer.perturb(self.model, 0, self.inputs, candidates)
         self.model.eval()
-        torch.save({"state_dict": self.model.state_dict()}, Path(folder) / "weights.pth")
+        self.weights = Path(folder) / "weights.pth"
+        torch.save({"state_dict": self.model.state_dict()}, self.weights)
         torch.save({"image": self.image}, Path(folder) / "image.pth")
         return {}
 
@@ -77,7 +78,8 @@ class Worker:
         return {"seconds": time.perf_counter() - start, "score_sum": float(scores.sum())}
 
     def truth(self, instances: int, file: str) -> dict[str, Any]:
-        """Ground truth for `train`, written for the other side too."""
+        """Ground truth for `train`, written for the other side too; training starts from the first weights again."""
+        self.model.load_state_dict(torch.load(self.weights, weights_only=True)["state_dict"])
         truth = self.peer.synth_gt(*self.size, self.model.mask_head.num_classes, 0, instances)
         np.savez(file, boxes=truth[0], labels=truth[1], masks=truth[2])
         self.sample = self.peer.make_sample(self.size, self.size, truth)
