@@ -48,6 +48,10 @@ def resolve_config(args: argparse.Namespace, flags: dict[str, str]) -> Config:
     overrides |= {"data.root": args.data_root, "data.workers": args.workers}
     for key in ("train_annotations", "train_images", "val_annotations", "val_images"):
         path = getattr(args, key)
+        if path is None and args.data_root is not None and os.path.isabs(getattr(config.data, key)):
+            # A checkpoint remembers the absolute paths it was trained with; another root asks for the files below it.
+            overrides[f"data.{key}"] = getattr(DataConfig, key)
+            continue
         overrides[f"data.{key}"] = None if path is None else os.path.abspath(path)
     config = override_config(config, args.set)
     return override_config(config, {key: value for key, value in overrides.items() if value is not None})

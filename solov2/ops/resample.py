@@ -17,7 +17,8 @@ from torch import Tensor
 
 from solov2.ops.masks import masks_to_boxes, rle_from_columns
 
-BAND = 256  # target rows computed at once: few enough that each band needs few source rows
+BAND = 64  # target rows computed at once: so few that each band needs few source rows
+COLUMNS = 256  # target columns computed at once, for the same reason
 STRIDE = 4  # of the mask features
 
 
@@ -135,11 +136,12 @@ class MaskResampler:
         if top == bottom or left == right:
             return
         first_row, last_row = self.rows.sources_of(top, bottom)
-        first_column, last_column = self.columns.sources_of(left, right)
-        wide = (
-            plane[first_row:last_row, first_column:last_column]
-            @ self.columns.matrix[left:right, first_column:last_column].T
-        )
+        wide = plane.new_empty(last_row - first_row, right - left)
+        for start in range(left, right, COLUMNS):
+            stop = min(start + COLUMNS, right)
+            begin, end = self.columns.sources_of(start, stop)
+            weights = self.columns.matrix[start:stop, begin:end]
+            torch.mm(plane[first_row:last_row, begin:end], weights.T, out=wide[:, start - left : stop - left])
         for start in range(top, bottom, BAND):
             stop = min(start + BAND, bottom)
             begin, end = self.rows.sources_of(start, stop)
