@@ -127,7 +127,7 @@ def test_fine_tuning_on_other_classes_remakes_the_category_layer(run, tmp_path, 
     tuned = load_file(tmp_path / "tuned" / "last.pth")
     assert tuned["class_names"] == ["disc", "square"]
     assert tuned["model"]["head.category_predictor.bias"].shape == (2,)
-    # The checkpoint remembers its own annotation files; another root asks for the usual files there, which have 4 classes.
+    # The checkpoint remembers its own annotation files; another root asks for the files there, which have 4 classes.
     weights = str(tmp_path / "tuned" / "last.pth")
     assert evaluate_main(["--weights", weights, "--data-root", str(data), "--device", "cpu"]) == 2
     assert "instances_val2017.json 4" in capsys.readouterr().err
