@@ -282,10 +282,11 @@ def test_batch_norm_statistics(frozen_stages: int, frozen_batch_norm: bool) -> N
 
 
 def test_training_and_evaluation_give_the_same_raw_outputs() -> None:
-    model, images = tiny_model(), torch.randn(2, 3, 64, 96)
+    """But for the rounding of norms that are folded in training."""
+    model, images = tiny_model().double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         trained, evaluated = flat(model.train()(images)), flat(model.eval()(images))
-    assert all(torch.equal(one, other) for one, other in zip(trained, evaluated, strict=True))
+    assert all((one - other).abs().max() <= 1e-12 for one, other in zip(trained, evaluated, strict=True))
 
 
 def flat(raw: dict[str, Any]) -> list[torch.Tensor]:

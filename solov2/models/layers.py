@@ -76,11 +76,12 @@ class DeformConv2d(nn.Module):
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)), [B, C, H, W] -> [B, C', H', W'].
 
-    A batch norm with fixed statistics is a scale and a shift per channel, so it goes into the convolution's weight and
-    bias, also in training: the same function and the same gradients, one pass over memory less in each direction, and
-    the activation between the two need not be kept.
+    A batch norm with fixed statistics is a scale and a shift per channel. In training it therefore goes into the
+    convolution's weight and bias: the same function and gradients, one pass over memory less in each direction,
+    and the activation between the two need not be kept. In evaluation the plain form stays, which rounds as the
+    reference does; `SOLOv2.optimize` folds once and for all.
     """
-    if not isinstance(norm, nn.BatchNorm2d) or norm.training:
+    if not isinstance(norm, nn.BatchNorm2d) or norm.training or not conv.training:
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
