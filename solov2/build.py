@@ -164,9 +164,10 @@ def fit_to_weights(config: ModelConfig, weights: str | Path) -> ModelConfig:
     """The configuration with what a weights file fixes: pixel statistics, channel order, strides, kind of DCN.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or is of no family that is known.
     """
-    _, traits, _ = read_weights(load_file(weights), str(weights))
+    content = load_file(weights)
+    traits = content.get("traits", {}) if is_own(content) else read_weights(content, str(weights))[1]
     return replace_model(config, {key: traits[key] for key in TRAITS if key in traits})
 
 

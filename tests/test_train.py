@@ -133,6 +133,20 @@ def test_fine_tuning_on_other_classes_remakes_the_category_layer(run, tmp_path, 
     assert "instances_val2017.json 4" in capsys.readouterr().err
 
 
+def test_a_resumed_run_keeps_what_its_first_weights_fixed(run, tmp_path):
+    """BGR input, say, is no word of the command line; it comes with the weights and stays with the run."""
+    data, folder = run
+    weights = load_file(folder / "last.pth")
+    weights["traits"] |= {"channel_order": "bgr", "pixel_std": [1.0, 1.0, 1.0]}
+    torch.save(weights, tmp_path / "bgr.pth")
+    words = arguments(data, tmp_path / "run", "--evaluate-every", "0")
+    assert main([*words, "--epochs", "1", "--weights", str(tmp_path / "bgr.pth")]) == 0
+    assert main([*words, "--epochs", "2", "--resume"]) == 0
+    model = build_model(weights=tmp_path / "run" / "last.pth")
+    assert load_file(tmp_path / "run" / "last.pth")["epoch"] == 2
+    assert model.channel_order == "bgr" and model.pixel_std.flatten().tolist() == [1, 1, 1]
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(run, tmp_path, repo_root):
     """Ctrl-C ends the run and its loader at once, names the way on, and the resumed run ends with the same bits."""
     data, _ = run

@@ -135,8 +135,8 @@ def _run(argv: Sequence[str]) -> int:
     # A dry run writes nothing, so it minds only a checkpoint that it was asked to go on with.
     checkpoint = None if args.dry_run and args.resume is None else check_folder(folder, args.resume, args.overwrite)
     args.weights = find_weights(args.weights, config)
-    if args.weights is not None:
-        config = replace(config, model=fit_to_weights(config.model, args.weights))
+    if checkpoint or args.weights:  # a resumed run keeps what the weights it started from had fixed
+        config = replace(config, model=fit_to_weights(config.model, checkpoint or args.weights))
     if args.dry_run:
         return _dry_run(config, args)
     if not config.data.shapes:
