@@ -23,6 +23,7 @@ from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.postprocess import PostprocessSettings
 from solov2.models.resnet import ResNet
 from solov2.models.solov2 import SOLOv2
+from solov2.models.winograd import use_winograd
 from solov2.targets import TargetAssigner
 
 COCO_CLASSES = tuple(
@@ -249,17 +250,30 @@ def build_criterion(config: ModelConfig, *, mask_weight: float = 3.0) -> SOLOv2C
     return SOLOv2Criterion(num_classes=config.num_classes, mask_weight=mask_weight)
 
 
+def prepare_for_training(model: SOLOv2, config: Config, device: torch.device) -> SOLOv2:
+    """The model on the device in the layout of `choose_memory_format`, with Winograd convolutions where they pay."""
+    if _takes_winograd(config, device):
+        use_winograd(model)
+    return model.to(device, memory_format=choose_memory_format(config, device))
+
+
 def choose_memory_format(config: Config, device: torch.device) -> torch.memory_format:
     """Layout of images and weights that `train.memory_format` stands for.
 
-    "auto" is channels last, except for wide networks on a CPU: there the weight gradient of a 3x3 convolution of 64
-    channels and more takes 1.4 to 2.5 times as long in that layout (oneDNN 3.12, AVX2), and the rest gains little.
+    "auto" is channels last, except for wide networks with plain convolutions on a CPU: there the weight gradient of a
+    3x3 convolution of 64 channels and more takes 1.4 to 2.5 times as long in that layout (oneDNN 3.12, AVX2), and the
+    rest gains little.
     """
     wanted = config.train.memory_format
     if wanted == "auto":
         wide = max(config.model.fpn_channels, config.model.tower_channels) >= 64
-        wanted = "contiguous" if device.type == "cpu" and wide else "channels_last"
+        slow = device.type == "cpu" and wide and not _takes_winograd(config, device)
+        wanted = "contiguous" if slow else "channels_last"
     return torch.channels_last if wanted == "channels_last" else torch.contiguous_format
+
+
+def _takes_winograd(config: Config, device: torch.device) -> bool:
+    return device.type == "cpu" and config.train.winograd and config.train.precision == "float32"
 
 
 def default_class_names(num_classes: int) -> list[str]:

@@ -103,6 +103,7 @@ class TrainConfig:
     clip_norm: float = 35.0  # L2 norm of all gradients; 0 switches clipping off
     mask_weight: float = 3.0
     precision: str = "float32"  # float32, bf16, fp16
+    winograd: bool = True  # wide 3x3 convolutions by F(4x4, 3x3) where it pays: training in float32 on a CPU
     memory_format: str = "auto"  # channels_last, contiguous; auto: see build.choose_memory_format
     pretrained_backbone: str = "imagenet"  # imagenet (torchvision IMAGENET1K_V1), none, or the path of a file
     seed: int = 0

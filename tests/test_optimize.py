@@ -9,8 +9,9 @@ from tiny_models import VARIANTS, lively, tiny_model
 from torch import nn
 
 from solov2.build import build_model
-from solov2.models.optimize import LEAST_TILES, WinogradConv2d, fold_batch_norms, transforms
+from solov2.models.optimize import fold_batch_norms
 from solov2.models.solov2 import SOLOv2
+from solov2.models.winograd import WinogradConv2d
 
 
 def scrambled(model: SOLOv2) -> SOLOv2:
@@ -30,40 +31,6 @@ def outputs(model: SOLOv2, images: torch.Tensor) -> list[torch.Tensor]:
     with torch.no_grad():
         raw = model.eval()(images)
     return [*raw["category_logits"], *raw["kernels"], raw["mask_features"]]
-
-
-def test_transforms_filter_exactly() -> None:
-    to_input, to_weight, to_output = transforms()
-    signal, weight = np.random.default_rng(0).standard_normal(6), np.array([0.3, -1.2, 0.7])
-    expected = [signal[i : i + 3] @ weight for i in range(4)]
-    assert np.allclose(to_output @ ((to_weight @ weight) * (to_input @ signal)), expected, atol=1e-13)
-
-
-@pytest.mark.parametrize("size", [(16, 16), (13, 22), (40, 9), (5, 70), (8, 8)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_winograd_is_the_convolution(batch: int, size: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(64, 96, 3, padding=1, bias=batch == 3).requires_grad_(False).double()
-    x = torch.randn(batch, 64, *size, dtype=torch.float64)
-    assert WinogradConv2d.pays_for(conv)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        y = WinogradConv2d(conv)(x.contiguous(memory_format=layout))
-        assert torch.allclose(y, conv(x), atol=1e-12)
-    single, exact = WinogradConv2d(conv.float())(x.float()), conv.double()(x)
-    assert (single - exact).abs().max() <= 5e-5 * exact.std()
-
-
-def test_small_maps_and_other_convolutions_stay_plain() -> None:
-    for conv in (
-        nn.Conv2d(64, 64, 3, stride=2, padding=1),
-        nn.Conv2d(64, 64, 1),
-        nn.Conv2d(64, 64, 3, padding=1, groups=2),
-        nn.Conv2d(32, 64, 3, padding=1),
-    ):
-        assert not WinogradConv2d.pays_for(conv)
-    conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
-    x = torch.randn(1, 64, 4, 4 * (LEAST_TILES - 1))
-    assert torch.equal(WinogradConv2d(conv)(x), conv(x))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -103,9 +70,3 @@ def test_bf16_keeps_the_pixel_statistics() -> None:
     assert raw["mask_features"].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="bf16"):
         model.optimize(precision="fp16")
-
-
-def test_transposed_layout_is_channels_last() -> None:
-    conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
-    y = WinogradConv2d(conv)(torch.randn(1, 64, 32, 32))
-    assert y.is_contiguous(memory_format=torch.channels_last)

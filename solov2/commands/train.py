@@ -26,6 +26,7 @@ from solov2.build import (
     find_weights,
     fit_to_weights,
     load_pretrained_backbone,
+    prepare_for_training,
 )
 from solov2.checkpoint import latest_checkpoint
 from solov2.commands.data import (
@@ -186,8 +187,8 @@ def _train(
     validation = _validation(config, dataset)
     config = _explain_classes(with_classes(config, dataset), config)
     torch.manual_seed(config.train.seed)
-    model = _initial_model(config, dataset, args.weights, from_checkpoint=checkpoint is not None).to(device)
-    model = model.to(memory_format=choose_memory_format(config, device))
+    model = _initial_model(config, dataset, args.weights, from_checkpoint=checkpoint is not None)
+    model = prepare_for_training(model, config, device)
     train = config.train
     optimizer = build_optimizer(
         model,

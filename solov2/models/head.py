@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solov2.models.layers import ConvNormReLU
+from solov2.models.winograd import on_every_level
 from solov2.ops.coords import coordinate_channels
 
 
@@ -76,8 +77,8 @@ class SOLOv2Head(nn.Module):
             grid, coordinates = self._to_grid(feature, size)
             grids.append(grid)
             grids_with_coordinates.append(torch.cat([grid, coordinates], dim=1))
-        category_logits = [self.category_predictor(x) for x in apply_tower(self.category_tower, grids)]
-        kernels = [self.kernel_predictor(x) for x in apply_tower(self.kernel_tower, grids_with_coordinates)]
+        category_logits = on_every_level(self.category_predictor, apply_tower(self.category_tower, grids))
+        kernels = on_every_level(self.kernel_predictor, apply_tower(self.kernel_tower, grids_with_coordinates))
         return category_logits, kernels
 
     @staticmethod
@@ -100,12 +101,12 @@ def apply_tower(tower: nn.Sequential, levels: Sequence[Tensor]) -> list[Tensor]:
     statistics that belong to none of them. Group norm works per level, as in the reference.
     """
     for step in tower:
+        maps = on_every_level(step.conv, levels)
         if isinstance(step.norm, nn.BatchNorm2d) and step.norm.training:
-            maps = [step.conv(x) for x in levels]
             cells = torch.cat([x.flatten(2) for x in maps], dim=2)  # [B, C', cells of all levels]
             cells = step.relu(step.norm(cells[..., None]))[..., 0]
             parts = cells.split([x.shape[-2] * x.shape[-1] for x in maps], dim=2)
             levels = [part.unflatten(2, x.shape[-2:]) for part, x in zip(parts, maps)]
         else:
-            levels = [step(x) for x in levels]
+            levels = [step.relu(step.norm(x)) for x in maps]
     return list(levels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -87,7 +86,7 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     if isinstance(conv, DeformConv2d):
         return conv(x, weight, bias)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv._conv_forward(x, weight, bias)
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
