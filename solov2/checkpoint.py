@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,58 @@ def is_own(content: dict[str, Any]) -> bool:
     return content.get("format") == FORMAT
 
 
+def save_step(folder: str | Path, step: int, content: dict[str, Any], *, keep: int) -> Path:
+    """Write `step_XXXXXXXX.pth` of a run, let `last.pth` be the same file, and drop all but the newest `keep`.
+
+    At every moment `last.pth` is whole, and so are the files before it.
+
+    Raises:
+        OSError: disk full, no permission; nothing that was there is lost.
+    """
+    folder = Path(folder)
+    path = folder / f"step_{step:08d}.pth"
+    save_checkpoint(path, content)
+    link = folder / f".last.pth.{os.getpid()}.tmp"
+    link.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, link)
+        os.replace(link, folder / "last.pth")
+    finally:
+        link.unlink(missing_ok=True)
+    for old in step_checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def step_checkpoints(folder: str | Path) -> list[Path]:
+    """`step_XXXXXXXX.pth` of a run folder, newest first."""
+    return sorted(Path(folder).glob("step_" + "[0-9]" * 8 + ".pth"), reverse=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files of savings that were killed half-way."""
+    for path in Path(folder).glob(".*.pth.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """`last.pth` of a run folder, or None."""
-    path = Path(folder) / "last.pth"
-    return path if path.is_file() else None
+    """`last.pth` of a run folder, else its newest step's, or None."""
+    paths = [Path(folder) / "last.pth", *step_checkpoints(folder)]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def newest_loadable(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run folder that can be read, and a sentence for each newer one that cannot."""
+    refused: list[str] = []
+    for path in (Path(folder) / "last.pth", *step_checkpoints(folder)):
+        if path.is_file():
+            try:
+                load_file(path)
+            except InputError as error:
+                refused.append(str(error))
+            else:
+                return path, refused
+    return None, refused

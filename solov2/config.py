@@ -109,6 +109,12 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 1  # epochs; the last epoch is always evaluated unless this is 0
     checkpoint_every: int = 1  # epochs
+    checkpoint_steps: int = 1000  # optimiser steps between checkpoints inside an epoch; 0: none
+    keep_checkpoints: int = 2  # the newest ones; the best is kept beside them
+    ema_decay: float = 0.0  # of averaged weights, which are then evaluated; 0: none. 1 - 10 / steps is a start
+    nonfinite: str = "stop"  # after a step that is not finite: stop, or skip it and go on
+    stall_seconds: int = 1800  # a loading process or another rank that is silent for so long ends the run
+    deterministic: bool = False  # the same bits for the same seed, processes and device, or an error
     log_every: int = 50  # steps
     picture_images: int = 8  # validation images in the picture at the end
     picture_score: float = 0.3
@@ -339,7 +345,13 @@ def _check_values(config: Config, source: str) -> None:
     _check_choice(train.schedule, ("step", "cosine"), f"{source}: train.schedule")
     _check_choice(train.precision, ("float32", "bf16", "fp16"), f"{source}: train.precision")
     _check_choice(train.memory_format, ("auto", "channels_last", "contiguous"), f"{source}: train.memory_format")
-    for key in ("epochs", "batch_size", "reference_batch_size", "accumulate", "log_every"):
+    _check_choice(train.nonfinite, ("stop", "skip"), f"{source}: train.nonfinite")
+    if not 0 <= train.ema_decay < 1:
+        raise InputError(f"{source}: train.ema_decay must be at least 0 and below 1, got {train.ema_decay}")
+    if train.checkpoint_steps < 0:
+        raise InputError(f"{source}: train.checkpoint_steps must be 0 or more, got {train.checkpoint_steps}")
+    at_least_one = ("epochs", "batch_size", "reference_batch_size", "accumulate", "log_every")
+    for key in (*at_least_one, "checkpoint_every", "keep_checkpoints", "stall_seconds"):
         if getattr(train, key) < 1:
             raise InputError(f"{source}: train.{key} must be at least 1, got {getattr(train, key)}")
     if train.learning_rate <= 0:

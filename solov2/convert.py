@@ -185,13 +185,13 @@ def read_weights(content: Mapping[str, Any], source: str) -> tuple[dict[str, Ten
 
     Returns:
         (state dict under our names, traits, class names or None). Traits of our own files are only those of weights
-        that were converted.
+        that were converted; averaged weights, where a run kept them, are preferred.
 
     Raises:
         InputError: not a SOLOv2 that is known, or names that fit no rule.
     """
     if is_own(content):
-        return content["model"], content.get("traits", {}), content.get("class_names")
+        return content.get("averaged") or content["model"], content.get("traits", {}), content.get("class_names")
     try:
         return *convert_state_dict(unwrap(content)), _class_names(content)
     except ValueError as error:

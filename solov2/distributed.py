@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from solov2.config import InputError
 
@@ -36,6 +37,16 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launched_rank() -> int:
+    """Number that a launcher gave this process, before there is a process group; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def restarted() -> bool:
+    """Whether torchrun has started the workers again after a failure (its --max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def is_main() -> bool:
@@ -65,18 +76,23 @@ def select_device(name: str | None = None) -> torch.device:
     return device
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, *, timeout: float = 1800) -> None:
     """Join the process group that torchrun prepared; nothing happens in a process started alone.
 
     The backend is torch's default for the device: nccl on GPUs, gloo on a CPU.
+
+    Args:
+        device: of this process.
+        timeout: seconds after which an exchange that another process does not join is an error.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
+    options = {"timeout": datetime.timedelta(seconds=timeout)}
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-        dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device)
+        dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device, **options)
     else:
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+        dist.init_process_group(dist.get_default_backend_for_device(device), **options)
 
 
 def stop() -> None:
@@ -107,6 +123,14 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def anywhere(flag: Tensor) -> Tensor:
+    """A bool scalar, true where it is on any process, as uint8 on the same device; the host does not wait for it."""
+    flag = flag.to(torch.uint8)
+    if world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from solov2 import distributed
+from solov2.guard import NonFiniteGuard, first_nonfinite
 from solov2.logger import Meter, RunLogger
 
 HALF_TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,6 +54,10 @@ def train_one_epoch(
     steps_per_epoch: int,
     total_steps: int,
     logger: RunLogger,
+    guard: NonFiniteGuard,
+    first_step: int = 0,
+    after_step: Callable[[int], None] = lambda _done: None,
+    after_reading: Callable[[int, dict[str, float]], None] = lambda _step, _values: None,
     precision: str = "float32",
     scaler: torch.amp.GradScaler | None = None,
     accumulate: int = 1,
@@ -60,7 +65,7 @@ def train_one_epoch(
     memory_format: torch.memory_format = torch.contiguous_format,
     log_every: int = 50,
 ) -> None:
-    """One pass over the loader.
+    """One pass over the loader, or what is left of it.
 
     Each optimiser step takes `accumulate` batches; their losses are normalised by the positive cells of all of them, so
     that accumulation equals the large batch. Between batch and optimiser step nothing waits for the device; losses are
@@ -69,45 +74,102 @@ def train_one_epoch(
     Args:
         model: SOLOv2, possibly in DistributedDataParallel.
         criterion: (raw, targets, num_positives) -> dict of losses.
-        loader: batches with targets (DESIGN: pixels, sizes, targets).
+        loader: batches with targets (DESIGN: pixels, sizes, targets), the first of them of step `first_step`.
         optimizer: its learning rate is set to learning_rate * schedule(step) before each step.
         schedule: factor as a function of the global step.
-        epoch: 0-based; the first global step is epoch * steps_per_epoch.
+        epoch: 0-based; its first global step is epoch * steps_per_epoch.
+        guard: sees whether the steps are finite.
+        first_step: steps of this epoch that are already done.
+        after_step: called with the number of the epoch's steps that are done; may raise to end the run.
+        after_reading: called with the global number of steps done and the figures that were read.
         clip_norm: L2 norm the gradients are clipped to, 0 for none.
 
     Raises:
-        FloatingPointError: a loss is not finite; the sentence names the step.
+        NonFiniteError: a loss or gradient is not finite, and the guard does not skip such steps.
     """
     model.train()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    options = {"device": device, "precision": precision, "memory_format": memory_format}
     meter = Meter(distributed.world_size())
-    logger.start_epoch(epoch + 1, steps_per_epoch)
-    for i, batches in enumerate(grouped(loader, accumulate)):
+    logger.start_epoch(epoch + 1, steps_per_epoch, done=first_step)
+    for i, batches in enumerate(grouped(loader, accumulate), first_step):
         step = epoch * steps_per_epoch + i
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step)
-        losses = backward(
-            model, criterion, batches, scaler, device=device, precision=precision, memory_format=memory_format
-        )
-        if clip_norm:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(unwrap(model).parameters(), clip_norm, foreach=True)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        losses, failed = take_step(model, criterion, batches, optimizer, scaler, clip_norm=clip_norm, **options)
+        guard.watch(step, failed, batches)
         meter.add(losses, images=sum(len(batch["image_ids"]) for batch in batches))
         logger.advance()
-        if (step + 1) % log_every == 0 or i == steps_per_epoch - 1:
-            values, step_seconds = meter.read()  # the only read of the device in the loop
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"the loss is not finite in the steps up to {step + 1} of epoch {epoch + 1} ({values}); lower the "
-                    "learning rate, or use bf16 instead of fp16"
-                )
+        read = (step + 1) % log_every == 0 or i == steps_per_epoch - 1
+        failure = guard.failure(now=read)
+        if failure is not None:
+            repeat = functools.partial(repeat_forward, model, criterion, failure[1], **options)
+            raise guard.explain(*failure, first_nonfinite(unwrap(model), repeat))
+        if read:
+            values, step_seconds = meter.read()  # the only read of the device in the loop, with the guard's
             values |= {"learning_rate": optimizer.param_groups[0]["lr"]}
             left = (total_steps - step - 1) * step_seconds
-            logger.train(step + 1, epoch=epoch + 1, total_steps=total_steps, seconds_left=left, **values)
+            logger.train(
+                step + 1, epoch=epoch + 1, total_steps=total_steps, seconds_left=left, skipped=guard.skipped, **values
+            )
+            after_reading(step + 1, values)
+        after_step(i + 1)
     logger.end_epoch()
+
+
+def take_step(
+    model: nn.Module,
+    criterion: nn.Module,
+    batches: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    clip_norm: float,
+    **options: Any,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step; where it is not finite, neither weights nor running statistics change.
+
+    Returns:
+        (losses, whether the step failed in any process: a scalar), both on the device. A gradient that overflows
+        under fp16 is no failure, the scaler answers it with a smaller scale.
+    """
+    statistics = [
+        buffer
+        for module in unwrap(model).modules()
+        if isinstance(module, nn.BatchNorm2d) and module.training
+        for buffer in (module.running_mean, module.running_var)
+    ]
+    before = [buffer.clone() for buffer in statistics]
+    losses = backward(model, criterion, batches, scaler, **options)
+    finite = torch.stack(list(losses.values())).isfinite().all()
+    for buffer, old in zip(statistics, before, strict=True):
+        buffer.copy_(torch.where(finite, buffer, old))
+    norm = update_weights(optimizer, scaler, clip_norm=clip_norm)
+    return losses, distributed.anywhere(~(finite if scaler.is_enabled() else finite & norm.isfinite()))
+
+
+def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, clip_norm: float) -> Tensor:
+    """Clip, step, and drop the gradients; a norm that is not finite leaves the weights as they are, on the device.
+
+    The norm is that of the exchanged gradients, so all processes decide alike. Returns it.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    if clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+    decides = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled()
+    if decides:  # a fused optimiser leaves out the step by what torch's own scaler would tell it
+        optimizer.found_inf = (~norm.isfinite()).float()
+    elif not scaler.is_enabled():
+        for parameter in parameters:
+            parameter.grad = torch.where(norm.isfinite(), parameter.grad, 0)
+    scaler.step(optimizer)
+    scaler.update()
+    if decides:
+        del optimizer.found_inf
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def backward(
@@ -127,20 +189,53 @@ def backward(
     Returns:
         The losses of the step, detached, on the device.
     """
-    bare = unwrap(model)
     num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
     total: dict[str, Tensor] = {}
     for j, batch in enumerate(batches):
-        batch = to_device(batch, device)
-        images = bare.normalize(batch["pixels"], batch["sizes"]).contiguous(memory_format=memory_format)
-        exchange = bare is model or j == len(batches) - 1
+        exchange = unwrap(model) is model or j == len(batches) - 1
         with contextlib.nullcontext() if exchange else model.no_sync():
-            with autocast(device, precision):
-                raw = model(images)
-            losses = criterion(raw, batch["targets"], num_positives)
+            losses = forward(
+                model,
+                criterion,
+                batch,
+                num_positives,
+                device=device,
+                precision=precision,
+                memory_format=memory_format,
+            )
             scaler.scale(sum(losses.values())).backward()
         total = {name: loss.detach() + total.get(name, 0) for name, loss in losses.items()}
     return total
+
+
+def forward(
+    model: nn.Module,
+    criterion: nn.Module,
+    batch: dict[str, Any],
+    num_positives: int | None,
+    *,
+    device: torch.device,
+    precision: str,
+    memory_format: torch.memory_format,
+) -> dict[str, Tensor]:
+    """Losses of a batch that is still on the host."""
+    batch = to_device(batch, device)
+    images = unwrap(model).normalize(batch["pixels"], batch["sizes"]).contiguous(memory_format=memory_format)
+    with autocast(device, precision):
+        raw = model(images)
+    return criterion(raw, batch["targets"], num_positives)
+
+
+def repeat_forward(
+    model: nn.Module, criterion: nn.Module, batches: list[dict[str, Any]], **options: Any
+) -> dict[str, Tensor]:
+    """Losses of the batches of one step by "batch i name", without an exchange between processes."""
+    num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
+    return {
+        f"{name} of batch {j + 1}": loss
+        for j, batch in enumerate(batches)
+        for name, loss in forward(unwrap(model), criterion, batch, num_positives, **options).items()
+    }
 
 
 def grouped(batches: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -32,10 +33,11 @@ class Meter:
     def read(self) -> tuple[dict[str, float], float]:
         """(mean losses with their sum as "loss" and images_per_second of all processes, seconds per step); starts anew.
 
-        Waits for the device.
+        Losses that are not finite are left out of the means. Waits for the device.
         """
         names = list(self._losses[0])
-        means = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses]).mean(0).tolist()
+        values = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
+        means = values.where(values.isfinite(), math.nan).nanmean(0).tolist()
         seconds = time.perf_counter() - self._started
         values = {"loss": sum(means), **dict(zip(names, means, strict=True))}
         values["images_per_second"] = self._images * self.processes / seconds
@@ -86,25 +88,33 @@ class RunLogger:
                 if isinstance(value, (int, float)):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
 
-    def start_epoch(self, epoch: int, steps: int) -> None:
-        """Open the progress bar of an epoch, on a terminal only."""
+    def start_epoch(self, epoch: int, steps: int, *, done: int = 0) -> None:
+        """Open the progress bar of an epoch, on a terminal only; `done` of its steps were done before."""
         if self.main and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False, dynamic_ncols=True
+            )
 
     def advance(self) -> None:
         """One optimiser step is done."""
         if self._bar is not None:
             self._bar.update()
 
-    def train(self, step: int, *, epoch: int, total_steps: int, seconds_left: float, **values: float) -> None:
-        """Figures of the last steps: into log.jsonl, and onto the bar or a plain line."""
+    def train(
+        self, step: int, *, epoch: int, total_steps: int, seconds_left: float, skipped: int = 0, **values: float
+    ) -> None:
+        """Figures of the last steps: into log.jsonl, and onto the bar or a plain line.
+
+        `skipped` is the number of steps so far that were not finite.
+        """
         if not self.main:
             return
-        self.write("train", step, epoch=epoch, **values)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.write("train", step, epoch=epoch, skipped=skipped, **finite)
         text = (
             f"loss {values['loss']:.3f} (category {values['loss_category']:.3f}, mask {values['loss_mask']:.3f})  "
             f"{values['images_per_second']:.1f} images/s  lr {values['learning_rate']:.2e}  "
-            f"left {format_seconds(seconds_left)}"
+            f"left {format_seconds(seconds_left)}{f'  skipped {skipped}' if skipped else ''}"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(text)

@@ -15,6 +15,7 @@ from solov2 import distributed  # noqa: E402
 from solov2.build import build_criterion, construct  # noqa: E402
 from solov2.commands.train import wrap  # noqa: E402
 from solov2.engine import train_one_epoch  # noqa: E402
+from solov2.guard import NonFiniteGuard  # noqa: E402
 from solov2.logger import RunLogger  # noqa: E402
 
 STEPS = 20
@@ -55,6 +56,7 @@ def main(folder: str) -> None:
         steps_per_epoch=STEPS,
         total_steps=STEPS,
         logger=logger,
+        guard=NonFiniteGuard(Path(folder)),
         clip_norm=1.0,
         log_every=STEPS,
     )

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from solov2.build import build_criterion, construct, default_class_names
 from solov2.engine import count_positives, grouped, to_device, train_one_epoch
+from solov2.guard import NonFiniteGuard
 from solov2.logger import RunLogger
 from solov2.optim import build_optimizer
 
@@ -22,7 +23,7 @@ def train(tmp_path, batches, *, config=None, dtype=torch.float32, **options):
     config = config or tiny_config("model.frozen_batch_norm=true", "model.head_norm=group")
     torch.manual_seed(0)
     model = construct(config.model, list("abcd")).to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
     steps = len(batches) // options.get("accumulate", 1)
     logger = RunLogger(tmp_path, main=True)
     train_one_epoch(
@@ -37,6 +38,7 @@ def train(tmp_path, batches, *, config=None, dtype=torch.float32, **options):
         steps_per_epoch=steps,
         total_steps=steps,
         logger=logger,
+        guard=NonFiniteGuard(tmp_path),
         log_every=1,
         **options,
     )
@@ -96,7 +98,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model = construct(config.model, list("abcd"))
     model.head.category_predictor.bias.data.fill_(float("nan"))
     logger = RunLogger(tmp_path, main=True)
-    with pytest.raises(FloatingPointError, match="not finite in the steps up to 1 of epoch 1"):
+    with pytest.raises(FloatingPointError, match="step 1 is not finite.*category_predictor.bias is itself not finite"):
         train_one_epoch(
             model,
             build_criterion(config.model),
@@ -109,6 +111,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             steps_per_epoch=1,
             total_steps=1,
             logger=logger,
+            guard=NonFiniteGuard(tmp_path),
             log_every=1,
         )
 
@@ -161,6 +164,7 @@ def test_nothing_between_batch_and_optimiser_step_waits_for_the_device(tmp_path,
             steps_per_epoch=3,  # never reached, so that the losses are not read
             total_steps=3,
             logger=logger,
+            guard=NonFiniteGuard(tmp_path),
             precision=precision,
             accumulate=accumulate,
             clip_norm=35.0,

@@ -20,7 +20,7 @@ FLOOR_0 = {"config", "distributed", "ops"}
 FLOOR_1 = {"data", "models"}
 FLOOR_2 = {"targets", "losses"}
 FLOOR_3 = {"evaluation", "optim", "logger", "checkpoint"}
-FLOOR_4 = {"engine", "convert"}
+FLOOR_4 = {"guard", "engine", "convert"}
 BELOW_EDGES = FLOOR_0 | FLOOR_1 | FLOOR_2 | FLOOR_3 | FLOOR_4 | {"build"}
 EDGES = {"visualize", "predict", "export", "check_data"}
 TOP = {"", "commands"}  # "" is solov2/__init__.py
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "data": FLOOR_0,
     "models": {"ops"},
     **dict.fromkeys(FLOOR_2 | FLOOR_3, FLOOR_0),
-    "engine": FLOOR_0 | {"logger"},  # everything else arrives as an argument
+    "guard": FLOOR_0 | {"checkpoint"},
+    "engine": FLOOR_0 | {"logger", "guard"},  # everything else arrives as an argument
     "convert": FLOOR_0 | {"checkpoint"},
     "build": BELOW_EDGES - {"build"},
     "visualize": BELOW_EDGES,

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from solov2 import distributed
+from solov2.commands.errors import RunFailed
 from solov2.config import Config, DataConfig, InputError, load_config, override_config
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import Collate, EvalSampler, TrainBatchSampler, build_loader
 from solov2.data.shapes import generate_shapes
 from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDataset
 from solov2.targets import TargetAssigner
+
+LOADER_FAILURES = {  # what torch's message contains -> what it means
+    "timed out after": "was silent for longer than train.stall_seconds: slow or hanging storage is the usual cause",
+    "exited unexpectedly": "ended unexpectedly: memory that ran out is the usual cause, fewer --workers help",
+    "is killed by signal": "was killed by a signal: memory that ran out is the usual cause, fewer --workers help",
+}
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,8 +172,29 @@ def training_loader(
         batch_sampler=sampler,
         collate=Collate(assigner),
         workers=data.workers,
+        timeout=train.stall_seconds,
     )
     return loader, sampler
+
+
+def watched(loader: DataLoader, sampler: TrainBatchSampler, dataset: CocoInstances) -> Iterator[dict[str, Any]]:
+    """The loader's batches; a loading process that is silent or gone is an error that names the images it was at.
+
+    Raises:
+        RunFailed: the sentence says what usually helps.
+    """
+    delivered = 0
+    try:
+        for batch in loader:
+            yield batch
+            delivered += 1
+    except RuntimeError as error:
+        reason = next((text for text in LOADER_FAILURES if text in str(error)), None)
+        if reason is None:
+            raise
+        indices = next(itertools.islice(sampler, delivered, None), [])
+        names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index, _, _ in indices)
+        raise RunFailed(f"a loading process {LOADER_FAILURES[reason]}; it was at or near the images {names}") from error
 
 
 def validation_loader(

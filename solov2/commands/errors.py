@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from solov2.config import InputError
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on through no mistake of its user, told in one sentence."""
+
+
 def run_command(body: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
     """Run a command and turn its expected failures into exit codes.
 
@@ -17,7 +21,7 @@ def run_command(body: Callable[[Sequence[str]], int], arguments: Sequence[str] |
 
     Returns:
         The body's code; 2 for a user's mistake, a full disk or missing permission; 1 for a run that failed (a loss that
-        is not finite); 130 after Ctrl-C.
+        is not finite, a process that is silent); 130 after Ctrl-C.
     """
     try:
         return body(sys.argv[1:] if arguments is None else arguments)
@@ -27,7 +31,7 @@ def run_command(body: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     except (InputError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, ImportError) as error:
+    except (FloatingPointError, ImportError, RunFailed) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
 

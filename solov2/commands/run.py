@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from solov2 import distributed
 from solov2.build import load_weights, traits_of
-from solov2.checkpoint import is_own, latest_checkpoint, load_file, save_checkpoint
+from solov2.checkpoint import is_own, load_file, newest_loadable, remove_leftovers, save_checkpoint, save_step
+from solov2.commands.errors import RunFailed
 from solov2.config import Config, InputError, TrainConfig
 from solov2.data.coco import CocoInstances
 from solov2.logger import RunLogger
 from solov2.models.solov2 import SOLOv2
 from solov2.optim import make_schedule, scaled_learning_rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe becomes optimiser steps on a number of processes."""
+
+    processes: int
+    global_batch: int  # images per optimiser step, of all processes
+    learning_rate: float  # scaled to the global batch
+    steps_per_epoch: int | None  # None where the data set is not known
 
 
 @dataclass
@@ -34,32 +49,39 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     logger: RunLogger
+    plan: Plan
+    average: AveragedModel | None = None
     epoch: int = 0  # epochs done
+    step: int = 0  # optimiser steps done of the epoch after them
+    evaluated: int = 0  # epochs done at the last evaluation
     best: float = -1.0  # mask AP of the best evaluation so far
+    said_stuck: bool = False  # whether the mask loss after the warm-up was looked at
+
+    @property
+    def evaluated_model(self) -> SOLOv2:
+        """The averaged weights where there are some, else those in training."""
+        return self.model if self.average is None else self.average.module
 
     def content(self) -> dict[str, Any]:
-        """Everything a checkpoint holds."""
-        return {
+        """Everything a checkpoint holds; all processes call it together."""
+        averaged = {}
+        if self.average is not None:
+            averaged = {"averaged": self.average.module.state_dict(), "updates": int(self.average.n_averaged)}
+        return averaged | {
             "model": self.model.state_dict(),
             "config": self.config.to_dict(),
             "traits": traits_of(self.config.model),
             "class_names": self.model.class_names,
             "category_ids": self.dataset.category_ids,
             "epoch": self.epoch,
+            "step": self.step,
+            "global_batch": self.plan.global_batch,
+            "evaluated": self.evaluated,
             "best": self.best,
+            "random_states": distributed.all_gather_objects(random_state(self.device)),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a recipe becomes optimiser steps on a number of processes."""
-
-    processes: int
-    global_batch: int  # images per optimiser step, of all processes
-    learning_rate: float  # scaled to the global batch
-    steps_per_epoch: int | None  # None where the data set is not known
 
 
 def plan_run(train: TrainConfig, *, images: int | None, batches: int | None, processes: int) -> Plan:
@@ -116,12 +138,25 @@ def config_text(config: Config) -> str:
 
 
 def check_folder(folder: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Path of the checkpoint to resume; refuses to touch another run's folder. Nothing is written yet."""
-    if resume is not None:
-        path = latest_checkpoint(folder) if resume == "auto" else Path(resume)
-        if path is None:
-            raise InputError(f"nothing to resume: {folder} holds no last.pth")
+    """Path of the checkpoint to resume; refuses to touch another run's folder. Nothing is written yet.
+
+    Args:
+        folder: of the run.
+        resume: None, a file, or "auto" for the newest checkpoint of the folder that can be read; those that cannot are
+            said. A worker that torchrun starts again resumes by itself, anew where there is no checkpoint yet.
+        overwrite: replace what the folder holds.
+    """
+    again = distributed.restarted()
+    if resume == "auto" or (again and resume is None):
+        path, refused = newest_loadable(folder)
+        if distributed.launched_rank() == 0:
+            for sentence in refused:
+                print(f"warning: passed over: {sentence}", file=sys.stderr)
+        if path is None and not again:
+            raise InputError(f"nothing to resume: {folder} holds no checkpoint that can be read")
         return path
+    if resume is not None:
+        return Path(resume)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run folder {folder} is a file; name another with --output")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -174,13 +209,94 @@ def resume(run: Run, path: Path) -> None:
         raise InputError(f"{path} was trained with another optimiser setting ({error})") from error
     run.scaler.load_state_dict(content["scaler"])
     run.epoch, run.best = content["epoch"], content["best"]
-    run.logger.say(f"resumed {path} after epoch {run.epoch}")
-
-
-def save(run: Run, name: str) -> None:
-    """Write a checkpoint into the run folder; the other processes wait for it."""
+    run.step, run.evaluated = content.get("step", 0), content.get("evaluated", run.epoch)
+    if run.average is not None and "averaged" in content:
+        run.average.module.load_state_dict(content["averaged"])
+        run.average.n_averaged.fill_(content["updates"])
+    global_batch = content.get("global_batch", run.plan.global_batch)
+    if run.step and global_batch != run.plan.global_batch:
+        run.logger.say(
+            f"warning: {path} was written with {global_batch} images per step; the epoch goes on at about the same "
+            "image"
+        )
+        run.step = min(run.step * global_batch // run.plan.global_batch, run.plan.steps_per_epoch - 1)
+    states = content.get("random_states", [])
+    if len(states) == distributed.world_size():
+        set_random_state(states[distributed.rank()], run.device)
+    position = f" and {run.step} of {run.plan.steps_per_epoch} steps" if run.step else ""
+    run.logger.write("resume", run.epoch * run.plan.steps_per_epoch + run.step, file=str(path))
+    run.logger.say(f"resumed {path} after epoch {run.epoch}{position}")
     if distributed.is_main():
-        save_checkpoint(run.folder / name, run.content())
+        remove_leftovers(run.folder)
+
+
+def averaged_model(model: SOLOv2, decay: float) -> AveragedModel:
+    """Exponential moving average of weights and running statistics: after each step, a = decay a + (1 - decay) w.
+
+    The first step sets it to the weights.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+@contextlib.contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Within it, an operation that may give other bits the next time is an error (RuntimeError, told as a sentence)."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise RunFailed(f"--deterministic cannot be kept here: {str(error).partition('.')[0]}") from error
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, by which a log tells data sets apart."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of this process's generators, on the host and on its device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the present step; the other processes wait for it."""
+    content = run.content()
+    if distributed.is_main():
+        step = run.epoch * run.plan.steps_per_epoch + run.step
+        save_step(run.folder, step, content, keep=run.config.train.keep_checkpoints)
+    distributed.barrier()
+
+
+def save_best(run: Run) -> None:
+    """Write `best.pth`; the other processes wait for it."""
+    content = run.content()
+    if distributed.is_main():
+        save_checkpoint(run.folder / "best.pth", content)
     distributed.barrier()
 
 

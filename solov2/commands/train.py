@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import inspect
 import sys
 import time
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from solov2 import distributed
 from solov2.build import (
@@ -29,6 +32,7 @@ from solov2.build import (
     prepare_for_training,
 )
 from solov2.checkpoint import latest_checkpoint
+from solov2.commands.benchmark import environment
 from solov2.commands.data import (
     add_data_arguments,
     prepare_data,
@@ -38,27 +42,35 @@ from solov2.commands.data import (
     training_loader,
     validation_dataset,
     validation_loader,
+    watched,
     with_classes,
 )
 from solov2.commands.dry_run import describe
 from solov2.commands.errors import run_command
 from solov2.commands.picture import draw_predictions
 from solov2.commands.run import (
-    Plan,
     Run,
     announcement,
+    averaged_model,
     check_folder,
     class_difference,
+    config_text,
+    determinism,
+    file_sha256,
     open_folder,
     plan_run,
     resume,
     run_schedule,
     save,
+    save_best,
 )
+from solov2.commands.stop import INTERRUPTED, Stopped, StopSignal
 from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
+from solov2.data.loader import TrainBatchSampler
 from solov2.engine import evaluate, predictor, train_one_epoch
 from solov2.evaluation.coco import CocoEvaluator, format_table
+from solov2.guard import NonFiniteGuard, stuck_mask_loss
 from solov2.logger import RunLogger, format_seconds
 from solov2.models.solov2 import SOLOv2
 from solov2.optim import build_optimizer
@@ -72,11 +84,17 @@ FLAGS = {
     "seed": "train.seed",
     "optimizer": "train.optimizer",
     "evaluate_every": "train.evaluate_every",
+    "deterministic": "train.deterministic",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 1 failed, 2 a user's mistake, 130 interrupted)."""
+    """Run the command.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 a user's mistake, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint written,
+        130 after Ctrl-C.
+    """
     return run_command(_run, argv)
 
 
@@ -97,7 +115,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="FILE",
-        help="go on with a checkpoint; without FILE, with the last one of the run folder",
+        help="go on with a checkpoint; without FILE (or with auto), with the newest of the run folder that can be read",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the run folder holds")
     parser.add_argument("--nproc", type=int, metavar="N", help="training processes on this machine, one per GPU")
@@ -110,6 +128,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("sgd", "adamw"))
     parser.add_argument("--evaluate-every", type=int, metavar="EPOCHS", help="0: never")
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--deterministic",
+        action="store_const",
+        const=True,
+        help="the same bits for the same seed, processes and device; an operation that cannot promise it is an error",
+    )
     parser.add_argument("--tensorboard", action="store_true")
     parser.add_argument(
         "--dry-run",
@@ -145,17 +169,16 @@ def _run(argv: Sequence[str]) -> int:
     if args.nproc is not None:
         distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
     device = distributed.select_device(args.device)
-    distributed.start(device)
+    distributed.start(device, timeout=config.train.stall_seconds)
     try:
-        return _train(config, args, device, folder, checkpoint)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; go on with: --resume --output {folder}"
-            if latest_checkpoint(folder)
-            else "interrupted before the first checkpoint",
-            file=sys.stderr,
-        )
-        return 130
+        with determinism(config.train.deterministic):
+            return _train(config, args, device, folder, checkpoint)
+    except (KeyboardInterrupt, Stopped) as stopped:
+        if distributed.is_main():
+            reason = "interrupted" if isinstance(stopped, KeyboardInterrupt) else f"stopped by {stopped}"
+            way_on = f"go on with: --resume --output {folder}" if latest_checkpoint(folder) else "no checkpoint yet"
+            print(f"{reason}; {way_on}", file=sys.stderr)
+        return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else stopped.code
     finally:
         distributed.stop()
 
@@ -186,10 +209,10 @@ def _train(
     dataset = training_dataset(config.data)
     validation = _validation(config, dataset)
     config = _explain_classes(with_classes(config, dataset), config)
-    torch.manual_seed(config.train.seed)
+    train = config.train
+    torch.manual_seed(train.seed)
     model = _initial_model(config, dataset, args.weights, from_checkpoint=checkpoint is not None)
     model = prepare_for_training(model, config, device)
-    train = config.train
     optimizer = build_optimizer(
         model,
         name=train.optimizer,
@@ -199,89 +222,129 @@ def _train(
         decay_norms=train.decay_norms,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    open_folder(folder, config, overwrite=args.overwrite and checkpoint is None)
+    loader, sampler = training_loader(config, dataset, build_assigner(config.model))
+    plan = plan_run(train, images=len(dataset), batches=len(sampler), processes=distributed.world_size())
+    open_folder(folder, config, overwrite=args.overwrite and checkpoint is None and not distributed.restarted())
     logger = RunLogger(folder, main=distributed.is_main(), tensorboard=args.tensorboard)
-    run = Run(config, folder, device, model, dataset, optimizer, scaler, logger)
-    if checkpoint is not None:
-        resume(run, checkpoint)
+    average = averaged_model(model, train.ema_decay) if train.ema_decay else None
+    run = Run(config, folder, device, model, dataset, optimizer, scaler, logger, plan, average)
     try:
-        summary = _train_epochs(run, validation)
+        _announce(run)
+        if checkpoint is not None:
+            resume(run, checkpoint)
+        summary = _train_epochs(run, loader, sampler, validation)
         logger.say(f"trained in {format_seconds(time.perf_counter() - started)}; checkpoint {folder / 'last.pth'}")
         if summary is not None:
-            logger.say(format_table(summary))
-            if distributed.is_main():
-                picture = draw_predictions(
-                    model, validation, count=train.picture_images, score_threshold=train.picture_score
-                )
-                picture.save(folder / "predictions.png")
-            logger.say(
-                f"mask AP {summary['segm']['AP']:.3f}, AP50 {summary['segm']['AP50']:.3f}; "
-                f"predictions beside ground truth in {folder / 'predictions.png'}"
-            )
+            _show(run, validation, summary)
     finally:
         logger.close()
     return 0
 
 
-def _train_epochs(run: Run, validation: CocoInstances | None) -> dict[str, Any] | None:
-    """All epochs that are left; returns the summary of the last evaluation."""
-    config, train, logger = run.config, run.config.train, run.logger
-    loader, sampler = training_loader(config, run.dataset, build_assigner(config.model))
-    plan = plan_run(train, images=len(run.dataset), batches=len(sampler), processes=distributed.world_size())
-    steps_per_epoch = plan.steps_per_epoch
-    _announce(run, plan)
-    schedule = run_schedule(train, steps_per_epoch)
+def _show(run: Run, validation: CocoInstances, summary: dict[str, Any]) -> None:
+    """The table of the last evaluation and a picture."""
+    train, path = run.config.train, run.folder / "predictions.png"
+    run.logger.say(format_table(summary))
+    if distributed.is_main():
+        picture = draw_predictions(
+            run.evaluated_model, validation, count=train.picture_images, score_threshold=train.picture_score
+        )
+        picture.save(path)
+    run.logger.say(
+        f"mask AP {summary['segm']['AP']:.3f}, AP50 {summary['segm']['AP50']:.3f}; "
+        f"predictions beside ground truth in {path}"
+    )
+
+
+def _train_epochs(
+    run: Run, loader: DataLoader, sampler: TrainBatchSampler, validation: CocoInstances | None
+) -> dict[str, Any] | None:
+    """All steps and evaluations that are left; returns the summary of the last evaluation."""
+    config, train, plan = run.config, run.config.train, run.plan
+    schedule = run_schedule(train, plan.steps_per_epoch)
     criterion = build_criterion(config.model, mask_weight=train.mask_weight)
     model = wrap(run.model, run.device)
+    guard = NonFiniteGuard(run.folder, skip=train.nonfinite == "skip", file_name=run.dataset.file_name)
     summary = None
-    while run.epoch < train.epochs:
-        sampler.set_epoch(run.epoch)
-        train_one_epoch(
-            model,
-            criterion,
-            loader,
-            run.optimizer,
-            schedule,
-            learning_rate=plan.learning_rate,
-            device=run.device,
-            epoch=run.epoch,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=steps_per_epoch * train.epochs,
-            logger=logger,
-            precision=train.precision,
-            scaler=run.scaler,
-            accumulate=train.accumulate,
-            clip_norm=train.clip_norm,
-            memory_format=choose_memory_format(config, run.device),
-            log_every=train.log_every,
-        )
-        run.epoch += 1
-        distributed.broadcast_buffers(run.model)
-        last = run.epoch == train.epochs
-        if last or run.epoch % train.checkpoint_every == 0:
-            save(run, "last.pth")
-        if validation is not None and (last or run.epoch % train.evaluate_every == 0):
-            summary = _evaluate(run, validation)
-    if summary is None and validation is not None:
-        summary = _evaluate(run, validation)  # resumed after the last epoch
-    return summary
+    with StopSignal(train.stall_seconds) as stop:
+        while True:
+            due = run.epoch == train.epochs or (run.epoch and run.epoch % max(1, train.evaluate_every) == 0)
+            if validation is not None and due and (run.evaluated < run.epoch or run.epoch == train.epochs):
+                summary = _evaluate(run, validation, stop)
+            if run.epoch == train.epochs:
+                return summary
+            sampler.set_epoch(run.epoch, first_batch=run.step * train.accumulate)
+            with stop.naming_the_silent():
+                train_one_epoch(
+                    model,
+                    criterion,
+                    watched(loader, sampler, run.dataset),
+                    run.optimizer,
+                    schedule,
+                    learning_rate=plan.learning_rate,
+                    device=run.device,
+                    epoch=run.epoch,
+                    steps_per_epoch=plan.steps_per_epoch,
+                    total_steps=plan.steps_per_epoch * train.epochs,
+                    logger=run.logger,
+                    guard=guard,
+                    first_step=run.step,
+                    after_step=functools.partial(_after_step, run, stop),
+                    after_reading=functools.partial(_say_if_stuck, run),
+                    precision=train.precision,
+                    scaler=run.scaler,
+                    accumulate=train.accumulate,
+                    clip_norm=train.clip_norm,
+                    memory_format=choose_memory_format(config, run.device),
+                    log_every=train.log_every,
+                )
+            run.epoch, run.step = run.epoch + 1, 0
+            distributed.broadcast_buffers(run.model)
+            if run.epoch == train.epochs or run.epoch % train.checkpoint_every == 0:
+                save(run)
 
 
-def _evaluate(run: Run, validation: CocoInstances) -> dict[str, Any]:
+def _after_step(run: Run, stop: StopSignal, done: int) -> None:
+    """Average the weights, save where it is time, and end the run where it was told to."""
+    run.step = done
+    if run.average is not None:
+        run.average.update_parameters(run.model)
+    signal_number = stop.poll()
+    every = run.config.train.checkpoint_steps
+    if signal_number or (every and done % every == 0 and done < run.plan.steps_per_epoch):
+        save(run)
+    if signal_number:
+        raise Stopped(signal_number)
+
+
+def _say_if_stuck(run: Run, step: int, losses: dict[str, float]) -> None:
+    """Once, when the warm-up lies as far back as it was long."""
+    if run.said_stuck or step < 2 * run.config.train.warmup_steps:
+        return
+    run.said_stuck = True
+    sentence = stuck_mask_loss(losses["loss_mask"], run.config.train.mask_weight)
+    if sentence is not None:
+        run.logger.write("warning", step, text=sentence)
+        run.logger.say(f"warning: {sentence}")
+
+
+def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str, Any]:
     evaluator = CocoEvaluator(validation.coco, validation.category_ids)
     predict = predictor(
-        run.model,
+        run.evaluated_model,
         device=run.device,
         precision=run.config.train.precision,
         memory_format=choose_memory_format(run.config, run.device),
     )
-    summary = evaluate(predict, validation_loader(run.config, validation), evaluator, progress=distributed.is_main())
+    loader = stop.ending(validation_loader(run.config, validation))  # the checkpoint before it is already written
+    summary = evaluate(predict, loader, evaluator, progress=distributed.is_main())
     figures = {f"{kind}_{name}": value for kind in ("segm", "bbox") for name, value in summary[kind].items()}
+    run.evaluated = run.epoch
     run.logger.write("evaluation", run.epoch, **figures)
     run.logger.say(f"epoch {run.epoch}: mask AP {summary['segm']['AP']:.3f}, box AP {summary['bbox']['AP']:.3f}")
     if summary["segm"]["AP"] > run.best:
         run.best = summary["segm"]["AP"]
-        save(run, "best.pth")
+        save_best(run)
     return summary
 
 
@@ -332,20 +395,22 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def _announce(run: Run, plan: Plan) -> None:
+def _announce(run: Run) -> None:
+    plan, config = run.plan, run.config
     parameters = sum(p.numel() for p in run.model.parameters())
     run.logger.write(
         "start",
-        device=str(run.device),
         processes=plan.processes,
-        torch=torch.__version__,
         learning_rate=plan.learning_rate,
         global_batch=plan.global_batch,
         steps_per_epoch=plan.steps_per_epoch,
         parameters=parameters,
-        seed=run.config.train.seed,
+        seed=config.train.seed,
+        configuration_sha256=hashlib.sha256(config_text(config).encode()).hexdigest(),
+        annotations_sha256=file_sha256(run.dataset.annotation_file),
+        **environment(run.device),
     )
-    for line in announcement(run.config, plan, parameters=parameters, images=len(run.dataset), device=run.device):
+    for line in announcement(config, plan, parameters=parameters, images=len(run.dataset), device=run.device):
         run.logger.say(line)
 
 

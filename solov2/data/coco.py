@@ -109,6 +109,10 @@ class CocoInstances(Dataset):
             self._coco = _index(read_annotations(self.annotation_file))
         return self._coco
 
+    def file_name(self, image_id: int) -> str:
+        """What the annotation file calls an image, relative to the image folder."""
+        return self._records[self.image_ids.index(image_id)].file_name
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coco": None}  # workers never need it
 

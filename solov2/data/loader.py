@@ -81,11 +81,11 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
     ) -> None:
         self.landscape = torch.tensor([ratio >= 1 for ratio in aspect_ratios], dtype=torch.bool)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self.seed, self.shuffle, self.epoch, self.first_batch = seed, shuffle, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, *, first_batch: int = 0) -> None:
+        """Choose the order of the next pass, and how many of its batches are passed over."""
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         """Batches per epoch, the same in every process."""
@@ -94,6 +94,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for number, indices in enumerate(self._global_batches()):
+            if number < self.first_batch:
+                continue
             start = self.rank * self.batch_size
             first = number * self._global_size + start
             mine = indices[start : start + self.batch_size]
@@ -139,6 +141,7 @@ def build_loader(
     batch_sampler: Sampler[list[tuple[int, int, int]]] | None = None,
     sampler: Sampler[int] | None = None,
     batch_size: int = 1,
+    timeout: float = 0,
 ) -> DataLoader:
     """A DataLoader with either `batch_sampler`, or `sampler` and `batch_size`.
 
@@ -146,6 +149,7 @@ def build_loader(
         dataset: indexed with what the sampler yields.
         collate: samples -> batch, called in the workers.
         workers: processes that load, kept alive between epochs; 0 loads in this process.
+        timeout: seconds to wait for a batch of the workers before it is an error; 0 waits for ever.
     """
     batching: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
     if batch_sampler is not None:
@@ -156,15 +160,20 @@ def build_loader(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        timeout=timeout if workers else 0,
         pin_memory=torch.accelerator.is_available(),
         worker_init_fn=_init_worker,
     )
 
 
 def _init_worker(worker_id: int) -> None:
-    """One thread per worker, and Ctrl-C left to the parent, which may still need them to finish a step and save."""
+    """One thread per worker, and signals left to the parent, which may still need them to finish a step and save.
+
+    torchrun sends SIGTERM to whole process groups. The first is passed over; the next, the parent's own, ends.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
     sys.excepthook = _report_exception
 
 
