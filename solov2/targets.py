@@ -52,7 +52,8 @@ class TargetAssigner:
 
         Args:
             instances: per image boxes float32 [N, 4] x1, y1, x2, y2 (of the annotation, in input pixels), labels
-                int64 [N], masks uint8 [N, h, w] of 0 and 1 at the size of the image before padding.
+                int64 [N], masks uint8 [N, h, w] of 0 and 1 at the size of the image before padding; optionally extents
+                int64 [N, 4], boxes x1, y1, x2, y2 (maximum exclusive) outside of which the masks are known to be 0.
             padded_size: (H, W) of the batch, multiples of 32.
 
         Returns:
@@ -65,11 +66,13 @@ class TargetAssigner:
         quarter = (padded_size[0] // 4, padded_size[1] // 4)
         categories, positives, masks, offset = [], [], [], 0
         for image, truth in enumerate(instances):
-            category, pairs = self._assign(truth["boxes"], truth["labels"], truth["masks"], padded_size)
+            extents = truth.get("extents")
+            centers = centers_of_mass(truth["masks"], extents)
+            category, pairs = self._assign(truth["boxes"], truth["labels"], centers, padded_size)
             categories.append(category)
             images = torch.full_like(pairs[:, :1], image)
             positives.append(torch.cat([images, pairs + torch.tensor([0, offset])], dim=1))
-            masks.append(_pad(quarter_masks(truth["masks"]), quarter))
+            masks.append(quarter_masks(truth["masks"], quarter, extents))
             offset += len(truth["labels"])
         return {
             "category": torch.stack(categories),
@@ -80,51 +83,43 @@ class TargetAssigner:
         }
 
     def _assign(
-        self, boxes: Tensor, labels: Tensor, masks: Tensor, padded_size: tuple[int, int]
+        self,
+        boxes: Tensor,
+        labels: Tensor,
+        centers: tuple[Tensor, Tensor, Tensor],
+        padded_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         """One image: category int64 [cells] and (cell, instance) pairs int64 [P, 2]."""
-        center_y, center_x = centers_of_mass(masks)
+        center_y, center_x, area = centers
         width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
         scale = (width * height).clamp(min=0).sqrt()
-        half_height, half_width = 0.5 * height * self.center_sigma, 0.5 * width * self.center_sigma
-        visible = masks.flatten(1).any(1)
+        low, high = torch.tensor(self.scale_ranges).reshape(-1, 2, 1).unbind(1)  # [levels, 1]
+        level, chosen = ((scale >= low) & (scale <= high) & (area > 0)).nonzero(as_tuple=True)  # [n], by level
+
+        sizes = torch.tensor(self.grid_sizes)
+        size, first_cell = sizes[level], (sizes.square().cumsum(0) - sizes.square())[level]
+        center = torch.stack((center_y, center_x))[:, chosen]  # [2, n]: y and x
+        half = 0.5 * torch.stack((height, width))[:, chosen] * self.center_sigma
+        extent = torch.tensor(padded_size, dtype=torch.float32)[:, None]
+        first, own, last = _cell(torch.stack((center - half, center, center + half)), extent, size)
+        first = torch.maximum(first, own - 1).clamp(min=0)
+        last = torch.minimum(last, own + 1).minimum(size - 1)
+        indices = first[..., None] + torch.arange(3)  # [2, n, 3]
+        in_rows, in_columns = indices <= last[..., None]
+        which, row, column = (in_rows[:, :, None] & in_columns[:, None, :]).nonzero(as_tuple=True)  # of [n, 3, 3]
+        cells = first_cell[which] + indices[0, which, row] * size[which] + indices[1, which, column]
+        pairs = torch.stack([cells, chosen[which]], dim=1)
 
         category = torch.full((self.num_cells,), self.num_classes, dtype=torch.int64)
-        pairs, first_cell = [], 0
-        for size, (low, high) in zip(self.grid_sizes, self.scale_ranges, strict=True):
-            chosen = ((scale >= low) & (scale <= high) & visible).nonzero()[:, 0]
-            rows = _cell_range(center_y[chosen], half_height[chosen], padded_size[0], size)  # [n, 3], -1 where unused
-            columns = _cell_range(center_x[chosen], half_width[chosen], padded_size[1], size)
-            used = (rows >= 0)[:, :, None] & (columns >= 0)[:, None, :]  # [n, 3, 3]
-            which, row, column = used.nonzero(as_tuple=True)
-            cells = first_cell + rows[which, row] * size + columns[which, column]
-            pairs.append(torch.stack([cells, chosen[which]], dim=1))
-            first_cell += size * size
-        pairs = torch.cat(pairs)
         last = torch.full((self.num_cells,), -1).scatter_reduce(0, pairs[:, 0], pairs[:, 1], "amax")
         category[last >= 0] = labels[last[last >= 0]]
         return category, pairs
 
 
-def _cell(position: Tensor, extent: int, size: int) -> Tensor:
-    """Grid index of a position: trunc((position / extent) / (1 / S)) in float32, 1 / S rounded to float32 first.
+def _cell(position: Tensor, extent: Tensor, size: Tensor) -> Tensor:
+    """Grid index of positions: trunc((position / extent) / (1 / S)) in float32, 1 / S rounded to float32 first.
 
     Not the same as floor(position * S / extent) at and near cell borders; this is what the reference trains with.
     """
-    step = torch.tensor(1 / size, dtype=torch.float32)
+    step = (1 / size.double()).float()
     return torch.trunc(position / extent / step).long()
-
-
-def _cell_range(center: Tensor, half: Tensor, extent: int, size: int) -> Tensor:
-    """Rows (or columns) of the centre region: int64 [n, 3], ascending, -1 in unused places."""
-    own = _cell(center, extent, size)
-    first = torch.maximum(_cell(center - half, extent, size), own - 1).clamp(min=0)
-    last = torch.minimum(_cell(center + half, extent, size), own + 1).clamp(max=size - 1)
-    indices = first[:, None] + torch.arange(3)
-    return torch.where(indices <= last[:, None], indices, -1)
-
-
-def _pad(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    padded = masks.new_zeros(len(masks), *size)
-    padded[:, : masks.shape[1], : masks.shape[2]] = masks
-    return padded

@@ -51,30 +51,32 @@ def test_boxes_of_nothing():
 
 
 def test_centers(masks):
-    y, x = centers_of_mass(masks)
+    y, x, area = centers_of_mass(masks)
     assert y.dtype == x.dtype == torch.float32
+    assert area.dtype == torch.int64 and torch.equal(area, masks.sum((1, 2)))
     assert y[1:].tolist() == [0, 0, 10, 5, 5] and x[1:].tolist() == [0, 0, 16, 8, 4]
     ys, xs = masks[0].nonzero().unbind(1)
     assert y[0] == ys.sum().float() / len(ys) and x[0] == xs.sum().float() / len(xs)
-    assert torch.equal(torch.stack(centers_of_mass(masks.mT.contiguous().mT)), torch.stack((y, x)))
+    for again in (centers_of_mass(masks.mT.contiguous().mT), centers_of_mass(masks, masks_to_boxes(masks).long())):
+        assert all(map(torch.equal, again, (y, x, area)))
 
 
 def test_centers_are_integer_sums():
     # Sums far above 2^24: an accumulation in float32 loses the last bits of some of these centres.
     masks = (torch.rand(8, 500, 1300, generator=torch.Generator().manual_seed(1)) < 0.7).to(torch.uint8)
-    for mask, y, x in zip(masks, *centers_of_mass(masks)):
+    for mask, y, x, _ in zip(masks, *centers_of_mass(masks)):
         ys, xs = mask.nonzero().unbind(1)
         assert y == ys.sum().float() / len(ys) and x == xs.sum().float() / len(xs)
 
 
 def test_centers_of_very_long_masks():
     masks = torch.ones(1, 1, 70_001, dtype=torch.uint8)  # more than 16 bits of pixels in one row
-    assert [value.item() for value in centers_of_mass(masks)] == [0, 35_000]
-    assert [value.item() for value in centers_of_mass(masks.mT)] == [35_000, 0]
+    assert [value.item() for value in centers_of_mass(masks)[:2]] == [0, 35_000]
+    assert [value.item() for value in centers_of_mass(masks.mT)[:2]] == [35_000, 0]
 
 
 def test_no_centers():
-    assert [len(value) for value in centers_of_mass(torch.zeros(0, 5, 5, dtype=torch.uint8))] == [0, 0]
+    assert [len(value) for value in centers_of_mass(torch.zeros(0, 5, 5, dtype=torch.uint8))] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
@@ -114,11 +116,30 @@ def test_segmentations_of_one_image():
     mask = polygons_to_mask([SQUARE], (10, 12))
     rle = encode_rle(mask[None])[0]
     counts = [13, 3, 104]
-    masks = segmentations_to_masks([[SQUARE], rle, {"size": [10, 12], "counts": counts}], (10, 12))
+    masks, extents = segmentations_to_masks([[SQUARE], rle, {"size": [10, 12], "counts": counts}], (10, 12))
     assert masks.shape == (3, 10, 12) and masks.dtype == torch.uint8
     assert torch.equal(masks[0], mask) and torch.equal(masks[1], mask)
     assert masks[2].sum() == 3 and masks[2, 3:6, 1].all()
-    assert segmentations_to_masks([], (10, 12)).shape == (0, 10, 12)
+    assert extents.tolist() == [[1, 1, 5, 4], [1, 1, 5, 4], [1, 3, 2, 6]]
+    masks, extents = segmentations_to_masks([], (10, 12))
+    assert masks.shape == (0, 10, 12) and extents.shape == (0, 4) and extents.dtype == torch.int64
+
+
+def test_decoding_is_pycocotools(masks):
+    noise = torch.rand(40, 11, 17, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, 40)[:, None, None]
+    masks = torch.cat([masks, noise.to(torch.uint8)])
+    rles = encode_rle(masks)
+    decoded, extents = segmentations_to_masks(rles, (11, 17))
+    assert np.array_equal(decoded.numpy(), coco_mask.decode(rles).transpose(2, 0, 1))
+    assert torch.equal(extents, masks_to_boxes(masks).long())
+
+
+@pytest.mark.parametrize("counts", [[12], [3, 0, 9], [3, 0, 9, 0], [0, 12], [0, 0, 2, 4, 6], [5, 1, 0, 2, 4], [11, 1]])
+def test_runs_of_no_length(counts):
+    rle = {"size": [3, 4], "counts": counts}
+    (mask,), extents = segmentations_to_masks([rle], (3, 4))
+    assert np.array_equal(mask.numpy(), coco_mask.decode(coco_mask.frPyObjects(rle, 3, 4)))
+    assert torch.equal(extents, masks_to_boxes(mask[None]).long())
 
 
 def test_short_polygons_are_ignored_beside_proper_ones():

@@ -187,7 +187,7 @@ def test_bound_on_photographs_at_the_published_input_size(photo_annotations: COC
         instances = {
             "boxes": boxes * torch.tensor([resized[1] / size[1], resized[0] / size[0]] * 2),
             "labels": torch.tensor([category_ids.index(entry["category_id"]) for entry in annotations]).long(),
-            "masks": resize_masks(segmentations_to_masks([e["segmentation"] for e in annotations], size), resized),
+            "masks": resize_masks(segmentations_to_masks([e["segmentation"] for e in annotations], size)[0], resized),
         }
         targets = assign([instances], padded_size(resized))
         raw = oracle_raw(targets, batch_size=1, grid_sizes=GRIDS, num_classes=len(category_ids))

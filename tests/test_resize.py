@@ -10,7 +10,15 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 
-from solov2.ops.resize import padded_size, quarter_masks, resize_image, resize_masks, resized_size
+from solov2.ops.masks import masks_to_boxes
+from solov2.ops.resize import (
+    padded_size,
+    quarter_masks,
+    resize_extents,
+    resize_image,
+    resize_masks,
+    resized_size,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -85,6 +93,12 @@ def test_masks_by_index(size):
     for given in (masks, masks.mT.contiguous().mT):  # row-major, and column-major as pycocotools decodes
         resized = resize_masks(given, size)
         assert resized.dtype == torch.uint8 and torch.equal(resized, expected)
+        extents = masks_to_boxes(given).long()
+        assert torch.equal(resize_masks(given, size, extents), expected)
+        new_extents = resize_extents(extents, (30, 40), size)
+        assert new_extents.dtype == torch.int64 and new_extents.shape == (5, 4)
+        for mask, (x1, y1, x2, y2) in zip(expected, new_extents.tolist()):
+            assert mask[y1:y2, x1:x2].sum() == mask.sum()
 
 
 def test_no_masks():
@@ -120,3 +134,11 @@ def test_quarter_of_any_size_pads_with_zeros(height, width):
     before = masks.clone()
     assert quarter_masks(masks).tolist() == torch.tensor(expected).int().tolist()
     assert torch.equal(masks, before)
+    masks[:, : height // 3] = 0
+    masks[:, :, 9:] = 0
+    roomy = (-(-height // 4) + 2, -(-width // 4) + 1)
+    for size in (None, roomy):
+        quarters = quarter_masks(masks, size, masks_to_boxes(masks).long())
+        everywhere = quarter_masks(masks)
+        assert torch.equal(quarters[:, : everywhere.shape[1], : everywhere.shape[2]], everywhere)
+        assert size is None or quarters.shape == (3, *roomy) and quarters.sum() == everywhere.sum()

@@ -150,6 +150,18 @@ def test_the_image_lies_in_the_corner_of_the_padded_batch() -> None:
         assert torch.equal(padded[key], large[key])
 
 
+def test_extents_change_nothing() -> None:
+    """They only say where a mask may have pixels; an empty mask gets no cell although its box has area."""
+    truth = square(20, 10, 12)
+    truth = {key: torch.cat([value, value]) for key, value in truth.items()}
+    truth["masks"][1] = 0
+    extents = torch.tensor([[19, 9, 34, 22], [0, 0, 0, 0]])
+    expected, targets = (small_assigner()([given], (64, 96)) for given in (truth, {**truth, "extents": extents}))
+    assert len(expected["positives"]) > 0 and set(expected["positives"][:, 2].tolist()) == {0}
+    for key in ("category", "positives", "masks"):
+        assert torch.equal(targets[key], expected[key])
+
+
 def test_instances_are_left_untouched() -> None:
     truth = square(20, 10, 12)
     copies = {key: value.clone() for key, value in truth.items()}

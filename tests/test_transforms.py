@@ -35,6 +35,7 @@ def make_sample(height: int = 40, width: int = 30, seed: int = 0) -> dict:
         "boxes": BOXES.clone(),
         "labels": torch.tensor([4, 0, 7]),
         "masks": masks,
+        "extents": masks_to_boxes(masks).long(),
         "image_id": 9,
         "original_size": (height, width),
     }
@@ -46,6 +47,7 @@ def empty_sample() -> dict:
         "boxes": torch.zeros(0, 4),
         "labels": torch.zeros(0, dtype=torch.int64),
         "masks": torch.zeros(0, 40, 30, dtype=torch.uint8),
+        "extents": torch.zeros(0, 4, dtype=torch.int64),
     }
 
 
@@ -58,8 +60,9 @@ def equal(first: dict, second: dict) -> bool:
 
 
 def check_together(sample: dict) -> None:
-    """Boxes are those of the masks, and the bright pixels are those of the first mask."""
+    """Boxes and extents are those of the masks, and the bright pixels are those of the first mask."""
     assert torch.equal(sample["boxes"], masks_to_boxes(sample["masks"]))
+    assert torch.equal(sample["extents"], sample["boxes"].long())
     assert torch.equal(sample["image"].amin(0) >= 200, sample["masks"][0].bool())
 
 
@@ -72,6 +75,8 @@ def test_flips_and_transposition_move_everything_together():
             check_together(transpose_sample(flipped))
     assert torch.equal(flip_sample(sample, horizontal=True, vertical=False)["image"], sample["image"].flip(2))
     assert torch.equal(flip_sample(sample, horizontal=False, vertical=True)["image"], sample["image"].flip(1))
+    both = flip_sample(sample, horizontal=True, vertical=True)
+    assert torch.equal(both["masks"], sample["masks"].flip(1, 2))
     turned = transpose_sample(sample)
     assert turned["image"].shape == (3, 30, 40) and turned["masks"].shape == (3, 30, 40)
     assert turned["original_size"] == (30, 40) and turned["boxes"][0].tolist() == [5, 3, 12, 20]
@@ -89,6 +94,7 @@ def test_resize_doubles_exactly():
     assert resized["image"].shape == (3, 80, 60) and resized["masks"].shape == (3, 80, 60)
     assert torch.equal(resized["boxes"], BOXES * 2)
     assert torch.equal(resized["boxes"], masks_to_boxes(resized["masks"]))
+    assert torch.equal(resized["extents"], resized["boxes"].long())
     assert resized["original_size"] == (40, 30) and resized["image_id"] == 9
 
 
@@ -123,7 +129,7 @@ def test_inputs_are_not_changed():
 )
 def test_samples_without_instances(transform):
     result = transform(empty_sample())
-    assert result["boxes"].shape == (0, 4) and len(result["labels"]) == 0
+    assert result["boxes"].shape == result["extents"].shape == (0, 4) and len(result["labels"]) == 0
     assert result["masks"].shape == (0, *result["image"].shape[1:]) and result["masks"].dtype == torch.uint8
 
 

@@ -1,7 +1,7 @@
 """COCO instance annotations as a data set of samples.
 
-sample  image u8[3,H,W] RGB | boxes f32[N,4] xyxy | labels i64[N] | masks u8[N,H,W] | image_id int
-        | original_size (h, w)
+sample  image u8[3,H,W] RGB | boxes f32[N,4] xyxy | labels i64[N] | masks u8[N,H,W] | extents i64[N,4] xyxy, outside of
+        which the masks are 0, so that nobody has to look there | image_id int | original_size (h, w)
 
 Which annotations become instances follows mmdetection (its `CocoDataset.parse_data_info`); width and height of the JSON
 decide, and EXIF rotation is not applied, because annotations are drawn on the stored pixels.
@@ -135,11 +135,13 @@ class CocoInstances(Dataset):
         record = self._records[position]
         size = (record.height, record.width)
         instances = marshal.loads(self._packed[slice(*self._offsets[position : position + 2])]) if self.training else []
+        masks, extents = segmentations_to_masks([segmentation for _, _, segmentation in instances], size)
         return {
             "image": self._read_image(record),
             "boxes": torch.tensor([box for box, _, _ in instances], dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor([label for _, label, _ in instances], dtype=torch.int64),
-            "masks": segmentations_to_masks([segmentation for _, _, segmentation in instances], size),
+            "masks": masks,
+            "extents": extents,
             "image_id": record.image_id,
             "original_size": size,
         }

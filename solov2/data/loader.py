@@ -25,8 +25,8 @@ class Collate:
     """Samples -> batch. Runs in the worker, so that no full-size mask reaches the training process.
 
     Args:
-        assign_targets: called with the instances (boxes, labels and masks per image, masks at the resized, unpadded
-            size) and the padded (H, W); None leaves `targets` out.
+        assign_targets: called with the instances (boxes, labels, masks and extents per image, masks at the resized,
+            unpadded size) and the padded (H, W); None leaves `targets` out.
         divisor: height and width of the batch are multiples of it.
     """
 
@@ -49,7 +49,7 @@ class Collate:
             "image_ids": [sample["image_id"] for sample in samples],
         }
         if self.assign_targets is not None:
-            instances = [{key: sample[key] for key in ("boxes", "labels", "masks")} for sample in samples]
+            instances = [{key: sample[key] for key in ("boxes", "labels", "masks", "extents")} for sample in samples]
             batch["targets"] = self.assign_targets(instances, (height, width))
         return batch
 

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from solov2.ops.resize import resize_image, resize_masks, resized_size
+from solov2.ops.resize import resize_extents, resize_image, resize_masks, resized_size
 
 Sample = dict[str, Any]
 
@@ -23,7 +25,8 @@ def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
         **sample,
         "image": resize_image(sample["image"], size),
         "boxes": (sample["boxes"] * factors).clamp(min=0).minimum(limits),
-        "masks": resize_masks(sample["masks"], size),
+        "masks": resize_masks(sample["masks"], size, sample["extents"]),
+        "extents": resize_extents(sample["extents"], (height, width), size),
     }
 
 
@@ -32,14 +35,35 @@ def flip_sample(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
     dims = [dim for dim, wanted in ((1, vertical), (2, horizontal)) if wanted]
     if not dims:
         return sample
-    height, width = sample["image"].shape[1:]
-    x1, y1, x2, y2 = sample["boxes"].unbind(1)
+    size = tuple(sample["image"].shape[1:])
+    extents = _flip_boxes(sample["extents"], size, horizontal=horizontal, vertical=vertical)
+    return {
+        **sample,
+        "image": sample["image"].flip(dims),
+        "boxes": _flip_boxes(sample["boxes"], size, horizontal=horizontal, vertical=vertical),
+        "masks": _flip_masks(sample["masks"], sample["extents"], extents, horizontal=horizontal, vertical=vertical),
+        "extents": extents,
+    }
+
+
+def _flip_boxes(boxes: Tensor, size: tuple[int, int], *, horizontal: bool, vertical: bool) -> Tensor:
+    x1, y1, x2, y2 = boxes.unbind(1)
     if horizontal:
-        x1, x2 = width - x2, width - x1
+        x1, x2 = size[1] - x2, size[1] - x1
     if vertical:
-        y1, y2 = height - y2, height - y1
-    boxes = torch.stack((x1, y1, x2, y2), dim=1)
-    return {**sample, "image": sample["image"].flip(dims), "boxes": boxes, "masks": sample["masks"].flip(dims)}
+        y1, y2 = size[0] - y2, size[0] - y1
+    return torch.stack((x1, y1, x2, y2), dim=1)
+
+
+def _flip_masks(masks: Tensor, extents: Tensor, flipped: Tensor, *, horizontal: bool, vertical: bool) -> Tensor:
+    """Masks mirrored window by window: what lies outside of their extents is not touched."""
+    mirrored = np.zeros(masks.shape, dtype=np.uint8)
+    rows, columns = (slice(None, None, -1 if wanted else 1) for wanted in (vertical, horizontal))
+    for target, source, (x1, y1, x2, y2), (left, top, right, bottom) in zip(
+        mirrored, masks.numpy(), extents.tolist(), flipped.tolist()
+    ):
+        target[top:bottom, left:right] = source[y1:y2, x1:x2][rows, columns]
+    return torch.from_numpy(mirrored)
 
 
 def transpose_sample(sample: Sample) -> Sample:
@@ -49,6 +73,7 @@ def transpose_sample(sample: Sample) -> Sample:
         "image": sample["image"].mT,
         "boxes": sample["boxes"][:, [1, 0, 3, 2]],
         "masks": sample["masks"].mT,
+        "extents": sample["extents"][:, [1, 0, 3, 2]],
         "original_size": sample["original_size"][::-1],
     }
 
@@ -59,7 +84,7 @@ def drop_flat_instances(sample: Sample) -> Sample:
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     if keep.all():
         return sample
-    return {**sample, **{key: sample[key][keep] for key in ("boxes", "labels", "masks")}}
+    return {**sample, **{key: sample[key][keep] for key in ("boxes", "labels", "masks", "extents")}}
 
 
 class TrainTransform:

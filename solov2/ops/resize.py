@@ -37,43 +37,68 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return TF.resize(image, list(size), antialias=False)
 
 
-def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_masks(masks: Tensor, size: tuple[int, int], extents: Tensor | None = None) -> Tensor:
     """Resize uint8 [N, h, w] on the host to uint8 [N, H, W] by nearest neighbour.
 
     Source index = floor(i * scale) in double precision (OpenCV's INTER_NEAREST); torch's "nearest" computes in
     float32 and picks the other neighbour now and then.
+
+    `extents`, int64 [N, 4] as x1, y1, x2, y2, maximum exclusive, are boxes outside of which the masks are known to be
+    0; None looks for them.
     """
     if tuple(masks.shape[1:]) == tuple(size):
         return masks
+    extents = masks_to_boxes(masks).long() if extents is None else extents
+    targets = resize_extents(extents, tuple(masks.shape[1:]), size).tolist()
     rows, columns = (_source_indices(n, m) for n, m in zip(masks.shape[1:], size))
     resized = np.zeros((len(masks), *size), dtype=np.uint8)
-    # Objects are small: only the pixels of each one's box are touched, with numpy's take, which is several times
+    # Objects are small: only the pixels of each one's extent are touched, with numpy's take, which is several times
     # faster on bytes than index_select.
-    for target, source, (x1, y1, x2, y2) in zip(resized, masks.numpy(), masks_to_boxes(masks).long().tolist()):
-        top, bottom = np.searchsorted(rows, (y1, y2))
-        left, right = np.searchsorted(columns, (x1, x2))
+    for target, source, (x1, y1, x2, y2), (left, top, right, bottom) in zip(
+        resized, masks.numpy(), extents.tolist(), targets
+    ):
         window = source[y1:y2, x1:x2].take(columns[left:right] - x1, axis=1)
         target[top:bottom, left:right] = window.take(rows[top:bottom] - y1, axis=0)
     return torch.from_numpy(resized)
 
 
-def quarter_masks(masks: Tensor) -> Tensor:
-    """Masks of 0 and 1, uint8 [N, h, w], at a quarter of the resolution: uint8 [N, ceil(h / 4), ceil(w / 4)].
+def resize_extents(extents: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """What `resize_masks` from `size` to `new_size` (h, w) makes of int64 extents [N, 4] (x1, y1, x2, y2)."""
+    rows, columns = (_source_indices(n, m) for n, m in zip(size, new_size))
+    x, y = (np.searchsorted(indices, extents[:, axis::2].numpy()) for axis, indices in ((0, columns), (1, rows)))
+    return torch.from_numpy(np.stack((x, y), axis=2)).flatten(1)
+
+
+def quarter_masks(masks: Tensor, size: tuple[int, int] | None = None, extents: Tensor | None = None) -> Tensor:
+    """Masks of 0 and 1, uint8 [N, h, w] on the host, at a quarter of the resolution: uint8 [N, *size].
 
     Zero-padded to multiples of 4; a pixel is 1 where at least two of the four centre pixels of its 4x4 block are 1.
     That is OpenCV's bilinear resize of uint8 by 1/4, which makes the mask targets of mmdetection.
+
+    Args:
+        masks: uint8 [N, h, w].
+        size: (h, w) of the result, zero-padded; ceil(h / 4), ceil(w / 4) where None.
+        extents: int64 [N, 4] as x1, y1, x2, y2, maximum exclusive: outside of them the masks are known to be 0. None
+            reads everything.
     """
-    return (_center_pairs(_center_pairs(masks, 1), 2) >= 2).to(torch.uint8)
+    height, width = masks.shape[1:]
+    quarters = np.zeros((len(masks), *(size or (-(-height // 4), -(-width // 4)))), dtype=np.uint8)
+    everywhere = [[0, 0, width, height]] * len(masks)
+    boxes = everywhere if extents is None else extents.tolist()
+    for quarter, mask, (x1, y1, x2, y2) in zip(quarters, masks.numpy(), boxes):
+        top, left = y1 // 4, x1 // 4
+        pairs = _center_pairs(mask[4 * top : -(-y2 // 4) * 4, 4 * left : -(-x2 // 4) * 4])
+        counts = _center_pairs(pairs.T).T
+        quarter[top : top + len(counts), left : left + counts.shape[1]] = counts >= 2
+    return torch.from_numpy(quarters)
 
 
-def _center_pairs(masks: Tensor, dim: int) -> Tensor:
-    """Sum of the two middle pixels of every block of four along `dim`; what lies beyond the end is zero."""
-    shape = list(masks.shape)
-    shape[dim] = -(-shape[dim] // 4)
-    pairs = masks.new_zeros(shape)
-    for offset in (1, 2):
-        part = masks[(slice(None),) * dim + (slice(offset, None, 4),)]
-        pairs.narrow(dim, 0, part.shape[dim]).add_(part)
+def _center_pairs(rows: np.ndarray) -> np.ndarray:
+    """Sum of the two middle rows of every block of four [h, w]; what lies beyond the end is zero."""
+    first, second = rows[1::4], rows[2::4]
+    pairs = np.zeros((-(-len(rows) // 4), rows.shape[1]), dtype=rows.dtype)
+    pairs[: len(first)] = first
+    pairs[: len(second)] += second
     return pairs
 
 

@@ -1,6 +1,6 @@
 """Times this library beside mmdetection: same weights, same image, same outputs, alternating in one run.
 
-    python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms] [--json FILE]
+    python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms data] [--json FILE]
 
 PEER_DIR holds peer.py, PEER_PYTHON is the interpreter of its environment. Every ratio is peer time / our time, of the
 medians of `--rounds` alternating runs after one that does not count. Memory is what a step adds to a fresh process.
@@ -29,9 +29,13 @@ sys.path.insert(0, str(ROOT))
 from solov2.build import build_assigner, build_criterion, build_model  # noqa: E402
 from solov2.commands.synthetic import synthetic_raw  # noqa: E402
 from solov2.config import load_config  # noqa: E402
+from solov2.data.coco import CocoInstances  # noqa: E402
+from solov2.data.loader import Collate  # noqa: E402
+from solov2.data.transforms import TrainTransform, TransformedDataset  # noqa: E402
 from solov2.models.solov2 import SOLOv2  # noqa: E402
 from solov2.ops.matrix_nms import matrix_nms  # noqa: E402
 from solov2.optim import build_optimizer  # noqa: E402
+from solov2.targets import TargetAssigner  # noqa: E402
 
 CASES = {"solov2_r50": (800, 1216), "solov2_light_r50": (448, 768)}  # network -> input
 PHOTOGRAPHS = ((480, 640), (3000, 4000))  # (height, width) that masks are brought to
@@ -191,6 +195,48 @@ def compare_nms(peer: Peer, folder: str, rounds: int) -> dict[str, Any]:
     return reports
 
 
+def compare_loading(peer: Peer, config: str, root: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds per photograph of the training split on one thread: decoding, polygons, resizing, flip, then targets."""
+    settings = load_config(f"{config}_fpn_3x")
+    annotations, images = f"{root}/{settings.data.train_annotations}", f"{root}/{settings.data.train_images}"
+    long, short = settings.model.input_scale
+    dataset = CocoInstances(annotations, images, training=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def start_peer(flip: float) -> None:
+        answer = peer.open_data(config=config, annotations=annotations, images=images, scale=[long, short], flip=flip)
+        if sorted(answer["image_ids"]) != sorted(dataset.image_ids):
+            raise RuntimeError("the two sides do not load the same photographs")
+
+    def load(assigner: TargetAssigner | None, flip: float = settings.data.flip_probability) -> dict[str, Any]:
+        transform = TrainTransform(scales=[short], max_size=long, flip_probability=flip)
+        samples, collate = TransformedDataset(dataset, transform, seed=0), Collate(assigner)
+        seconds, found = 0.0, {"instances": 0, "positives": 0, "pixels": 0}
+        for index in range(len(samples)):
+            start = time.perf_counter()
+            sample = samples[index]
+            batch = collate([sample])
+            seconds += time.perf_counter() - start
+            found["instances"] += len(sample["labels"])
+            if assigner is not None:
+                instance = batch["targets"]["positives"][:, 2]
+                found["positives"] += len(instance)
+                found["pixels"] += int(batch["targets"]["masks"].sum((1, 2))[instance].sum())
+        return {"seconds": seconds / len(samples), **found}
+
+    assigner = build_assigner(settings.model)
+    start_peer(1.0)  # nothing is random: targets have to be the same
+    same = {"peer": peer.load(targets=True), "ours": load(assigner, 1.0)}
+    same = {side: {key: value for key, value in found.items() if key != "seconds"} for side, found in same.items()}
+    start_peer(0.5)
+    with_targets = report(*alternate(rounds, peer=lambda: peer.load(targets=True), ours=lambda: load(assigner)))
+    alone = report(*alternate(rounds, peer=lambda: peer.load(targets=False), ours=lambda: load(None),
+                              ours_with_targets=lambda: load(assigner)))  # fmt: skip
+    torch.set_num_threads(threads)
+    return {"loading and targets": {**with_targets, "flipped": same}, "loading alone": alone}
+
+
 def report(seconds: dict[str, float], results: dict[str, Any]) -> dict[str, Any]:
     """Medians, ratios to the reference, and what each side found."""
     ratios = {name: seconds["peer"] / value for name, value in seconds.items() if name != "peer"}
@@ -202,14 +248,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer_dir")
     parser.add_argument("peer_python")
-    parser.add_argument("--only", nargs="+", choices=("infer", "train", "post", "nms"),
+    parser.add_argument("--only", nargs="+", choices=("infer", "train", "post", "nms", "data"),
                         default=["infer", "train", "post", "nms"])  # fmt: skip
     parser.add_argument("--configs", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--instances", type=int, nargs="+", default=[8, 60])
+    parser.add_argument("--data-root", metavar="DIR", help="COCO folder whose training photographs `data` loads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if "data" in args.only and args.data_root is None:
+        parser.error("--only data needs --data-root, a COCO folder")
     torch.set_num_threads(args.threads)
     reports: dict[str, Any] = {}
 
@@ -223,6 +272,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             peer = Peer(args.peer_dir, args.peer_python, args.threads)
             size = CASES[config]
+            if "data" in args.only:
+                for name, entry in compare_loading(peer, config, args.data_root, args.rounds).items():
+                    say(f"{name}, {config}", entry)
+            if args.only == ["data"]:
+                peer.close()
+                continue
             peer.setup(config=config, size=size, candidates=500, folder=folder)
             where = f"{config} {size[0]} x {size[1]}"
             if "infer" in args.only:
