@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import warnings
@@ -198,6 +199,25 @@ def test_workers_get_no_index(tree):
     assert pickle.loads(pickle.dumps(dataset))._coco is None
     other = pickle.loads(pickle.dumps(tree.open()))
     assert torch.equal(other[1]["masks"], tree.open()[1]["masks"])
+
+
+def test_workers_share_the_annotations(tree):
+    """Whatever the file holds, the data set is a fixed number of objects: workers copy the objects that they touch."""
+
+    def containers(dataset: CocoInstances) -> int:
+        found, waiting = set(), [dataset.__getstate__()]
+        while waiting:
+            entry = waiting.pop()
+            if isinstance(entry, (dict, list, tuple)) and id(entry) not in found:
+                found.add(id(entry))
+                waiting += gc.get_referents(entry)
+        return len(found)
+
+    for training in (True, False):
+        before = containers(tree.open(training=training))
+        tree.content["images"] += [image_entry(number, "1.png") for number in range(100 + training, 140, 2)]
+        tree.content["annotations"] += [annotation(1000 + k, image=100 + training) for k in range(training, 20, 2)]
+        assert containers(tree.open(training=training)) == before
 
 
 def test_indices(tree):

@@ -93,12 +93,11 @@ class CocoInstances(Dataset):
                 f"{self.annotation_file} has no usable image: training needs one of at least {min_size} pixels with an "
                 "instance that is in `categories`, not a crowd, of positive area and inside the image"
             )
-        self._records = records
         self.image_ids = [record.image_id for record in records]
         self.aspect_ratios = [record.width / record.height for record in records]
         # One block of bytes instead of millions of objects: worker processes share it, where touching the reference
         # counts of objects would copy all annotations into each of them. (marshal: plain values, read back here only.)
-        packed = [marshal.dumps(instances[record.image_id]) for record in records] if training else []
+        packed = [marshal.dumps((tuple(record), instances[record.image_id])) for record in records]
         self._packed, self._offsets = b"".join(packed), np.cumsum([0, *map(len, packed)])
         self._coco = None if training else _index(content)
 
@@ -117,7 +116,7 @@ class CocoInstances(Dataset):
         return {**self.__dict__, "_coco": None}  # workers never need it
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.image_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample at `index`; with `skip_broken_images`, the next one that can be read."""
@@ -132,9 +131,9 @@ class CocoInstances(Dataset):
         raise InputError(f"no image of {self.annotation_file} in {self.image_root} can be read")
 
     def _load(self, position: int) -> dict[str, Any]:
-        record = self._records[position]
+        values, instances = marshal.loads(self._packed[slice(*self._offsets[position : position + 2])])
+        record = ImageRecord(*values)
         size = (record.height, record.width)
-        instances = marshal.loads(self._packed[slice(*self._offsets[position : position + 2])]) if self.training else []
         masks, extents = segmentations_to_masks([segmentation for _, _, segmentation in instances], size)
         return {
             "image": self._read_image(record),
