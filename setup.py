@@ -6,7 +6,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8.0", "setuptools>=77"]  # setuptools builds the wheel that tests/test_packaging.py looks into
+FAST = ["faster-coco-eval>=1.7"]
+TEST = ["pytest>=8.0", "setuptools>=77", *FAST]  # setuptools builds the wheel that tests/test_packaging.py looks into
 
 setup(
     name="solov2",
@@ -42,6 +43,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9"],
+        "fast": FAST,
         "tensorboard": ["tensorboard>=2.14"],
     },
     entry_points={

@@ -115,7 +115,7 @@ def test_entry_points_and_requirements(wheel: Path) -> None:
         assert function == "main" and module.replace(".", "/") + ".py" in modules
     required = set(re.findall(r"^Requires-Dist: ([A-Za-z]+)[^;\n]*$", metadata, re.MULTILINE))
     assert required == {"torch", "torchvision", "pycocotools", "numpy", "pillow", "pyyaml", "tqdm"}
-    assert set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE)) >= {"test", "dev", "tensorboard"}
+    assert set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE)) >= {"test", "dev", "fast", "tensorboard"}
     assert re.search(r"^Version: (\S+)$", metadata, re.MULTILINE)[1] == solov2.__version__
 
 

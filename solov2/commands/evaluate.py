@@ -61,6 +61,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="images per forward pass (default 1, at which an image has its own padding)",
     )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="compute the figures by faster-coco-eval (pip install 'solov2[fast]'): the same to 15 decimals, sooner",
+    )
     parser.add_argument("--per-class", action="store_true", help="AP of each class too")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     parser.add_argument("--results", metavar="FILE", help="write the instances in COCO results format")
@@ -100,7 +105,9 @@ def _run(argv: Sequence[str]) -> int:
         else:
             dataset = validation_dataset(config.data, args.split)
             predict, assigner = _model_predictor(config, args, dataset, device), None
-        evaluator = CocoEvaluator(dataset.coco, dataset.category_ids)
+        evaluator = CocoEvaluator(
+            dataset.coco, dataset.category_ids, backend="faster-coco-eval" if args.fast else "pycocotools"
+        )
         loader = validation_loader(config, dataset, batch_size=args.batch_size, assigner=assigner)
         summary = evaluate(predict, loader, evaluator, progress=distributed.is_main(), per_class=args.per_class)
         if distributed.is_main():
