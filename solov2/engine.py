@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from tqdm import tqdm
 from solov2 import distributed
 from solov2.guard import NonFiniteGuard, first_nonfinite
 from solov2.logger import Meter, RunLogger
+
+Predictor = Callable[[dict[str, Any]], Callable[[], list[dict[str, Any]]]]
 
 HALF_TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -259,35 +263,41 @@ def predictor(
     device: torch.device,
     precision: str = "float32",
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
-    """batch -> one result per image with run-length masks, by a model that is put into evaluation mode."""
+) -> Predictor:
+    """batch -> what makes one result per image, with run-length masks, by a model that is put into evaluation mode.
+
+    The network is run (on an accelerator: queued) by the first call, everything after it by the second.
+    """
     model.eval()
 
-    def predict(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    def predict(batch: dict[str, Any]) -> Callable[[], list[dict[str, Any]]]:
         batch = to_device(batch, device)
         images = model.normalize(batch["pixels"], batch["sizes"]).contiguous(memory_format=memory_format)
         with autocast(device, precision):
             raw = model(images)
-        return model.postprocess(raw, batch["sizes"], batch["original_sizes"], mask_format="rle")
+        return partial(model.postprocess, raw, batch["sizes"], batch["original_sizes"], mask_format="rle")
 
     return predict
 
 
 @torch.no_grad()
 def evaluate(
-    predict: Callable[[dict[str, Any]], list[dict[str, Any]]],
+    predict: Predictor,
     loader: Iterable[dict[str, Any]],
     evaluator: Any,
     *,
+    overlap: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Predict every batch, collect the predictions of all processes, and compute the figures.
 
     Args:
-        predict: batch -> results, one per image; `predictor` makes one of a model.
+        predict: batch -> function without arguments -> results, one per image; `predictor` makes one of a model.
         loader: batches of this process's share of the images.
         evaluator: with update(image_ids, results), predictions, merge(shares), summarize(**options).
+        overlap: make the results of one batch, run lengths included, in a thread while the network computes the next;
+            two batches are then in memory. For accelerators: on a CPU both would want the same cores.
         progress: show a bar on a terminal.
         options: of `evaluator.summarize`, e.g. per_class.
 
@@ -295,8 +305,24 @@ def evaluate(
         The evaluator's summary of all images, the same on every process; the main process's evaluator holds all
         predictions.
     """
-    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
-        evaluator.update(batch["image_ids"], predict(batch))
+
+    @torch.no_grad()  # gradient mode belongs to a thread
+    def collect(image_ids: list[int], finish: Callable[[], list[dict[str, Any]]]) -> None:
+        evaluator.update(image_ids, finish())
+
+    batches = tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if progress else True)
+    with ThreadPoolExecutor(max_workers=1) as background:
+        pending: Future | None = None
+        for batch in batches:
+            finish = predict(batch)
+            if not overlap:
+                collect(batch["image_ids"], finish)
+                continue
+            if pending is not None:
+                pending.result()
+            pending = background.submit(collect, batch["image_ids"], finish)
+        if pending is not None:
+            pending.result()
     shares = distributed.all_gather_objects(evaluator.predictions)
     summary = None
     if distributed.is_main():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 
 from solov2.build import build_criterion, construct, default_class_names
-from solov2.engine import count_positives, grouped, to_device, train_one_epoch
+from solov2.engine import count_positives, evaluate, grouped, predictor, to_device, train_one_epoch
 from solov2.guard import NonFiniteGuard
 from solov2.logger import RunLogger
 from solov2.optim import build_optimizer
@@ -174,3 +176,76 @@ def test_nothing_between_batch_and_optimiser_step_waits_for_the_device(tmp_path,
         assert len(optimizer.state) == len(list(model.parameters()))  # every parameter took a step
         with pytest.raises(DataDependentOutputException):
             mode.from_tensor(torch.ones(1)).item()
+
+
+class Collector:
+    """An evaluator that keeps what it is given, in order."""
+
+    def __init__(self) -> None:
+        self.predictions: list[Any] = []
+
+    def update(self, image_ids: list[int], results: list[Any]) -> None:
+        self.predictions.append((image_ids, results))
+
+    def merge(self, shares: list[Any]) -> None:
+        assert shares == [self.predictions]
+
+    def summarize(self) -> dict[str, Any]:
+        return {"images": [image_id for image_ids, _ in self.predictions for image_id in image_ids]}
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_results_of_a_batch_are_made_while_the_next_is_computed(count):
+    batches = [{"image_ids": [number]} for number in range(count)]
+    computed = [threading.Event() for _ in batches]
+    unfinished = threading.Semaphore(2)
+
+    def predict(batch):
+        (number,) = batch["image_ids"]
+        assert unfinished.acquire(blocking=False)  # never more than the batch in flight and the next
+        computed[number].set()
+
+        def finish():
+            assert not torch.is_grad_enabled()
+            if number + 1 < count:
+                assert computed[number + 1].wait(20)  # without overlap, it never comes
+            unfinished.release()
+            return [number]
+
+        return finish
+
+    collector = Collector()
+    assert evaluate(predict, batches, collector, overlap=True) == {"images": list(range(count))}
+    assert collector.predictions == [([number], [number]) for number in range(count)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_errors_while_results_are_made_end_the_evaluation(overlap, broken):
+    def predict(batch):
+        def finish():
+            if batch["image_ids"] == [broken]:
+                raise ArithmeticError(f"batch {broken}")
+            return [0]
+
+        return finish
+
+    with pytest.raises(ArithmeticError, match=f"batch {broken}"):
+        evaluate(predict, [{"image_ids": [number]} for number in range(3)], Collector(), overlap=overlap)
+
+
+def test_overlap_changes_no_bit():
+    config = tiny_config()
+    torch.manual_seed(0)
+    model = construct(config.model, list("abcd"))
+    torch.nn.init.zeros_(model.head.category_predictor.bias)  # scores around 0.5
+    predict = predictor(model, device=CPU)
+    batches, found = [random_batch(config, seed=seed) for seed in range(3)], []
+    for overlap in (False, True):
+        collector = Collector()
+        evaluate(predict, batches, collector, overlap=overlap)
+        found.append([result for _, results in collector.predictions for result in results])
+    assert sum(len(result["scores"]) for result in found[0]) > 0
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys() and one["masks"] == other["masks"]
+        assert all(torch.equal(one[key], other[key]) for key in ("scores", "labels", "boxes"))

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,10 @@ from solov2.commands.data import (
 from solov2.commands.errors import run_command
 from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
-from solov2.engine import evaluate, predictor
+from solov2.engine import Predictor, evaluate, predictor
 from solov2.evaluation.coco import CocoEvaluator, format_table, write_results
 from solov2.evaluation.oracle import oracle_raw
 from solov2.models.postprocess import postprocess
-
-Predictor = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +108,14 @@ def _run(argv: Sequence[str]) -> int:
             dataset.coco, dataset.category_ids, backend="faster-coco-eval" if args.fast else "pycocotools"
         )
         loader = validation_loader(config, dataset, batch_size=args.batch_size, assigner=assigner)
-        summary = evaluate(predict, loader, evaluator, progress=distributed.is_main(), per_class=args.per_class)
+        summary = evaluate(
+            predict,
+            loader,
+            evaluator,
+            overlap=device.type != "cpu",
+            progress=distributed.is_main(),
+            per_class=args.per_class,
+        )
         if distributed.is_main():
             _report(summary, evaluator, args, config)
     finally:
@@ -151,14 +157,14 @@ def _oracle_predictor(config: Config, class_names: Sequence[str]) -> Predictor:
     """The training targets of a batch, as if a network had predicted them."""
     settings = construct(config.model, class_names).settings
 
-    def predict(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    def predict(batch: dict[str, Any]) -> Callable[[], list[dict[str, Any]]]:
         raw = oracle_raw(
             batch["targets"],
             batch_size=len(batch["sizes"]),
             grid_sizes=config.model.grid_sizes,
             num_classes=config.model.num_classes,
         )
-        return postprocess(raw, batch["sizes"], batch["original_sizes"], settings, mask_format="rle")
+        return partial(postprocess, raw, batch["sizes"], batch["original_sizes"], settings, mask_format="rle")
 
     return predict
 

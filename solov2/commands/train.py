@@ -337,7 +337,7 @@ def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str
         memory_format=choose_memory_format(run.config, run.device),
     )
     loader = stop.ending(validation_loader(run.config, validation))  # the checkpoint before it is already written
-    summary = evaluate(predict, loader, evaluator, progress=distributed.is_main())
+    summary = evaluate(predict, loader, evaluator, overlap=run.device.type != "cpu", progress=distributed.is_main())
     figures = {f"{kind}_{name}": value for kind in ("segm", "bbox") for name, value in summary[kind].items()}
     run.evaluated = run.epoch
     run.logger.write("evaluation", run.epoch, **figures)
