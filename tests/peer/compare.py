@@ -3,13 +3,14 @@
     python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms data] [--json FILE]
 
 PEER_DIR holds peer.py, PEER_PYTHON is the interpreter of its environment. Every ratio is peer time / our time, of the
-medians of `--rounds` alternating runs after one that does not count. Memory is what a step adds to a fresh process.
+medians of `--rounds` alternating runs after one that does not count. Memory is what a training step adds to a process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from peer_worker import forget_peak, resident  # noqa: E402
 
 from solov2.build import build_assigner, build_criterion, build_model  # noqa: E402
 from solov2.commands.synthetic import synthetic_raw  # noqa: E402
@@ -114,8 +117,30 @@ def compare_inference(peer: Peer, config: str, folder: str, rounds: int) -> dict
 
 
 def compare_training(peer: Peer, config: str, folder: str, rounds: int, instances: int) -> dict[str, Any]:
-    """A training step, target assignment included, on one image."""
+    """A training step, target assignment included, on one image; rounds = 0 measures memory only.
+
+    Memory is what the first step adds to a process that has built its model, in MiB.
+    """
     peer.truth(instances=instances, file=f"{folder}/truth.npz")
+    first = {"peer": peer.train()}
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        first["ours"] = fresh.apply(first_training_step, (config, folder, torch.get_num_threads()))
+    memory = {side: answer["peak"] - answer["before"] for side, answer in first.items()}
+    memory["ours / peer"] = memory["ours"] / memory["peer"]
+    if not rounds:
+        return {**report({side: answer["seconds"] for side, answer in first.items()}, first), "memory": memory}
+    seconds, results = alternate(rounds, peer=peer.train, ours=training_step(config, folder))
+    return {**report(seconds, results), "memory": memory}
+
+
+def first_training_step(config: str, folder: str, threads: int) -> dict[str, Any]:
+    """One training step of a fresh process."""
+    torch.set_num_threads(threads)
+    return training_step(config, folder)()
+
+
+def training_step(config: str, folder: str) -> Callable[[], dict[str, Any]]:
+    """A function that trains one step on the image and the ground truth of the folder, with seconds and MiB."""
     model, images, _ = load_ours(config, folder)
     settings = load_config(f"{config}_fpn_3x")
     assigner, criterion = build_assigner(settings.model), build_criterion(settings.model)
@@ -128,6 +153,8 @@ def compare_training(peer: Peer, config: str, folder: str, rounds: int, instance
     model.train()
 
     def run() -> dict[str, Any]:
+        forget_peak()
+        before = resident("VmRSS")
         start = time.perf_counter()
         targets = assigner([truth], tuple(images.shape[2:]))
         assigned = time.perf_counter()
@@ -138,10 +165,10 @@ def compare_training(peer: Peer, config: str, folder: str, rounds: int, instance
         optimizer.step()
         end = time.perf_counter()
         return {"seconds": end - start, "parts": [assigned - start, end - assigned],
+                "before": before, "peak": resident("VmHWM"),
                 "losses": {key: loss.item() for key, loss in losses.items()}}  # fmt: skip
 
-    seconds, results = alternate(rounds, peer=peer.train, ours=run)
-    return report(seconds, results)
+    return run
 
 
 def compare_postprocessing(peer: Peer, config: str, folder: str, rounds: int) -> dict[str, Any]:
@@ -266,7 +293,8 @@ def main() -> int:
         reports[name] = entry
         times = "  ".join(f"{key} {1000 * value:,.0f}" for key, value in entry["seconds"].items())
         ratios = "  ".join(f"{key} {value:.2f}" for key, value in entry["ratios"].items())
-        print(f"{name:<44} ms: {times}   ratio: {ratios}", flush=True)
+        memory = "  ".join(f"{key} {value:,.2f}" for key, value in entry.get("memory", {}).items())
+        print(f"{name:<44} ms: {times}   ratio: {ratios}" + (f"   MiB: {memory}" if memory else ""), flush=True)
 
     for config in args.configs:
         with tempfile.TemporaryDirectory() as folder:

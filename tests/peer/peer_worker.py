@@ -133,6 +133,7 @@ class Worker:
         """One training step: targets, forward, losses, backward, clipping, SGD."""
         self.model.train()
         data = self.model.data_preprocessor({"inputs": [self.image], "data_samples": [self.sample]}, True)
+        forget_peak()
         before = resident("VmRSS")
         start = time.perf_counter()
         losses = self.model.loss(data["inputs"], data["data_samples"])
@@ -149,6 +150,11 @@ def resident(key: str) -> float:
     """MiB of this process: VmRSS now, VmHWM at most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def forget_peak() -> None:
+    """Start VmHWM again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
