@@ -1,6 +1,6 @@
 """Times this library beside mmdetection: same weights, same image, same outputs, alternating in one run.
 
-    python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms data] [--json FILE]
+    python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms data trained] [--json FILE]
 
 PEER_DIR holds peer.py, PEER_PYTHON is the interpreter of its environment. Every ratio is peer time / our time, of the
 medians of `--rounds` alternating runs after one that does not count. Memory is what a training step adds to a process.
@@ -9,6 +9,7 @@ medians of `--rounds` alternating runs after one that does not count. Memory is 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ sys.path.insert(0, str(ROOT))
 from peer_worker import forget_peak, resident  # noqa: E402
 
 from solov2.build import build_assigner, build_criterion, build_model  # noqa: E402
+from solov2.checkpoint import load_file  # noqa: E402
+from solov2.commands.data import prepare_data, validation_dataset, validation_loader  # noqa: E402
 from solov2.commands.synthetic import synthetic_raw  # noqa: E402
-from solov2.config import load_config  # noqa: E402
+from solov2.config import Config, load_config  # noqa: E402
 from solov2.data.coco import CocoInstances  # noqa: E402
 from solov2.data.loader import Collate  # noqa: E402
 from solov2.data.transforms import TrainTransform, TransformedDataset  # noqa: E402
@@ -264,6 +268,67 @@ def compare_loading(peer: Peer, config: str, root: str, rounds: int) -> dict[str
     return {"loading and targets": {**with_targets, "flipped": same}, "loading alone": alone}
 
 
+def train_quickstart(folder: str) -> Path:
+    """Weights after two short epochs on generated shapes: few, but not random."""
+    settings = ["train.epochs=2", "data.shapes_train=200", "data.shapes_val=20", f"data.root={folder}/shapes"]
+    flags = [part for setting in (*settings, "train.evaluate_every=0") for part in ("--set", setting)]
+    command = [sys.executable, ROOT / "train.py", ROOT / "configs/quickstart.yaml", "--output", f"{folder}/run", *flags]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return Path(folder) / "run/last.pth"
+
+
+@torch.no_grad()
+def compare_trained(peer: Peer, weights: Path, folder: str, rounds: int, count: int = 20) -> dict[str, Any]:
+    """Post-processing of what a trained model says of `count` validation images, per image.
+
+    `same` counts detections whose label and every mask pixel are those of a detection of the reference.
+    """
+    config = Config.from_dict(load_file(weights)["config"], source=str(weights))
+    prepare_data(config, splits=["val"])
+    model, settings = build_model(config, weights=weights), config.model
+    peer.open_head(
+        head={"num_classes": settings.num_classes, "num_grids": settings.grid_sizes,
+              "scale_ranges": settings.scale_ranges, "strides": settings.area_thresholds,
+              "in_channels": settings.fpn_channels, "feat_channels": settings.tower_channels},
+        mask_branch={"feat_channels": settings.mask_hidden_channels, "out_channels": settings.mask_feature_channels},
+        test={"score_thr": settings.category_threshold, "mask_thr": settings.mask_threshold,
+              "nms_pre": settings.max_candidates, "kernel": settings.nms_kernel, "sigma": settings.nms_sigma,
+              "filter_thr": settings.score_threshold, "max_per_img": settings.max_instances},
+    )  # fmt: skip
+    outputs = []
+    for batch in itertools.islice(validation_loader(config, validation_dataset(config.data)), count):
+        raw = model(model.normalize(batch["pixels"], batch["sizes"]))
+        torch.save(raw, f"{folder}/trained{len(outputs)}.pth")
+        outputs.append((raw, batch["sizes"], batch["original_sizes"]))
+
+    def ours() -> dict[str, Any]:
+        start = time.perf_counter()
+        results = [model.postprocess(*output)[0] for output in outputs]
+        return {"seconds": (time.perf_counter() - start) / len(outputs), "results": results}
+
+    def theirs() -> dict[str, Any]:
+        answers = [
+            peer.postprocess(file=f"{folder}/trained{i}.pth", size=size[0].tolist(), original_size=original[0].tolist(),
+                             save=f"{folder}/result{i}.pth")
+            for i, (_, size, original) in enumerate(outputs)
+        ]  # fmt: skip
+        return {"seconds": sum(answer["seconds"] for answer in answers) / len(answers)}
+
+    seconds, results = alternate(rounds, peer=theirs, ours=ours)
+    found = {"images": len(outputs), "peer": 0, "ours": 0, "same": 0, "score_sum_peer": 0.0, "score_sum_ours": 0.0}
+    for i, own in enumerate(results["ours"]["results"]):
+        reference = torch.load(f"{folder}/result{i}.pth", weights_only=True)
+        keys = [
+            Counter((int(label), mask.numpy().tobytes()) for label, mask in zip(side["labels"], side["masks"].bool()))
+            for side in (reference, own)
+        ]
+        found["same"] += (keys[0] & keys[1]).total()
+        for name, side in (("peer", reference), ("ours", own)):
+            found[name] += len(side["scores"])
+            found[f"score_sum_{name}"] += float(side["scores"].sum())
+    return report(seconds, found)
+
+
 def report(seconds: dict[str, float], results: dict[str, Any]) -> dict[str, Any]:
     """Medians, ratios to the reference, and what each side found."""
     ratios = {name: seconds["peer"] / value for name, value in seconds.items() if name != "peer"}
@@ -275,11 +340,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer_dir")
     parser.add_argument("peer_python")
-    parser.add_argument("--only", nargs="+", choices=("infer", "train", "post", "nms", "data"),
+    parser.add_argument("--only", nargs="+", choices=("infer", "train", "post", "nms", "data", "trained"),
                         default=["infer", "train", "post", "nms"])  # fmt: skip
     parser.add_argument("--configs", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--instances", type=int, nargs="+", default=[8, 60])
     parser.add_argument("--data-root", metavar="DIR", help="COCO folder whose training photographs `data` loads")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="checkpoint of train.py for `trained`; without it one is trained"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
@@ -296,14 +364,22 @@ def main() -> int:
         memory = "  ".join(f"{key} {value:,.2f}" for key, value in entry.get("memory", {}).items())
         print(f"{name:<44} ms: {times}   ratio: {ratios}" + (f"   MiB: {memory}" if memory else ""), flush=True)
 
-    for config in args.configs:
+    if "trained" in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            peer = Peer(args.peer_dir, args.peer_python, args.threads)
+            weights = Path(args.weights) if args.weights else train_quickstart(folder)
+            entry = compare_trained(peer, weights, folder, args.rounds)
+            say("post-processing, trained model", entry)
+            print(f"    {entry['results']}", flush=True)
+            peer.close()
+    for config in args.configs if args.only != ["trained"] else ():
         with tempfile.TemporaryDirectory() as folder:
             peer = Peer(args.peer_dir, args.peer_python, args.threads)
             size = CASES[config]
             if "data" in args.only:
                 for name, entry in compare_loading(peer, config, args.data_root, args.rounds).items():
                     say(f"{name}, {config}", entry)
-            if args.only == ["data"]:
+            if set(args.only) <= {"data", "trained"}:
                 peer.close()
                 continue
             peer.setup(config=config, size=size, candidates=500, folder=folder)

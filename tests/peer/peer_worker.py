@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,22 @@ class Worker:
         return {"seconds": end - start, "parts": [neck - start, head - neck, end - head], "found": len(result.scores),
                 "score_sum": float(result.scores.sum())}  # fmt: skip
 
-    def postprocess(self, file: str, size: list[int], original_size: list[int]) -> dict[str, Any]:
-        """Raw outputs of a file to masks of the original size."""
+    def open_head(self, head: dict[str, Any], mask_branch: dict[str, Any], test: dict[str, Any]) -> dict[str, Any]:
+        """A head of another size, whose weights play no part in `postprocess`."""
+        _, config = self.peer.build("solov2_r50", 0)
+        from mmdet.registry import MODELS
+
+        settings = config.model.mask_head
+        settings.update(head)
+        settings.mask_feature_head.update(mask_branch)
+        settings.test_cfg = {**config.model.test_cfg, **test}
+        self.model = SimpleNamespace(mask_head=MODELS.build(settings))
+        return {}
+
+    def postprocess(
+        self, file: str, size: list[int], original_size: list[int], save: str | None = None
+    ) -> dict[str, Any]:
+        """Raw outputs of a file to masks of the original size, which go into the file `save`."""
         raw = torch.load(file, weights_only=True)
         meta = {"img_shape": tuple(size), "ori_shape": tuple(original_size)}
         with torch.no_grad():
@@ -63,6 +78,8 @@ class Worker:
                 raw["kernels"], raw["category_logits"], raw["mask_features"], batch_img_metas=[meta]
             )
             seconds = time.perf_counter() - start
+        if save is not None:
+            torch.save({key: result[key] for key in ("scores", "labels", "masks")}, save)
         return {"seconds": seconds, "found": len(result.scores), "score_sum": float(result.scores.sum()),
                 "pixels": int(result.masks.sum())}  # fmt: skip
 
