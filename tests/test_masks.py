@@ -11,6 +11,8 @@ import torch
 
 from solov2.config import InputError
 from solov2.ops.masks import (
+    _first_and_last,
+    _span,
     centers_of_mass,
     check_segmentation,
     decode_rle,
@@ -43,6 +45,13 @@ def test_boxes(masks, dtype):
     assert boxes[1:].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [16, 10, 17, 11], [0, 0, 17, 11], [4, 2, 5, 9]]
     ys, xs = masks[0].nonzero().unbind(1)
     assert boxes[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def test_boxes_are_the_same_on_a_device(masks):
+    """The operations that masks on an accelerator take, run on the host."""
+    for axis in (1, 2):
+        occupied = masks.amax(axis)
+        assert torch.stack(_first_and_last(occupied)).tolist() == _span(occupied.numpy() > 0).tolist()
 
 
 def test_boxes_of_nothing():

@@ -25,10 +25,19 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     """
     if masks.numel() == 0:
         return torch.zeros(len(masks), 4, device=masks.device)
-    masks = masks.view(torch.uint8)  # which torch reduces several times faster than bool
+    masks = masks.view(torch.uint8)  # which is reduced several times faster than bool
+    if masks.device.type == "cpu":  # numpy starts sooner: a small mask takes half of torch's time, a large one no more
+        spans = [_span(masks.numpy().max(axis) > 0) for axis in (1, 2)]
+        return torch.from_numpy(np.concatenate(spans).T[:, [0, 2, 1, 3]].astype(np.float32, order="C"))
     x1, x2 = _first_and_last(masks.amax(1))
     y1, y2 = _first_and_last(masks.amax(2))
     return torch.stack((x1, y1, x2, y2), dim=1).float()
+
+
+def _span(occupied: np.ndarray) -> np.ndarray:
+    """`_first_and_last` of bool [N, n] on the host, as [2, N]."""
+    last = occupied.shape[1] - occupied[:, ::-1].argmax(1)
+    return np.stack((occupied.argmax(1), last * occupied.any(1)))
 
 
 def _first_and_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
