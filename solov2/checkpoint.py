@@ -6,10 +6,13 @@ import os
 import pickle
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from solov2.config import InputError
 
@@ -82,11 +85,13 @@ def load_file(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of any family onto the CPU.
 
     Raises:
-        InputError: the file is missing, truncated, not a checkpoint, or wants to run code.
+        InputError: the file is missing, truncated, not a checkpoint, wants to run code, or claims more data than it has
+            bytes (an archive is refused before anything of it is unpacked).
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights file {path} does not exist")
+    _check_archive(path)
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in MMENGINE_GLOBALS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -102,7 +107,48 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
+    size = path.stat().st_size
+    for name, tensor in _tensors(content):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
+            raise InputError(
+                f"{path} is refused: its tensor {name} {list(tensor.shape)} is not stored in full in the {size} bytes "
+                "of the file; save it dense and contiguous"
+            )
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that would grow when it is read: torch stores its records and never compresses them."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:  # a damaged directory makes zipfile raise BadZipFile, struct.error, ValueError, ...
+        raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
+    packed = next((record for record in records if record.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise InputError(
+            f"{path} is refused: its record {packed.filename} is compressed ({packed.compress_size} bytes become "
+            f"{packed.file_size}), which torch never does; save the checkpoint again with torch.save"
+        )
+    claimed, size = sum(record.file_size for record in records), path.stat().st_size
+    if claimed > size:
+        raise InputError(f"{path} is refused: its records claim {claimed} bytes, and the file has {size}")
+
+
+def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of nested dictionaries, lists and tuples, each container once."""
+    stack: list[tuple[str, Any]] = list(content.items())
+    seen: set[int] = set()
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            stack += value.items() if isinstance(value, dict) else ((name, item) for item in value)
 
 
 def is_own(content: dict[str, Any]) -> bool:

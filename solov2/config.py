@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -257,7 +258,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read configuration {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise InputError(f"{path} is not a configuration: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not valid YAML of plain values: {reason}") from error
     if values is None:
@@ -321,7 +324,7 @@ def _convert(value: Any, kind: Any, source: str) -> Any:
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
-    raise InputError(f"{source} must be {name}, got {value!r}")
+    raise InputError(f"{source} must be {name}, got {reprlib.repr(value)}")
 
 
 def _check_model(model: ModelConfig, source: str) -> None:

@@ -6,7 +6,11 @@ open either becomes RGB by a written rule or is refused in one sentence.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +23,8 @@ MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb: 512
 
 _HIGH_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # one channel of 16 bits; "I" is how older Pillow opens it
 _NO_RULE = ("F", "LAB")  # floats have no fixed range, and Pillow does not convert LAB
+_SCRIPTS = ("EPS", "WMF")  # formats that Pillow hands to another program
+_TURNED = range(2, 9)  # EXIF orientations that are not upright
 _VIA = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # modes without a direct, silent way to RGB
 
 
@@ -38,17 +44,53 @@ def read_image(path: str | Path, *, apply_exif: bool, max_pixels: int = MAX_PIXE
     Raises:
         InputError: a file that is missing, damaged, truncated, too large or of a pixel format without a rule here.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"image {path} does not exist or is not a file")
+    with _opened(Path(path), max_pixels) as image:
+        return pil_to_tensor(ImageOps.exif_transpose(image) if apply_exif else image)
+
+
+class ImageHeader(NamedTuple):
+    """What an image file says of itself before a pixel is decoded."""
+
+    height: int
+    width: int
+    mode: str  # Pillow's: RGB, L, CMYK, ...
+    deep: bool  # more than eight bits per channel
+    turned: bool  # an EXIF orientation other than upright
+
+
+def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Size and pixel format of an image file; `max_pixels` and errors are those of `read_image`."""
+    with _opened(Path(path), max_pixels) as image:
+        packing = str(image.tile[0][3]) if image.tile else ""  # how the decoder is to read 16-bit RGB: "RGB;16B"
+        return ImageHeader(
+            height=image.height,
+            width=image.width,
+            mode=image.mode,
+            deep=image.mode in _HIGH_DEPTH or ";16" in packing,
+            turned=image.getexif().get(0x0112) in _TURNED,
+        )
+
+
+@contextlib.contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """The file opened by Pillow, not yet decoded; what goes wrong inside becomes an InputError that names it."""
     try:
-        with Image.open(path) as image:
+        if not path.is_file():
+            raise InputError(f"image {path} does not exist or is not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            image = Image.open(path)
+        with image:
             width, height = image.size
             if width * height > max_pixels:
-                raise InputError(f"{width} x {height} pixels are more than the {max_pixels} allowed")
-            return pil_to_tensor(ImageOps.exif_transpose(image) if apply_exif else image)
+                raise InputError(f"image {path}: {width} x {height} pixels are more than the {max_pixels} allowed")
+            if image.format in _SCRIPTS:
+                raise InputError(f"image {path} is of format {image.format}, which is not read here; convert it first")
+            yield image
     except InputError as error:
-        raise InputError(f"image {path}: {error}") from None
+        raise error if str(path) in str(error) else InputError(f"image {path}: {error}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"image {path}: too many pixels, more than the {max_pixels} allowed ({error})") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged files
         raise InputError(f"image {path} cannot be read, it may be damaged or truncated ({error})") from error
 

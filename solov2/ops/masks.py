@@ -17,6 +17,8 @@ from torch import Tensor
 
 from solov2.config import InputError
 
+FARTHEST = 16  # image sides; a polygon with a point beyond is a mistake, not an object at the border
+
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
     """Tight boxes of bool or uint8 masks [N, h, w]: float32 [N, 4] as x1, y1, x2, y2, maximum exclusive.
@@ -185,21 +187,27 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
         raise InputError("the segmentation must be a list of polygons or an RLE with size and counts")
     for polygon in segmentation:
         try:
+            largest = max(map(abs, polygon), default=0)
             finite = all(map(math.isfinite, polygon))
         except (TypeError, OverflowError):
             raise InputError("a polygon must be a list of numbers x0, y0, x1, y1, ...") from None
         if not finite or len(polygon) % 2:
             raise InputError("a polygon must have an even count of finite numbers x0, y0, x1, y1, ...")
+        # The rasteriser's memory grows with the length of an edge, and its integers overflow.
+        if largest > FARTHEST * max(size):
+            raise InputError(f"a polygon has a point {largest:g} pixels away from an image of {size[1]} x {size[0]}")
     if max(map(len, segmentation)) < 6:
         raise InputError("a polygon needs three points, that is at least 6 numbers (four numbers are not a box here)")
 
 
 def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
     counts = rle.get("counts")
-    if list(rle.get("size", [])) != list(size):
+    if rle.get("size") not in (list(size), tuple(size)):
         raise InputError(f"the RLE has the size {rle.get('size')}, its image has [h, w] = {list(size)}")
     if not isinstance(counts, (list, str, bytes)):
         raise InputError("the RLE has no counts, a list of run lengths or a compressed string")
+    if isinstance(counts, list) and any(isinstance(length, (float, str, bool)) for length in counts):
+        raise InputError("the counts of the RLE are not run lengths, which are integers")
     try:
         lengths = np.asarray(counts, dtype=np.int64) if isinstance(counts, list) else _run_lengths([counts])[0]
     except (ValueError, TypeError, OverflowError):
@@ -246,3 +254,14 @@ def _run_lengths(counts: Sequence[str | bytes]) -> list[np.ndarray]:
         lengths[1::2].cumsum(out=lengths[1::2])
         lengths[2::2].cumsum(out=lengths[2::2])
     return separate
+
+
+def segmentation_to_rle(segmentation: list | dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """One COCO segmentation, which has passed `check_segmentation`, as compressed RLE of an image of `size` (h, w)."""
+    height, width = size
+    if isinstance(segmentation, list):
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation
