@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import marshal
-import math
-import os
 import warnings
-from collections.abc import Iterable
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +24,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from solov2.config import InputError
+from solov2.data.annotations import (
+    ImageRecord,
+    read_annotations,
+    reason_unusable,
+    segmentation_fault,
+    short_polygons,
+)
 from solov2.ops.images import read_image
-from solov2.ops.masks import check_segmentation, segmentations_to_masks
-
-
-class ImageRecord(NamedTuple):
-    """What the annotation file says of one image."""
-
-    image_id: int
-    file_name: str
-    height: int
-    width: int
+from solov2.ops.masks import segmentations_to_masks
 
 
 class CocoInstances(Dataset):
@@ -55,6 +50,7 @@ class CocoInstances(Dataset):
         class_names: names in order of category id; a label is an index into it.
         category_ids: the file's own id of each label.
         image_ids, aspect_ratios: id and width / height of each image, in the order of the data set.
+        unknown_categories: ids that are not in `categories` -> how many annotations have them.
 
     Raises:
         InputError: at construction for a file that is missing, not COCO, or broken in a way that would stop training
@@ -74,6 +70,7 @@ class CocoInstances(Dataset):
         self.annotation_file, self.image_root = Path(annotations), Path(images)
         self.training, self.skip_broken_images = training, skip_broken_images
         self._warned: set[str] = set()
+        self.unknown_categories: Counter[int] = Counter()
         if not self.image_root.is_dir():
             raise InputError(f"image folder {self.image_root} does not exist")
         content = read_annotations(self.annotation_file)
@@ -110,7 +107,7 @@ class CocoInstances(Dataset):
 
     def file_name(self, image_id: int) -> str:
         """What the annotation file calls an image, relative to the image folder."""
-        return self._records[self.image_ids.index(image_id)].file_name
+        return self._entry(self.image_ids.index(image_id))[0].file_name
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coco": None}  # workers never need it
@@ -130,9 +127,32 @@ class CocoInstances(Dataset):
                 self._warn_once(str(error))
         raise InputError(f"no image of {self.annotation_file} in {self.image_root} can be read")
 
-    def _load(self, position: int) -> dict[str, Any]:
+    def instance_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All training instances without their masks and without reading a file again.
+
+        Returns:
+            position of the image in the data set int64 [N], label int64 [N], box float64 [N, 4] (xyxy, image pixels).
+        """
+        rows = [
+            (position, label, *box)
+            for position in range(len(self) if self.training else 0)
+            for box, label, _ in self._entry(position)[1]
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(-1, 6)
+        return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:]
+
+    def image_sizes(self) -> np.ndarray:
+        """(h, w) of each image as the annotation file says, int64 [images, 2]."""
+        records = [self._entry(position)[0] for position in range(len(self))]
+        return np.array([(record.height, record.width) for record in records], dtype=np.int64)
+
+    def _entry(self, position: int) -> tuple[ImageRecord, list[tuple]]:
+        """What the annotation file says of an image, and its instances: (box xyxy, label, segmentation)."""
         values, instances = marshal.loads(self._packed[slice(*self._offsets[position : position + 2])])
-        record = ImageRecord(*values)
+        return ImageRecord(*values), instances
+
+    def _load(self, position: int) -> dict[str, Any]:
+        record, instances = self._entry(position)
         size = (record.height, record.width)
         masks, extents = segmentations_to_masks([segmentation for _, _, segmentation in instances], size)
         return {
@@ -171,113 +191,34 @@ class CocoInstances(Dataset):
         """
         labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
         instances: dict[int, list[tuple]] = {image_id: [] for image_id in records}
-        unknown = []
+        altered: dict[str, list[str]] = defaultdict(list)  # what is done about a fault that stops nothing -> to whom
         for annotation in annotations:
-            record = records[annotation["image_id"]]
-            label = labels.get(annotation["category_id"])
-            if label is None:
-                unknown.append(annotation)
+            record, category_id = records[annotation["image_id"]], annotation["category_id"]
+            if category_id not in labels:
+                self.unknown_categories[category_id] += 1
+                left_out = f"{annotation['id']} with category {category_id}"
+                altered["have a category_id that is not in `categories` and are left out"].append(left_out)
                 continue
-            usable = is_usable(annotation, record)
-            if usable or not self.training:
-                try:
-                    check_segmentation(annotation.get("segmentation"), (record.height, record.width))
-                except InputError as error:
-                    raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {error}") from error
-            if usable and self.training:
+            reason = reason_unusable(annotation, record)
+            if reason is None or not self.training:
+                fault = segmentation_fault(annotation, (record.height, record.width))
+                if fault is not None:
+                    raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {fault}")
+                if short_polygons(annotation["segmentation"]):
+                    altered["have polygons of fewer than three points, which are left out"].append(annotation["id"])
+            if reason is None and self.training:
                 x, y, width, height = annotation["bbox"]
                 box = (x, y, x + width, y + height)
-                instances[record.image_id].append((box, label, annotation["segmentation"]))
-        if unknown:
-            first = unknown[0]
+                instances[record.image_id].append((box, labels[category_id], annotation["segmentation"]))
+            elif self.training and not annotation["iscrowd"]:
+                altered["are no instances and are left out"].append(f"{annotation['id']} with {reason}")
+        for what, whom in altered.items():
             warnings.warn(
-                f"{len(unknown)} annotations of {self.annotation_file} have a category_id that is not in "
-                f"`categories` and are left out, the first is annotation {first['id']} with category "
-                f"{first['category_id']}",
+                f"{len(whom)} annotations of {self.annotation_file} {what}, the first is annotation {whom[0]} "
+                "(python -m solov2.check_data lists all)",
                 stacklevel=3,
             )
         return instances
-
-
-def is_usable(annotation: dict[str, Any], record: ImageRecord) -> bool:
-    """Whether an annotation becomes a training instance: no crowd, positive area, 1 pixel or more, inside the image."""
-    x, y, width, height = annotation["bbox"]
-    overlap_x = min(x + width, record.width) - max(x, 0)
-    overlap_y = min(y + height, record.height) - max(y, 0)
-    large = annotation["area"] > 0 and width >= 1 and height >= 1
-    return large and overlap_x > 0 and overlap_y > 0 and not annotation["iscrowd"]
-
-
-def read_annotations(path: Path) -> dict[str, Any]:
-    """A COCO annotation file whose ids, references, file names and numbers have been checked.
-
-    `iscrowd` is filled in with 0 where it is missing (pycocotools' evaluation needs it). Segmentations are not checked.
-
-    Raises:
-        InputError: naming the file and the image, annotation or category.
-    """
-    if not path.is_file():
-        raise InputError(f"annotation file {path} does not exist")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"annotation file {path} is not JSON, it may be truncated ({error})") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"annotation file {path} has no list `{key}`, so it is not in COCO's instance format")
-    image_ids = _unique_ids(content["images"], "image", path)
-    _unique_ids(content["annotations"], "annotation", path)
-    _unique_ids(content["categories"], "category", path)
-    for image in content["images"]:
-        _check_image(image, path)
-    for category in content["categories"]:
-        if not isinstance(category.get("name"), str):
-            raise InputError(f"category {category['id']} of {path} has no name")
-    for annotation in content["annotations"]:
-        _check_annotation(annotation, image_ids, path)
-        annotation.setdefault("iscrowd", 0)
-    return content
-
-
-def _unique_ids(entries: Iterable[Any], kind: str, path: Path) -> set[int]:
-    ids: set[int] = set()
-    for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
-            raise InputError(f"{path} has a {kind} without an integer id: {str(entry)[:80]}")
-        if entry["id"] in ids:
-            raise InputError(f"{path} has the {kind} id {entry['id']} twice")
-        ids.add(entry["id"])
-    return ids
-
-
-def _check_image(image: dict[str, Any], path: Path) -> None:
-    where, name = f"image {image['id']} of {path}", image.get("file_name")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{where} has no file_name")
-    if PurePath(name).is_absolute() or PurePath(os.path.normpath(name)).parts[:1] == ("..",):
-        raise InputError(f"{where} has the file_name {name}, which leaves the image folder")
-    if not (_are_numbers([image.get("width"), image.get("height")]) and min(image["width"], image["height"]) >= 1):
-        raise InputError(f"{where} has no positive width and height")
-
-
-def _check_annotation(annotation: dict[str, Any], image_ids: set[int], path: Path) -> None:
-    where, box = f"annotation {annotation['id']} of {path}", annotation.get("bbox")
-    image_id = annotation.get("image_id")
-    if not isinstance(image_id, int) or image_id not in image_ids:
-        raise InputError(f"{where} belongs to image {image_id}, which is not in `images`")
-    if not isinstance(annotation.get("category_id"), int):
-        raise InputError(f"{where} has no integer category_id")
-    if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
-        raise InputError(f"{where} has no bbox of four finite numbers x, y, width, height")
-    if not _are_numbers([annotation.get("area")]):
-        raise InputError(f"{where} has no area, a finite number of pixels")
-
-
-def _are_numbers(values: Iterable[Any]) -> bool:
-    try:
-        return all(map(math.isfinite, values))
-    except (TypeError, OverflowError):
-        return False
 
 
 def _index(content: dict[str, Any]) -> COCO:

@@ -18,16 +18,20 @@ Sample = dict[str, Any]
 
 def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
     """Resize to `size` (h, w): image bilinearly, masks by nearest neighbour, boxes by the factors and then clipped."""
-    height, width = sample["image"].shape[1:]
-    factors = sample["boxes"].new_tensor([size[1] / width, size[0] / height]).repeat(2)
-    limits = sample["boxes"].new_tensor([size[1], size[0]]).repeat(2)
     return {
         **sample,
         "image": resize_image(sample["image"], size),
-        "boxes": (sample["boxes"] * factors).clamp(min=0).minimum(limits),
+        "boxes": resize_boxes(sample["boxes"], tuple(sample["image"].shape[1:]), size),
         "masks": resize_masks(sample["masks"], size, sample["extents"]),
-        "extents": resize_extents(sample["extents"], (height, width), size),
+        "extents": resize_extents(sample["extents"], tuple(sample["image"].shape[1:]), size),
     }
+
+
+def resize_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Boxes xyxy [N, 4] of an image of `size` (h, w) in its resized version, clipped to it."""
+    factors = boxes.new_tensor([new_size[1] / size[1], new_size[0] / size[0]]).repeat(2)
+    limits = boxes.new_tensor([new_size[1], new_size[0]]).repeat(2)
+    return (boxes * factors).clamp(min=0).minimum(limits)
 
 
 def flip_sample(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
