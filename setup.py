@@ -6,8 +6,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FAST = ["faster-coco-eval>=1.7"]
-TEST = ["pytest>=8.0", "setuptools>=77", *FAST]  # setuptools builds the wheel that tests/test_packaging.py looks into
+FAST = ["faster-coco-eval>=1.8"]
+# setuptools builds the wheel that tests/test_packaging.py looks into
+TEST = ["pytest>=8.0", "hypothesis>=6.100", "setuptools>=77", *FAST]
 
 setup(
     name="solov2",
@@ -52,6 +53,7 @@ setup(
             "solov2-eval = solov2.commands.evaluate:main",
             "solov2-benchmark = solov2.commands.benchmark:main",
             "solov2-predict = solov2.predict:main",
+            "solov2-check-data = solov2.check_data:main",
         ]
     },
 )
