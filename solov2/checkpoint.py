@@ -127,11 +127,12 @@ def _check_archive(path: Path) -> None:
             records = archive.infolist()
     except Exception as error:  # a damaged directory makes zipfile raise BadZipFile, struct.error, ValueError, ...
         raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
-    packed = next((record for record in records if record.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
+    packed = [record for record in records if record.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        largest = max(packed, key=lambda record: record.file_size)
         raise InputError(
-            f"{path} is refused: its record {packed.filename} is compressed ({packed.compress_size} bytes become "
-            f"{packed.file_size}), which torch never does; save the checkpoint again with torch.save"
+            f"{path} is refused: its record {largest.filename} is compressed ({largest.compress_size} bytes become "
+            f"{largest.file_size}), which torch never does; save the checkpoint again with torch.save"
         )
     claimed, size = sum(record.file_size for record in records), path.stat().st_size
     if claimed > size:

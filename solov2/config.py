@@ -147,6 +147,8 @@ class Config:
         """
         sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
         _check_keys(values, ["name", *sections], source)
+        if not isinstance(values.get("name", ""), (str, int, float)):
+            raise InputError(f"{source}: name must be str, got {_shown(values['name'])}")
         built = {key: _build(sections[key], values.get(key) or {}, f"{source}: {key}") for key in sections}
         config = cls(name=str(values.get("name", cls.name)), **built)
         _check_values(config, source)
@@ -209,6 +211,8 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
     values = _read_yaml(path)
     base = values.pop("base", None)
     if base is not None:
+        if not isinstance(base, str):
+            raise InputError(f"{path}: base must be the name of a file, got {_shown(base)}")
         base_values = _read_yaml(path.parent / str(base))
         if "base" in base_values:
             raise InputError(f"{path.parent / str(base)}: a base file cannot have a base of its own; merge the two")
@@ -324,7 +328,14 @@ def _convert(value: Any, kind: Any, source: str) -> Any:
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
-    raise InputError(f"{source} must be {name}, got {reprlib.repr(value)}")
+    raise InputError(f"{source} must be {name}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; a few anchors make a YAML list that would be gigabytes long if it were written out."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 1, 200, 200
+    return short.repr(value)
 
 
 def _check_model(model: ModelConfig, source: str) -> None:

@@ -1,0 +1,234 @@
+"""Files made to do harm: each is refused in one sentence, before it costs memory or time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_malformed import Tree, png_header, polygon
+
+from solov2 import build
+from solov2.check_data import main, printable
+from solov2.checkpoint import load_file
+from solov2.config import InputError, load_config
+from solov2.data.coco import CocoInstances
+from solov2.ops.images import read_header, read_image
+
+HUGE = 10**12
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("exploded",)
+
+
+def saved(content: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def repacked(change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A checkpoint of one tensor of four numbers whose records were changed by name and content."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved({"w": torch.ones(4)}))) as source:
+        with zipfile.ZipFile(target, "w", compression) as archive:
+            for record in source.infolist():
+                archive.writestr(record.filename, change(record.filename, source.read(record)))
+    return target.getvalue()
+
+
+def long_integer(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little")
+
+
+def claim(count: int, *, storage: bool) -> bytes:
+    """The number 4 in the pickle, of the storage's or of the tensor's elements, replaced."""
+
+    def change(name: str, data: bytes) -> bytes:
+        if not name.endswith("data.pkl"):
+            return data
+        place = data.index(b"K\x04") if storage else data.rindex(b"K\x04")
+        return data[:place] + long_integer(count) + data[place + 2 :]
+
+    return repacked(change)
+
+
+def old_format_claim(count: int) -> bytes:
+    """The format before zip files, in which the claimed storage is made before anything is read into it."""
+    data = saved({"w": torch.ones(4)}, _use_new_zipfile_serialization=False)
+    place = data.index(b"cpuq") + data[data.index(b"cpuq") :].index(b"K\x04")
+    return data[:place] + long_integer(count) + data[place + 2 :]
+
+
+def overlapping() -> bytes:
+    """An archive whose directory lists one record a thousand times."""
+    data = saved({"w": torch.ones(2000)})
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        start, names = archive.start_dir, archive.namelist()
+    end = data.rindex(b"PK\x05\x06")
+    directory = data[start:end]
+    position = next(i for i, name in enumerate(names) if name.endswith("data/0"))
+    entries = [b"PK\x01\x02" + entry for entry in directory.split(b"PK\x01\x02")[1:]]
+    directory = directory[: directory.rindex(b"PK\x06\x06")] if b"PK\x06\x06" in directory else directory
+    directory += entries[position] * 1000
+    count = (len(names) + 1000).to_bytes(2, "little")
+    tail = (
+        b"PK\x05\x06\0\0\0\0" + count * 2 + len(directory).to_bytes(4, "little") + start.to_bytes(4, "little") + b"\0\0"
+    )
+    return data[:start] + directory + tail
+
+
+def deep_pickle(name: str, data: bytes) -> bytes:
+    return b"\x80\x02}X\x01\0\0\0a" + b"]" * 100_000 + b"a" * 99_999 + b"s." if name.endswith("data.pkl") else data
+
+
+BOMB_RECORD = bytes(50 * 2**20)
+CHECKPOINTS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "pickle bomb": (lambda: pickle.dumps(Bomb(), protocol=2), "is refused: it holds objects|is not a checkpoint"),
+    "pickle bomb in an archive": (lambda: saved({"model": Bomb()}), "is refused: it holds objects"),
+    "pickle bomb in the old format": (
+        lambda: saved({"model": Bomb()}, _use_new_zipfile_serialization=False), "is refused: it holds objects",
+    ),
+    "zip bomb": (
+        lambda: repacked(lambda name, data: BOMB_RECORD if name.endswith("data/0") else data, zipfile.ZIP_DEFLATED),
+        "is refused: its record .* is compressed",
+    ),
+    "deflated but honest": (
+        lambda: repacked(lambda name, data: data, zipfile.ZIP_DEFLATED), "is refused: its record .* is compressed",
+    ),
+    "overlapping records": (overlapping, "is refused: its records claim"),
+    "no zip directory": (lambda: saved({"w": torch.ones(4)})[:-60], "is truncated"),
+    "huge storage": (lambda: claim(HUGE, storage=True), "cannot be read as a checkpoint"),
+    "huge tensor": (lambda: claim(HUGE, storage=False), "cannot be read as a checkpoint"),
+    "huge storage, old format": (lambda: old_format_claim(HUGE), "cannot be read as a checkpoint"),
+    "huge by a stride of 0": (
+        lambda: saved({"model": {"w": torch.zeros(1).expand(HUGE)}}), r"tensor w \[1000000000000\]",
+    ),
+    "huge without storage": (lambda: saved({"model": [torch.empty(HUGE, device="meta")]}), r"tensor model \["),
+    "huge and sparse": (
+        lambda: saved({"w": torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (HUGE,))}), "tensor w",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, said = CHECKPOINTS[name]
+    path = tmp_path / "hostile.pth"
+    path.write_bytes(make())
+    with pytest.raises(InputError, match=f"hostile.pth.*({said})") as caught:
+        load_file(path)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["hostile.pth"]
+
+
+def test_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.pth"
+    path.write_bytes(CHECKPOINTS["zip bomb"][0]())
+    assert path.stat().st_size < 2**18
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(InputError, match="compressed .* become 52428800"):
+        load_file(path)
+
+
+def test_deep_pickle_does_not_crash(tmp_path: Path) -> None:
+    path = tmp_path / "deep.pth"
+    path.write_bytes(repacked(deep_pickle))
+    content = load_file(path)  # plain lists in lists: no harm in them, and nobody follows them
+    assert list(content) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: !!python/object/apply:os.mkdir [exploded]", "not valid YAML of plain values"),
+        ("model: !!python/name:os.system", "not valid YAML of plain values"),
+        ("model: !Thing {a: 1}", "not valid YAML of plain values"),
+        ("model: " + "[" * 2_000, "nested too deeply|not valid YAML"),
+        (
+            "model:\n  num_classes: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"  x{n}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(9)),
+            "unknown key 'x0'",
+        ),
+        ("name: &a [1, 2]\nbase: *a", "base must be the name of a file"),
+        (
+            "data:\n  root:\n    - &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"    - &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(9)),
+            "data.root must be str",
+        ),
+    ],
+    ids=["call", "name", "own tag", "deep", "laughs in unknown keys", "list as base", "laughs in a value"],
+)
+def test_yaml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostile.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"hostile.yaml.*({said})") as caught:
+        load_config(tmp_path / "hostile.yaml")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("read", [read_header, lambda path, **limit: read_image(path, apply_exif=False, **limit)])
+def test_image_size_is_checked_in_the_header(tmp_path: Path, read: Callable) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(50_000, 50_000))
+    assert path.stat().st_size < 100
+    with pytest.raises(InputError, match="bomb.png: too many pixels"):
+        read(path)
+    path.write_bytes(png_header(1000, 1000))
+    with pytest.raises(InputError, match="bomb.png: 1000 x 1000 pixels are more than the 999999 allowed"):
+        read(path, max_pixels=999_999)
+
+
+@pytest.mark.parametrize("name", ["../../x.jpg", "a/../../x.jpg", "/etc/passwd", "a/b/../../../x.jpg"])
+def test_file_names_do_not_leave_the_folder(tmp_path: Path, name: str) -> None:
+    tree = Tree(tmp_path)
+    (tmp_path / "x.jpg").write_bytes(b"secret")
+    tree.image["file_name"] = name
+    tree.file.write_text(json.dumps(tree.content))
+    for training in (True, False):
+        with pytest.raises(InputError, match="image 1 of .*leaves the image folder"):
+            CocoInstances(tree.file, tree.images, training=training)
+    assert main([str(tree.file), "--images", str(tree.images)]) == 1
+
+
+def test_names_do_not_write_to_the_terminal() -> None:
+    assert printable("a\x1b[2J\nb\ud800é") == "a\\x1b[2J\\nb\\ud800é"
+
+
+def test_polygon_does_not_fill_the_memory(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.first["segmentation"] = [[0, 0, 2e9, 0, 2e9, 2e9]]
+    tree.content["annotations"][2]["segmentation"] = polygon(-500, -500, 1000, 1000)  # large, but drawn at once
+    tree.file.write_text(json.dumps(tree.content))
+    with pytest.raises(InputError, match="annotation 11 .*pixels away"):
+        CocoInstances(tree.file, tree.images, training=True)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_downloads_are_checked_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: bool) -> None:
+    content = saved({"w": torch.ones(4)})
+    digest = hashlib.sha256(content).hexdigest()[:8] if honest else "00000000"
+    published = tmp_path / f"solov2-{digest}.pth"
+    published.write_bytes(content)
+    monkeypatch.setitem(build.PUBLISHED_WEIGHTS, "solov2_r50_fpn_1x", published.as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    if honest:
+        assert build.official_weights("solov2_r50_fpn_1x").read_bytes() == content
+        return
+    with pytest.raises(InputError, match="could not be downloaded from file:.*invalid hash value"):
+        build.official_weights("solov2_r50_fpn_1x")
+    assert os.listdir(tmp_path / "hub" / "checkpoints") == []
