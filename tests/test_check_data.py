@@ -184,6 +184,11 @@ def test_instances_that_no_cell_sees(tree: Tree) -> None:
     # at an eighth of the size a mask of 2 x 2 falls between the pixels
     report = check_data(tree.content, tree.images, config_of("data.train_scales=[6]"))
     assert ("no cell", 13) in {(f.kind, f.annotation_id) for f in report.findings}
+    # at half the size every other row is taken: one row of pixels is gone, though its box is large enough
+    tree.content["annotations"][-1] = annotation(13, 1, 1, (4, 41, 40, 1))
+    report = check_data(tree.content, tree.images, config_of("data.train_scales=[24]"))
+    assert [(f.kind, f.annotation_id) for f in report.findings] == [("no cell", 13)]
+    tree.content["annotations"][-1] = annotation(13, 1, 1, (50, 40, 2, 2))
     # two training sizes: what one of them sees is seen
     report = check_data(tree.content, tree.images, config_of("data.train_scales=[6, 96]", "data.train_long_edge=128"))
     assert report.findings == []

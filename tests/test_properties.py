@@ -128,21 +128,26 @@ def test_transforms_and_collate(sample: dict, scale: int, dihedral: bool, seed: 
 
 
 def outputs(images: int, seed: int, gain: float) -> dict:
-    """Raw outputs of a head with tiny grids, as leaves; a large gain drives every sigmoid into saturation."""
+    """Raw outputs of a head with tiny grids, as leaves; a large gain drives every sigmoid into saturation.
+
+    A negative one makes every mask probability exactly 0: with an empty mask target the dice loss divides 0 by 0 but
+    for its epsilon.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
-        return (gain * torch.randn(images, *shape, generator=generator)).requires_grad_()
+        values = torch.randn(images, *shape, generator=generator)
+        return (gain * values if gain >= 0 else values.abs()).requires_grad_()
 
     return {
         "category_logits": [noise(CLASSES, size, size) for size in GRIDS],
-        "kernels": [noise(KERNEL, size, size) for size in GRIDS],
+        "kernels": [(min(gain, 1) * noise(KERNEL, size, size)).detach().requires_grad_() for size in GRIDS],
         "mask_features": noise(KERNEL, PADDED[0] // 4, PADDED[1] // 4),
     }
 
 
 @check(EXAMPLES["loss"])
-@given(BATCH, st.integers(0, 99), st.sampled_from([0.0, 1.0, 30.0, 1e4]))
+@given(BATCH, st.integers(0, 99), st.sampled_from([0.0, 1.0, 30.0, 1e4, -1e6]))
 def test_loss(batch: list[dict], seed: int, gain: float) -> None:
     targets = assigner()(batch, PADDED)
     raw = outputs(len(batch), seed, gain)
