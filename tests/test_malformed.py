@@ -256,6 +256,9 @@ CASES: dict[str, tuple[Callable[[Tree], object], str | None, set[str]]] = {
         set_first(bbox=[70, 8, 20, 16]), f"warning: {LEFT_OUT} with a box outside", {"left out", "box beyond image"},
     ),
     "box beyond the image": (set_first(bbox=[10, 8, 90, 16]), FINE, {"box beyond image"}),
+    "box two pixels beyond the image": (
+        set_first(bbox=[45, 8, 21, 16], segmentation=polygon(45, 8, 19, 16), area=304), FINE, {"box beyond image"},
+    ),
     "box of 1e308": (set_first(bbox=[-1e308, -1e308, 1.5e308, 1.5e308]), FINE, {"box beyond image"}),
     "box as corners": (set_first(bbox=[10, 8, 30, 24]), FINE, {"box differs"}),
     "box shares": (
