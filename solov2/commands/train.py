@@ -31,6 +31,7 @@ from solov2.build import (
     load_pretrained_backbone,
     prepare_for_training,
 )
+from solov2.check_data import quick_check
 from solov2.checkpoint import latest_checkpoint
 from solov2.commands.benchmark import environment
 from solov2.commands.data import (
@@ -230,6 +231,9 @@ def _train(
     run = Run(config, folder, device, model, dataset, optimizer, scaler, logger, plan, average)
     try:
         _announce(run)
+        for sentence in quick_check(dataset, config) if distributed.is_main() else ():
+            logger.write("warning", text=sentence)
+            logger.say(f"warning: {sentence}")
         if checkpoint is not None:
             resume(run, checkpoint)
         summary = _train_epochs(run, loader, sampler, validation)

@@ -333,15 +333,20 @@ def _assign(
     positives, centers, drawn = [torch.zeros(0, 2).long()], [torch.zeros(0, 2).double()], [torch.zeros(0).bool()]
     for start in range(0, len(rles), INSTANCES_AT_ONCE):
         part = slice(start, start + INSTANCES_AT_ONCE)
-        masks = torch.cat([resize_masks(segmentations_to_masks([rle], size), new_size) for rle in rles[part]])
+        masks = torch.cat([_resized_mask(rle, size, new_size) for rle in rles[part]])
         boxes = truth["scaled"][part]
         flat = (boxes[:, 2:] <= boxes[:, :2]).any(1)  # dropped in training
         masks[flat] = 0
         targets = assign([{"boxes": boxes, "labels": truth["labels"][part], "masks": masks}], padded)
         positives.append(targets["positives"][:, 1:] + torch.tensor([0, start]))
-        centers.append(torch.stack(centers_of_mass(masks), dim=1).double() / extent)
+        centers.append(torch.stack(centers_of_mass(masks)[:2], dim=1).double() / extent)
         drawn.append(targets["masks"].flatten(1).amax(1) > 0)
     return torch.cat(positives), torch.cat(centers), torch.cat(drawn)
+
+
+def _resized_mask(rle: dict[str, Any], size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    masks, extents = segmentations_to_masks([rle], size)
+    return resize_masks(masks, new_size, extents)
 
 
 def _finding(kind: str, message: str, record: ImageRecord, annotation_id: int | None = None) -> Finding:
