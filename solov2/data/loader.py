@@ -161,6 +161,7 @@ def build_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         timeout=timeout if workers else 0,
+        generator=torch.Generator(),  # of the workers' seeds, which nothing here uses: the global one stays untouched
         pin_memory=torch.accelerator.is_available(),
         worker_init_fn=_init_worker,
     )
