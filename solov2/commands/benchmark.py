@@ -1,4 +1,4 @@
-"""benchmark.py: images per second of inference, training and data loading, stage by stage.
+"""benchmark.py: images per second of inference, training, data, post-processing and evaluation, stage by stage.
 
 Images, ground truth and network outputs are synthetic and seeded, weights are random, so that nothing has to be
 downloaded. A random network finds nothing; decoding therefore works on prepared outputs of the network's own shapes and
@@ -10,97 +10,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
-import solov2
-from solov2.build import construct, default_class_names
+from solov2 import distributed
+from solov2.commands.compare import compare, read_report
 from solov2.commands.errors import run_command
-from solov2.commands.measure import Workload, measure_inference, measure_loading, measure_training
-from solov2.config import InputError, load_config
-from solov2.distributed import select_device
+from solov2.commands.machine import convolution_peak, environment
+from solov2.commands.suite import MODES, make_workload, measure_workload
+from solov2.commands.sweep import SWEEPS, points, run_sweep
+from solov2.commands.tables import format_machine, format_peak, format_sweep
+from solov2.config import InputError
 from solov2.engine import HALF_TYPES
 
 DEFAULT_CONFIGS = ("solov2_r50_fpn_1x", "solov2_light_r50_fpn_3x")
-INPUT_SIZES = {(1333, 800): (800, 1216), (768, 448): (448, 768)}  # by test scale; others: both edges, rounded up to 32
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that a figure belongs to."""
-    name = cpu_name()
-    if device.type != "cpu":
-        properties = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)(device)
-        name = getattr(properties, "name", device.type)
-    return {
-        "device": str(device),
-        "device_name": name,
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "solov2": solov2.__version__,
-        "commit": git_commit(),
-    }
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that the package lies in, with "+" where files differ from it; None outside of one."""
-    checkout = Path(solov2.__file__).resolve().parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        answers = [
-            subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True)
-            for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain"))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answers[0].stdout.strip() + ("+" if answers[1].stdout.strip() else "")
-
-
-def format_stages(kind: str, part: dict[str, Any]) -> str:
-    """The table of one mode ("inference" or "training")."""
-    total = part["stages"]["total"]["median_ms"]
-    lines = [f"  {kind:<18}{'median ms':>12}{'p90 ms':>12}{'share':>9}"]
-    lines += [
-        f"    {name:<16}{stage['median_ms']:>12.2f}{stage['p90_ms']:>12.2f}{stage['median_ms'] / total:>9.1%}"
-        for name, stage in part["stages"].items()
-    ]
-    memory = "" if part["peak_memory_mib"] is None else f", peak memory {part['peak_memory_mib']:.0f} MiB"
-    lines.append(
-        f"    {part['images_per_second']:.2f} images/s, stages sum to {part['sum_of_stages_ms']:.2f} ms" + memory
-    )
-    if kind == "inference":
-        lines.append(
-            f"    decoded from synthetic outputs: {part['candidates_per_image']:.0f} candidates, "
-            f"{part['instances_per_image']:.0f} instances per image"
-        )
-    else:
-        lines.append(
-            f"    {part['images_per_second_without_targets']:.2f} images/s without the targets, "
-            "which loader workers assign"
-        )
-    return "\n".join(lines)
+LEAST = {  # smallest value of each number
+    "batch_size": 1,
+    "threads": 1,
+    "iterations": 1,
+    "warmup": 0,
+    "instances": 0,
+    "candidates": 0,
+    "images": 1,
+}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -109,6 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="benchmark.py",
         description="Measure images per second, stage by stage, "
         "on synthetic images with random weights; needs no data.",
+        epilog="several processes train together: torchrun --nproc-per-node 8 benchmark.py, or benchmark.py --nproc 8",
     )
     parser.add_argument(
         "--config",
@@ -117,7 +54,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help=f"model names or YAML files (default: {' '.join(DEFAULT_CONFIGS)})",
     )
-    parser.add_argument("--mode", choices=("infer", "train", "all"), default="all")
+    parser.add_argument(
+        "--mode",
+        choices=(*MODES, "all"),
+        default="all",
+        help="infer: photograph to masks, plain and model.optimize(); train: one optimiser step; data: files to "
+        "batches with targets; nms: Matrix NMS and post-processing alone; eval: results to run lengths and AP",
+    )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar=("WHAT", "VALUE"),
+        help=f"measure at several values, each in a fresh process: {', '.join(SWEEPS)} (sizes as HxW)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar=("OLD.json", "NEW.json"),
+        help="then print the ratios to an earlier report; with two reports, compare them and measure nothing",
+    )
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine that train together")
     parser.add_argument(
         "--size",
         nargs=2,
@@ -126,21 +82,33 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="network input in pixels, multiples of "
         "32 from 64 on (default: 800 1216 or 448 768, by the test scale of the model)",
     )
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1, help="images per process")
     parser.add_argument("--precision", choices=tuple(HALF_TYPES), default="float32")
     parser.add_argument("--device", help="e.g. cpu (default: the accelerator, if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
-    parser.add_argument("--iterations", type=int, help="measured ones (default: 3 on a CPU, 50 elsewhere)")
-    parser.add_argument("--warmup", type=int, help="unmeasured ones before them (default: 1 on a CPU, 20 elsewhere)")
-    parser.add_argument("--instances", type=int, default=8, help="ellipses per image as ground truth in training")
+    parser.add_argument(
+        "--iterations", type=int, help="measured ones (default: 3 on a CPU, 50 elsewhere; data and nms: at least 20)"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        help="unmeasured ones before them (default: 2 on a CPU, 20 elsewhere; data and nms: at least 5); two always "
+        "run, to count operations and memory",
+    )
+    parser.add_argument("--instances", type=int, default=8, help="ellipses per image as ground truth")
     parser.add_argument(
         "--candidates",
         type=int,
         default=500,
-        help="(cell, class) pairs per image prepared to pass "
-        "the category threshold in inference; direct neighbours of one class suppress each other",
+        help="(cell, class) pairs per image prepared to pass the category threshold in inference, where direct "
+        "neighbours of one class suppress each other; masks given to Matrix NMS in --mode nms",
     )
-    parser.add_argument("--data-root", metavar="DIR", help="also measure loading from this COCO tree")
+    parser.add_argument("--images", type=int, default=20, help="images of 100 results each in --mode eval")
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="load from this COCO tree instead of generated shapes; --mode train loads too",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report as one JSON object")
     return parser.parse_args(argv)
 
@@ -153,32 +121,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     _check(args)
-    device = select_device(args.device)
+    old = None
+    if args.compare is not None:
+        old, *new = [read_report(path) for path in args.compare]
+        if new:
+            print(compare(old, new[0]))
+            return 0
+    _check_workloads(args)
+    if args.nproc is not None:
+        distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
+    device = distributed.select_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    workloads = [_workload(name, args, device) for name in args.config]  # before any measuring: names may be wrong
-    machine = environment(device)
-    print(
-        f"{machine['device_name']} ({machine['device']}), {machine['threads']} threads, torch {machine['torch']}, "
-        f"torchvision {machine['torchvision']}, solov2 {machine['solov2']} (commit {machine['commit'] or 'unknown'})"
-    )
-    print(
-        "synthetic images and masks, random weights; median and 90th percentile of "
-        f"{workloads[0].iterations} iterations after {workloads[0].warmup}",
-        flush=True,
-    )
-    reports = []
-    for workload in workloads:
-        try:
-            reports.append(_report(workload, args.mode, args.data_root))
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{workload.config.name} does not fit into memory; lower --batch-size or --size"
-            ) from error
-    if args.json is not None:
-        content = {"environment": machine, "settings": vars(args), "reports": reports}
-        Path(args.json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    distributed.start(device)
+    try:
+        content = _measure(args, device, _say if distributed.is_main() else _say_nothing)
+        if distributed.is_main():
+            if args.json is not None:
+                text = json.dumps(content, indent=1, allow_nan=False)
+                Path(args.json).write_text(text + "\n", encoding="utf-8")
+            if old is not None:
+                print(f"compared with {args.compare[0]}:\n{compare(old, content)}")
+    finally:
+        distributed.stop()
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def _measure(args: argparse.Namespace, device: torch.device, show: Callable[[str], None]) -> dict[str, Any]:
+    """Everything that was asked for; the content of the JSON file."""
+    content: dict[str, Any] = {"environment": environment(device), "settings": vars(args)}
+    show(format_machine(content["environment"]))
+    show("synthetic images and masks, random weights; median and 90th percentile of (measured after unmeasured) steps")
+    peak = None
+    if args.mode not in ("data", "eval"):  # which multiply nothing
+        content["peak"] = peak = convolution_peak(device, args.precision)
+        show(format_peak(peak))
+    if args.sweep is not None:
+        rows, reports = run_sweep(args, peak, show)
+        show(format_sweep(args.sweep[0], rows))
+        return {**content, "sweep": rows, "reports": reports}
+    workloads = [make_workload(name, args, device) for name in args.config]
+    return {**content, "reports": [measure_workload(workload, args, peak, show) for workload in workloads]}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -187,75 +178,41 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         InputError: a number out of range, or flags that exclude each other.
     """
-    for name, least in (
-        ("batch_size", 1),
-        ("threads", 1),
-        ("iterations", 1),
-        ("warmup", 0),
-        ("instances", 0),
-        ("candidates", 0),
-    ):
+    _check_numbers(args)
+    if args.data_root is not None and args.mode not in ("data", "train", "all"):
+        raise InputError("--data-root measures the loading of training data; use it with --mode data, train or all")
+    if args.compare is not None and len(args.compare) > 2:
+        raise InputError(f"--compare takes one or two reports, got {len(args.compare)}")
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise InputError(f"--json {args.json}: the folder does not exist")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.nproc is not None:
+        distributed.check_nproc(args.nproc)
+        processes = args.nproc
+    if processes > 1 and args.mode not in ("train", "all"):
+        raise InputError(f"several processes measure the training step only; use --mode train, not {args.mode}")
+    if processes > 1 and args.sweep is not None:
+        raise InputError("--sweep measures one process; leave out --nproc and torchrun")
+    if processes > 1 and args.data_root is not None:
+        raise InputError("--data-root measures one process; leave out --nproc and torchrun")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if args.size is not None and (min(args.size) < 64 or any(side % 32 for side in args.size)):
         raise InputError(f"--size must be two multiples of 32, at least 64, got {args.size[0]} {args.size[1]}")
-    if args.data_root is not None and args.mode == "infer":
-        raise InputError("--data-root measures the loading of training data; use it with --mode train or all")
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise InputError(f"--json {args.json}: the folder does not exist")
 
 
-def _workload(name: str, args: argparse.Namespace, device: torch.device) -> Workload:
-    config = load_config(name)
-    long, short = config.model.input_scale
-    size = args.size or INPUT_SIZES.get((long, short), (-(-short // 32) * 32, -(-long // 32) * 32))
-    cells = sum(side**2 for side in config.model.grid_sizes)
-    if args.candidates > cells:
-        raise InputError(f"--candidates {args.candidates} is more than the {cells} grid cells of {config.name}")
-    on_cpu = device.type == "cpu"
-    return Workload(
-        config,
-        tuple(size),
-        device,
-        args.batch_size,
-        args.precision,
-        warmup=(1 if on_cpu else 20) if args.warmup is None else args.warmup,
-        iterations=(3 if on_cpu else 50) if args.iterations is None else args.iterations,
-        instances=args.instances,
-        candidates=args.candidates,
-    )
-
-
-def _report(workload: Workload, mode: str, data_root: str | None) -> dict[str, Any]:
-    """Measure one configuration and print what is known as soon as it is."""
-    model = workload.config.model
-    with torch.device("meta"):
-        parameters = sum(item.numel() for item in construct(model, default_class_names(model.num_classes)).parameters())
-    report: dict[str, Any] = {
-        "config": workload.config.name,
-        "size": list(workload.size),
-        "batch_size": workload.batch_size,
-        "precision": workload.precision,
-        "channels_last": workload.memory_format == torch.channels_last,
-        "warmup": workload.warmup,
-        "iterations": workload.iterations,
-        "parameters": parameters,
-        "synthetic": "images, ground truth and decoded network outputs are synthetic; weights are random",
-    }
-    print(
-        f"{workload.config.name}: {workload.size[0]} x {workload.size[1]}, batch {workload.batch_size}, "
-        f"{workload.precision}, {parameters / 1e6:.1f} M parameters",
-        flush=True,
-    )
-    if data_root is not None:  # first, since files may be missing
-        report["loading"] = measure_loading(workload, Path(data_root))
-        print(f"  loading: {report['loading']['images_per_second_per_worker']:.2f} images/s per worker", flush=True)
-    for flag, kind, function in (("infer", "inference", measure_inference), ("train", "training", measure_training)):
-        if mode in ("all", flag):
-            report[kind] = function(workload)
-            print(format_stages(kind, report[kind]), flush=True)
-    return report
+def _check_workloads(args: argparse.Namespace) -> None:
+    """Every configuration at every value of a sweep, before anything is measured: names and numbers may be wrong."""
+    settings = [args] if args.sweep is None else [settings for _, settings in points(args)]
+    for each in settings:
+        _check_numbers(each)
+        for name in args.config:
+            make_workload(name, each, torch.device("cpu"))
 
 
 if __name__ == "__main__":
