@@ -39,6 +39,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": name,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # else Windows
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "system": platform.platform(),

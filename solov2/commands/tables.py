@@ -25,7 +25,8 @@ def format_machine(machine: dict[str, Any]) -> str:
     return (
         f"{machine['device_name']} ({machine['device']}), {machine['threads']} threads{processes}, torch "
         f"{machine['torch']}, torchvision {machine['torchvision']}, solov2 {machine['solov2']} "
-        f"(commit {machine['commit'] or 'unknown'})"
+        f"(commit {machine['commit'] or 'unknown'}); {machine['cpu_count']} cores, load "
+        f"{_number(machine['load'], '.1f')} before the start"
     )
 
 
