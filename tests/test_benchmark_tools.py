@@ -75,12 +75,15 @@ def test_operations_of_forward_and_backward(layer: nn.Module) -> None:
     assert count_flops(step) == {"forward": forward, "nothing": 0, "backward": 2 * forward}
 
 
-def test_peak_is_the_best_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "layouts"), [("float32", 2), ("bf16", 1)])
+def test_peak_is_the_best_convolution(precision: str, layouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_fastest", lambda function, device: (function(), 0.5)[1])
-    peak = convolution_peak(CPU, "bf16")
+    peak = convolution_peak(CPU, precision)
     height, width = machine.CONVOLUTION_SIZE
     assert peak["gflop_per_second"] == pytest.approx(2 * height * width * 16 * 8 * 9 / 0.5 / 1e9)
-    assert peak["convolution"].startswith(f"3x3 8->16 on 1 x {height} x {width}") and len(peak["convolutions"]) == 2
+    assert (
+        peak["convolution"].startswith(f"3x3 8->16 on 1 x {height} x {width}") and len(peak["convolutions"]) == layouts
+    )
 
 
 def test_added_memory_is_what_a_step_holds() -> None:
