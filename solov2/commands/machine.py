@@ -90,7 +90,7 @@ def convolution_peak(device: torch.device, precision: str) -> dict[str, Any]:
     """
     dtype, batch = HALF_TYPES[precision] or torch.float32, 1 if device.type == "cpu" else 16
     layouts = {", channels last": torch.channels_last}
-    if dtype == torch.float32:  # half types: never the faster one, and half a minute per product on an older CPU
+    if dtype == torch.float32:  # in half types this layout took half a minute per product on a CPU without AVX-512
         layouts[""] = torch.contiguous_format
     rates = {}
     for kernel, channels, outputs in CONVOLUTIONS:
