@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solov2.build import build_assigner, build_criterion, build_model
+from solov2.build import build_assigner, build_criterion, build_model, prepare_for_training
 from solov2.commands.measure import SEED, Workload, measure
 from solov2.commands.roofline import Lap
 from solov2.commands.synthetic import calibrate, synthetic_instances, synthetic_raw
 from solov2.commands.train import wrap
 from solov2.config import InputError
-from solov2.engine import autocast, to_device
+from solov2.engine import autocast, to_device, update_weights
 from solov2.models.postprocess import (
     PostprocessSettings,
     final_masks,
@@ -150,7 +150,7 @@ def measure_training(workload: Workload) -> dict[str, dict[str, Any]]:
     """
     model, pixels, sizes = network_model(workload)
     config, generator = workload.config, torch.Generator().manual_seed(SEED)
-    model.train()
+    model = prepare_for_training(model, config, workload.device).train()
     network = wrap(model, workload.device)
     assigner = build_assigner(config.model)
     criterion = build_criterion(config.model, mask_weight=config.train.mask_weight)
@@ -181,12 +181,7 @@ def measure_training(workload: Workload) -> dict[str, dict[str, Any]]:
         lap("loss")
         scaler.scale(sum(losses.values())).backward()
         lap("backward")
-        if config.train.clip_norm:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm, foreach=True)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update_weights(optimizer, scaler, clip_norm=config.train.clip_norm)
         lap("optimiser step")
 
     report = measure(step, workload)

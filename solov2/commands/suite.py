@@ -18,7 +18,7 @@ from solov2.commands.measure_network import measure_inference, measure_training
 from solov2.commands.measure_results import measure_evaluation, measure_nms
 from solov2.commands.roofline import add_shares
 from solov2.commands.tables import format_part, format_workload
-from solov2.config import InputError, load_config
+from solov2.config import InputError, load_config, override_config
 
 MODES = ("infer", "train", "data", "nms", "eval")
 INPUT_SIZES = {(1333, 800): (800, 1216), (768, 448): (448, 768)}  # by test scale; others: both edges, rounded up to 32
@@ -48,7 +48,7 @@ def make_workload(name: str, args: argparse.Namespace, device: torch.device) -> 
         raise InputError(f"--candidates {args.candidates} is more than the {cells} grid cells of {config.name}")
     on_cpu = device.type == "cpu"
     return Workload(
-        config,
+        override_config(config, {"train.precision": args.precision}),
         tuple(size),
         device,
         args.batch_size,

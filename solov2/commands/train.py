@@ -33,7 +33,6 @@ from solov2.build import (
 )
 from solov2.check_data import quick_check
 from solov2.checkpoint import latest_checkpoint
-from solov2.commands.benchmark import environment
 from solov2.commands.data import (
     add_data_arguments,
     prepare_data,
@@ -48,6 +47,7 @@ from solov2.commands.data import (
 )
 from solov2.commands.dry_run import describe
 from solov2.commands.errors import run_command
+from solov2.commands.machine import environment
 from solov2.commands.picture import draw_predictions
 from solov2.commands.run import (
     Run,
@@ -404,7 +404,6 @@ def _announce(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     run.logger.write(
         "start",
-        processes=plan.processes,
         learning_rate=plan.learning_rate,
         global_batch=plan.global_batch,
         steps_per_epoch=plan.steps_per_epoch,
