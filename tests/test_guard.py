@@ -1,0 +1,146 @@
+"""Steps that are not finite change nothing, are counted or end the run by a sentence that explains them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny_runs import random_batch, tiny_config
+
+from solov2.build import build_criterion, construct
+from solov2.checkpoint import load_file
+from solov2.engine import take_step, train_one_epoch, update_weights
+from solov2.guard import DELAY, NonFiniteError, NonFiniteGuard, first_nonfinite, stuck_mask_loss
+from solov2.logger import RunLogger
+from solov2.optim import build_optimizer
+
+CPU = torch.device("cpu")
+OPTIONS = {"device": CPU, "precision": "float32", "memory_format": torch.contiguous_format}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def parts(kind="adamw"):
+    config = tiny_config()
+    torch.manual_seed(0)
+    model = construct(config.model, list("abcd")).train()
+    optimizer = build_optimizer(model, name=kind, learning_rate=1e-3, momentum=0.9, weight_decay=1e-4, decay_norms=True)
+    return config, model, build_criterion(config.model), optimizer
+
+
+def broken(batch):
+    """A batch whose pixels become NaN on the way into the network."""
+    return {**batch, "pixels": torch.full_like(batch["pixels"], float("nan"), dtype=torch.float32)}
+
+
+def train(tmp_path, batches, *, skip, kind="adamw"):
+    config, model, criterion, optimizer = parts(kind)
+    logger = RunLogger(tmp_path, main=True)
+    guard = NonFiniteGuard(tmp_path, skip=skip, file_name=lambda image_id: f"photo{image_id}.jpg")
+    try:
+        train_one_epoch(
+            model, criterion, batches, optimizer, lambda step: 1.0, learning_rate=1e-3, device=CPU, epoch=0,
+            steps_per_epoch=len(batches), total_steps=len(batches), logger=logger, guard=guard, clip_norm=35.0,
+            log_every=100,
+        )  # fmt: skip
+    finally:
+        logger.close()
+    return model, guard
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "plain"])
+def test_a_failed_step_changes_nothing(kind):
+    config, model, criterion, optimizer = parts("sgd" if kind == "plain" else kind)
+    if kind == "plain":  # an optimiser that is not fused: the gradients become zero instead
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = random_batch(config, seed=0)
+    take_step(model, criterion, [batch], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    state, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    losses, failed = take_step(model, criterion, [broken(batch)], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    assert failed.item() == 1 and not any(loss.isfinite() for loss in losses.values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]) or "num_batches" in name, name
+    for key, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            assert value is None or torch.equal(value, moments[key][name]), name
+    _, failed = take_step(model, criterion, [batch], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    assert not failed.item() and any(not torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_update_is_clipping_and_stepping(clip_norm):
+    _, model, _, optimizer = parts("sgd")
+    other = copy.deepcopy(model)
+    plain = torch.optim.SGD(other.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    for _ in range(2):
+        for one, two in zip(model.parameters(), other.parameters()):
+            one.grad = torch.randn_like(one)
+            two.grad = one.grad.clone()
+        norm = update_weights(optimizer, torch.amp.GradScaler("cpu", enabled=False), clip_norm=clip_norm)
+        expected = torch.nn.utils.clip_grad_norm_(other.parameters(), clip_norm or 1e9)
+        plain.step()
+        assert norm == pytest.approx(expected.item()) and all(p.grad is None for p in model.parameters())
+    for one, two in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
+def test_the_run_ends_a_few_steps_later_with_names_and_a_file(tmp_path):
+    config = tiny_config()
+    batches = [random_batch(config, seed=seed) for seed in range(DELAY + 4)]
+    batches[2] = {**broken(batches[2]), "image_ids": [7, 9]}
+    with pytest.raises(NonFiniteError, match=r"step 3 is not finite.*photo7.jpg, photo9.jpg: the output of backbone"):
+        train(tmp_path, batches, skip=False)
+    saved = load_file(tmp_path / "nonfinite_step_3_process_0.pth")
+    assert saved["step"] == 2 and saved["batches"][0]["image_ids"] == [7, 9]
+    assert set(saved["batches"][0]["targets"]) >= {"category", "positives", "masks"}
+
+
+def test_skipped_steps_are_counted_and_leave_no_trace(tmp_path):
+    config = tiny_config()
+    good = [random_batch(config, seed=seed) for seed in range(4)]
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    # One more at the end, so that both runs end with the same step: SGD has no step counter.
+    model, guard = train(tmp_path / "with", [*good[:2], broken(good[0]), *good[2:]], skip=True, kind="sgd")
+    other, _ = train(tmp_path / "without", good, skip=True, kind="sgd")
+    assert guard.skipped == 1
+    for (name, one), two in zip(model.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(one, two) or "num_batches" in name, name
+    row = json.loads((tmp_path / "with" / "log.jsonl").read_text().splitlines()[-1])
+    assert row["skipped"] == 1 and 0 < row["loss"] < 100
+
+
+def test_the_first_culprit_is_named():
+    config, model, criterion, _ = parts()
+    batch = random_batch(config, seed=0)
+    images = model.normalize(batch["pixels"], batch["sizes"])
+
+    def forward():
+        return criterion(model(images), batch["targets"])
+
+    assert "present weights is finite" in first_nonfinite(model, forward)
+    assert first_nonfinite(model, lambda: {"loss_mask": torch.tensor(float("inf"))}) == "loss_mask is inf"
+    weight = model.fpn.lateral[0].weight
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    assert "gradient of fpn.lateral.0.weight" in first_nonfinite(model, forward)
+    hook.remove()
+    handle = model.fpn.output[1].register_forward_hook(lambda _m, _i, output: output * float("inf"))
+    assert "output of fpn.output.1" in first_nonfinite(model, forward)
+    handle.remove()
+    with torch.no_grad():
+        weight[0] = float("nan")
+    assert first_nonfinite(model, forward) == "fpn.lateral.0.weight is itself not finite"
+
+
+@pytest.mark.parametrize(("loss", "weight", "stuck"), [(2.95, 3.0, True), (2.6, 3.0, False), (0.99, 1.0, True)])
+def test_a_mask_loss_that_stays_is_said(loss, weight, stuck):
+    assert (stuck_mask_loss(loss, weight) is not None) == stuck

@@ -1,0 +1,209 @@
+"""A run that was stopped goes on with the same bits: position in the epoch, averages, exit codes, checkpoints kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_runs import arguments, tiny_config
+
+from solov2.build import build_model
+from solov2.checkpoint import latest_checkpoint, load_file, newest_loadable, save_step, step_checkpoints
+from solov2.commands.run import averaged_model, check_folder, determinism
+from solov2.commands.stop import STOPPED, StopSignal
+from solov2.commands.train import main
+from solov2.config import InputError
+from solov2.data.loader import TrainBatchSampler
+
+WORDS = [
+    word
+    for option in (
+        "data.workers=2", "data.shapes_train=48", "data.train_scales=[64,56]", "train.accumulate=2", "train.ema_decay=0.9",
+        "train.batch_size=2", "train.epochs=3", "train.evaluate_every=2", "train.checkpoint_steps=3",
+    )
+    for word in ("--set", option)
+]  # fmt: skip
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data") / "shapes"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def same(first, second):
+    """Whether two checkpoints are equal to the bit, from the weights to the states of the generators."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processes):
+    """SIGTERM: a checkpoint of that very step and exit code 75; resumed, every bit is the uninterrupted run's."""
+    launcher = LAUNCHER if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "train.py", *arguments(data, tmp_path / "whole", *WORDS)]
+    done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, *launcher, "train.py", *arguments(data, tmp_path / "cut", *WORDS)]
+    process = subprocess.Popen(
+        command, cwd=repo_root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1  step 2"):
+            process.send_signal(signal.SIGTERM)
+            break
+    asked = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 30 and "stopped by SIGTERM; go on with: --resume" in errors
+    assert process.returncode == (STOPPED if processes == 1 else 1)  # of several, the code is torchrun's
+    content = load_file(tmp_path / "cut" / "last.pth")
+    assert content["epoch"] < 3 and content["step"] >= 1
+    resumed = subprocess.run([*command, "--resume"], cwd=repo_root, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    whole, cut = (load_file(tmp_path / name / "last.pth") for name in ("whole", "cut"))
+    assert [key for key in whole if not same(whole[key], cut[key])] == []
+    assert not list((tmp_path / "cut").glob(".*"))
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert kinds.count("start") == 2 and kinds.count("resume") == 1 and kinds.count("evaluation") >= 2
+
+
+def test_a_truncated_checkpoint_is_passed_over(data, tmp_path, capsys):
+    words = [*WORDS, "--epochs", "1", "--evaluate-every", "0"]
+    assert main(arguments(data, tmp_path / "run", *words)) == 0
+    newest, older = step_checkpoints(tmp_path / "run")
+    content = newest.read_bytes()
+    assert (tmp_path / "run" / "last.pth").read_bytes() == content
+    newest.write_bytes(content[: len(content) // 2])  # last.pth is the same file
+    capsys.readouterr()
+    assert main(arguments(data, tmp_path / "run", *words, "--resume")) == 0
+    output = capsys.readouterr()
+    assert "passed over" in output.err and "truncated" in output.err and f"resumed {older}" in output.out
+    for path in (tmp_path / "run").glob("*.pth"):
+        path.write_bytes(b"nothing")
+    assert main(arguments(data, tmp_path / "run", *words, "--resume", "auto")) == 2
+    assert "holds no checkpoint that can be read" in capsys.readouterr().err
+
+
+def test_checkpoints_are_kept_and_dropped(tmp_path):
+    for step in (5, 10, 15):
+        save_step(tmp_path, step, {"step": step}, keep=2)
+    assert [path.name for path in step_checkpoints(tmp_path)] == ["step_00000015.pth", "step_00000010.pth"]
+    assert load_file(latest_checkpoint(tmp_path))["step"] == 15
+    (tmp_path / "last.pth").unlink()
+    assert latest_checkpoint(tmp_path) == step_checkpoints(tmp_path)[0]
+    assert newest_loadable(tmp_path) == (step_checkpoints(tmp_path)[0], [])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_without_links_the_last_checkpoint_is_a_copy(tmp_path, monkeypatch):
+    def refuse(*_paths):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save_step(tmp_path, 1, {"step": 1}, keep=1)
+    assert load_file(tmp_path / "last.pth")["step"] == 1 and not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    save_step(tmp_path, 1, {"step": 1}, keep=2)
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_step(tmp_path, 2, {"step": 2}, keep=2)
+    assert load_file(tmp_path / "last.pth")["step"] == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_restarted_worker_resumes_by_itself(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").touch()
+    with pytest.raises(InputError, match="already holds files"):
+        check_folder(folder, None, False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert check_folder(folder, None, False) is None  # killed before its first checkpoint
+    save_step(folder, 3, {"step": 3}, keep=2)
+    assert check_folder(folder, None, True) == folder / "last.pth"  # --overwrite belongs to the first start
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_the_sampler_goes_on_inside_an_epoch(first):
+    ratios = [1.5, 0.7, 1.2, 1.0, 0.5, 1.1, 2.0]
+    one, two = (TrainBatchSampler(ratios, batch_size=2, rank=1, world_size=2, seed=3) for _ in range(2))
+    one.set_epoch(4)
+    two.set_epoch(4, first_batch=first)
+    assert list(two) == list(one)[first:] and len(one) == len(two)
+
+
+def test_averages_follow_their_formula():
+    torch.manual_seed(0)
+    model = build_model(tiny_config(), weights=None)
+    average = averaged_model(model, 0.9)
+    assert not int(average.n_averaged)
+    expected = None
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model.backbone.bn1.running_mean.normal_()
+        average.update_parameters(model)
+        state = {name: value.double() for name, value in model.state_dict().items()}
+        expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in state.items()} if expected else state
+    for name, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_averaged_weights_are_what_a_checkpoint_gives(data, tmp_path):
+    assert main(arguments(data, tmp_path / "run", *WORDS, "--epochs", "1")) == 0
+    content = load_file(tmp_path / "run" / "last.pth")
+    assert content["updates"] == 12
+    model = build_model(weights=tmp_path / "run" / "last.pth")
+    name = "head.category_predictor.weight"
+    assert torch.equal(model.state_dict()[name], content["averaged"][name])
+    assert not torch.equal(content["model"][name], content["averaged"][name])
+
+
+def test_a_signal_is_received_once_and_handlers_come_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with StopSignal(60) as stop:
+        assert stop.poll() == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.poll() == signal.SIGUSR1
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_determinism_is_kept_or_refused(data, tmp_path):
+    with determinism(True):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    words = [*WORDS, "--epochs", "1", "--evaluate-every", "0", "--deterministic"]
+    for name in "ab":
+        assert main(arguments(data, tmp_path / name, *words)) == 0
+    one, two = (load_file(tmp_path / name / "last.pth") for name in "ab")
+    assert same(one, two) and one["config"]["train"]["deterministic"]
+    start = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[0])
+    assert {"commit", "torch", "device", "configuration_sha256", "annotations_sha256", "seed"} <= set(start)
