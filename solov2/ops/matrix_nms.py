@@ -35,18 +35,35 @@ def matrix_nms(
         raise ValueError(f"Matrix NMS kernel must be 'gaussian' or 'linear', got {kernel!r}")
     if len(scores) == 0:
         return scores.clone()
-    precision = torch.promote_types(scores.dtype, torch.float32)
-    intersection = _intersections(masks if masks.ndim == 3 else masks.flatten(1)[:, None], labels).to(precision)
-    area = intersection.diagonal()
-    iou = intersection / (area[:, None] + area[None] - intersection).clamp(min=1)
-    iou = torch.where(labels[:, None] == labels[None], iou, 0).triu(1)  # [i, j]: i suppresses j
-    compensation = iou.amax(0)[:, None]  # of suppressor i by those above it
+    intersections = _intersections(masks if masks.ndim == 3 else masks.flatten(1)[:, None], labels)
+    return decay_scores(intersections, labels, scores, kernel=kernel, sigma=sigma)
+
+
+def decay_scores(
+    intersections: Tensor, labels: Tensor, scores: Tensor, *, kernel: str = "gaussian", sigma: float = 2.0
+) -> Tensor:
+    """The decay of `matrix_nms` where the pixels that masks share are known; shapes do not depend on values.
+
+    Args:
+        intersections: [..., N, N] pixels, the areas in the diagonal.
+        labels: int64 [..., N].
+        scores: float [..., N], descending.
+        kernel, sigma: as in `matrix_nms`.
+
+    Returns:
+        Decayed scores, [..., N].
+    """
+    intersections = intersections.to(torch.promote_types(scores.dtype, torch.float32))
+    area = intersections.diagonal(dim1=-2, dim2=-1)
+    iou = intersections / (area[..., :, None] + area[..., None, :] - intersections).clamp(min=1)
+    iou = torch.where(labels[..., :, None] == labels[..., None, :], iou, 0).triu(1)  # [i, j]: i suppresses j
+    compensation = iou.amax(-2)[..., :, None]  # of suppressor i by those above it
     if kernel == "gaussian":
         decay = torch.exp(-sigma * (iou**2 - compensation**2))
     else:
         decay = torch.where(compensation < 1, (1 - iou) / (1 - compensation), torch.ones_like(iou))
     # Pairs that do not count have iou 0, hence decay f(0) / f(compensation) >= 1.
-    return (scores * decay.amin(0).clamp(max=1)).to(scores.dtype)
+    return (scores * decay.amin(-2).clamp(max=1)).to(scores.dtype)
 
 
 def _intersections(masks: Tensor, labels: Tensor) -> Tensor:
