@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -62,7 +63,18 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def write_file(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` so that `path` holds either the old file or the whole new one, whatever happens in between.
+    """Write `content` by `torch.save`, see `replace_file`.
+
+    Raises:
+        OSError: disk full, no permission; the old file stays.
+    """
+    with replace_file(path) as file:
+        torch.save(content, file)
+
+
+@contextlib.contextmanager
+def replace_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, so that `path` holds either the old file or the whole new one, whatever happens in between.
 
     Raises:
         OSError: disk full, no permission; the old file stays.
@@ -71,7 +83,7 @@ def write_file(path: str | Path, content: dict[str, Any]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
