@@ -46,6 +46,7 @@ setup(
         "dev": [*TEST, "ruff>=0.9"],
         "fast": FAST,
         "tensorboard": ["tensorboard>=2.14"],
+        "export": ["onnx>=1.17", "onnxscript>=0.5"],  # ONNX alone; .pt2 needs nothing further
     },
     entry_points={
         "console_scripts": [
@@ -54,6 +55,7 @@ setup(
             "solov2-benchmark = solov2.commands.benchmark:main",
             "solov2-predict = solov2.predict:main",
             "solov2-check-data = solov2.check_data:main",
+            "solov2-export = solov2.export:main",
         ]
     },
 )

@@ -42,7 +42,8 @@ MAY_IMPORT = {
 # Floor 0 is flat but for the one exception class that every module may raise.
 ONLY_NAMES = {("ops", "config"): {"InputError"}, ("distributed", "config"): {"InputError"}}
 OUTSIDE = {"torch", "torchvision", "pycocotools", "numpy", "PIL", "yaml", "tqdm"}
-OPTIONAL = {"faster_coco_eval", "tensorboard", "torch.utils.tensorboard"}  # extras: imported inside functions only
+# Extras: imported inside functions only.
+OPTIONAL = {"faster_coco_eval", "onnxscript", "tensorboard", "torch.utils.tensorboard"}
 MIN_HINTED = 0.95
 
 

@@ -109,7 +109,10 @@ def test_entry_points_and_requirements(wheel: Path) -> None:
         [metadata] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA")]
         modules = set(archive.namelist())
     scripts = dict(parser["console_scripts"])
-    assert set(scripts) == {"solov2-train", "solov2-eval", "solov2-benchmark", "solov2-predict", "solov2-check-data"}
+    assert set(scripts) == {
+        "solov2-train", "solov2-eval", "solov2-benchmark", "solov2-predict", "solov2-export",
+        "solov2-check-data",
+    }  # fmt: skip
     for target in scripts.values():
         module, function = target.split(":")
         assert function == "main" and module.replace(".", "/") + ".py" in modules

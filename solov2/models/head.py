@@ -91,7 +91,7 @@ class SOLOv2Head(nn.Module):
         grid, coordinates = (
             F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False) for x in (feature, coordinates)
         )
-        return grid, coordinates.expand(len(grid), -1, -1, -1)
+        return grid, coordinates.expand(grid.shape[0], -1, -1, -1)
 
 
 def apply_tower(tower: nn.Sequential, levels: Sequence[Tensor]) -> list[Tensor]:

@@ -49,7 +49,7 @@ class MaskFeatureHead(nn.Module):
             x = pyramid[i]
             if i == 3:
                 coordinates = coordinate_channels(*x.shape[-2:], dtype=x.dtype, device=x.device)
-                x = torch.cat([x, coordinates.expand(len(x), -1, -1, -1)], dim=1)
+                x = torch.cat([x, coordinates.expand(x.shape[0], -1, -1, -1)], dim=1)
             for step in self.levels[i]:
                 x = F.interpolate(step(x), scale_factor=2, mode="bilinear", align_corners=False)
             fused = fused + x

@@ -1,0 +1,250 @@
+"""One graph from pixels to instances: `python -m solov2.export --config NAME --weights FILE --size H W --output FILE`.
+
+Post-processing as `solov2.models.postprocess` does it has as many candidates as the image asks for. Here every step
+has a fixed number of rows instead: the best cells, the best (cell, class) pairs of those, the best instances. No shape
+depends on a value, which is what `torch.export`, ONNX and compilers ask for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from solov2.build import build_model
+from solov2.checkpoint import replace_file
+from solov2.config import InputError
+from solov2.distributed import select_device
+from solov2.models.optimize import fold_batch_norms
+from solov2.models.postprocess import PostprocessSettings, flatten_raw, widen
+from solov2.models.solov2 import SOLOv2
+from solov2.ops.matrix_nms import decay_scores
+
+NUM_CELLS = 512  # photographs seldom have more cells above the category threshold
+FORMATS = (".pt2", ".onnx")
+
+
+class ExportedSOLOv2(nn.Module):
+    """What is exported: pixels in, instances or raw outputs out.
+
+    Args:
+        model: left as it is; a copy with its batch norms folded is exported.
+        raw: return the raw outputs of `SOLOv2.forward` instead of instances.
+        num_cells: cells whose masks are computed, see `select_instances`.
+
+    Raises:
+        InputError: settings without a limit, which have no fixed number of rows.
+    """
+
+    def __init__(self, model: SOLOv2, *, raw: bool = False, num_cells: int = NUM_CELLS) -> None:
+        super().__init__()
+        for name in ("max_candidates", "max_instances"):
+            if not raw and getattr(model.settings, name) < 1:
+                raise InputError(f"an exported graph needs model.{name} of 1 or more")
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        fold_batch_norms(self.model)
+        self.raw, self.num_cells = raw, num_cells
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        """Instances of a batch.
+
+        Args:
+            pixels: uint8 [B, 3, H, W], RGB, padded at the bottom and right to multiples of 32.
+            sizes: int64 [B, 2], (height, width) of each image inside.
+
+        Returns:
+            What `select_instances` returns, or the raw outputs.
+        """
+        raw = self.model(self.model.normalize(pixels, sizes))
+        return raw if self.raw else select_instances(raw, self.model.settings, num_cells=self.num_cells)
+
+
+def select_instances(
+    raw: dict[str, Tensor | list[Tensor]], settings: PostprocessSettings, *, num_cells: int = NUM_CELLS
+) -> dict[str, Tensor]:
+    """The instances that `solov2.models.postprocess.postprocess` finds, in tensors of fixed shape.
+
+    They are the same as long as no more than `num_cells` cells have a category score above `category_threshold`; of
+    more, those with the highest category score are taken. All masks of these cells are alive at once: 3 x B x num_cells
+    x H / 4 x W / 4 floats.
+
+    Args:
+        raw: outputs of `SOLOv2.forward`.
+        settings: thresholds and limits; `max_candidates` and `max_instances` of 1 or more.
+        num_cells: n, cells that a mask is computed for.
+
+    Returns:
+        scores: float [B, K], descending, 0 where the image has fewer instances; K = max_instances (or n C, if smaller).
+        labels: int64 [B, K], meaningless where the score is 0, like the mask.
+        masks: float [B, K, H / 4, W / 4], probabilities on the padded input at stride 4.
+    """
+    scores, kernels, area_thresholds = flatten_raw(raw, settings)  # [B, cells, C], [B, cells, E], [cells]
+    features = widen(raw["mask_features"])
+    cells = scores.amax(2).topk(min(num_cells, scores.shape[1]), dim=1).indices  # [B, n]
+    soft = (_rows(kernels, cells).to(features.dtype) @ features.flatten(2)).sigmoid()  # [B, n, h w]
+    masks = (soft > settings.mask_threshold).to(soft.dtype)
+    areas = masks.sum(2)
+    mask_scores = torch.where(areas > area_thresholds[cells], (soft * masks).sum(2) / areas.clamp(min=1), 0)
+    scores = _rows(scores, cells)  # [B, n, C]
+    num_classes = scores.shape[2]
+    scores = torch.where(scores > settings.category_threshold, scores * mask_scores[:, :, None], 0).flatten(1)
+    scores, pairs = scores.topk(min(settings.max_candidates, scores.shape[1]), dim=1)
+    slots, labels = pairs // num_classes, pairs % num_classes  # slots: which of the n cells
+    shared = _rows(_rows(masks @ masks.mT, slots).mT, slots)  # symmetric
+    scores = decay_scores(shared, labels, scores, kernel=settings.nms_kernel, sigma=settings.nms_sigma)
+    scores = torch.where(scores >= settings.score_threshold, scores, 0)
+    scores, order = scores.topk(min(settings.max_instances, scores.shape[1]), dim=1)
+    soft = _rows(soft, slots.gather(1, order))
+    return {
+        "scores": scores,
+        "labels": labels.gather(1, order),
+        "masks": soft.unflatten(2, features.shape[-2:]),
+    }
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """values [B, n, m] at rows [B, k] -> [B, k, m]."""
+    return values.gather(1, rows[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def export_program(
+    model: SOLOv2, size: tuple[int, int], *, raw: bool = False, num_cells: int = NUM_CELLS
+) -> torch.export.ExportedProgram:
+    """`ExportedSOLOv2` as one graph for images of one padded size and batches of any size, on the model's device.
+
+    Raises:
+        InputError: `size` (height, width) is not of positive multiples of 32; see `ExportedSOLOv2`.
+    """
+    if any(side < model.divisor or side % model.divisor for side in size):
+        raise InputError(f"size {size[0]} x {size[1]}: height and width must be multiples of {model.divisor}")
+    module = ExportedSOLOv2(model, raw=raw, num_cells=num_cells).eval()
+    device = model.pixel_mean.device
+    pixels = torch.zeros(2, 3, *size, dtype=torch.uint8, device=device)  # a batch of 1 would be taken for a constant
+    sizes = torch.tensor([size, size], device=device)
+    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    with torch.no_grad():
+        return torch.export.export(module, (pixels, sizes), dynamic_shapes=(batch, batch))
+
+
+def save_program(program: torch.export.ExportedProgram, path: str | Path, class_names: Sequence[str]) -> None:
+    """Write a program and the names of its classes; an existing file is replaced as a whole or not at all.
+
+    Args:
+        program: from `export_program`.
+        path: .pt2 for `torch.export.load`, .onnx for ONNX.
+        class_names: kept as a JSON list: the extra file class_names.json of a .pt2, the metadata class_names in ONNX.
+
+    Raises:
+        InputError: another ending, or ONNX is wanted and its packages are absent.
+        OSError: disk full, no permission.
+    """
+    check_format(path)
+    names = json.dumps(list(class_names))
+    onnx = _to_onnx(program, names) if Path(path).suffix == ".onnx" else None
+    with replace_file(path) as file:
+        if onnx is None:
+            torch.export.save(program, file, extra_files={"class_names.json": names})
+        else:
+            file.write(onnx)
+
+
+def check_format(path: str | Path) -> None:
+    """Whether `save_program` can write this kind of file here.
+
+    Raises:
+        InputError: as of `save_program`.
+    """
+    if Path(path).suffix not in FORMATS:
+        raise InputError(f"{path}: the name must end in {' or '.join(FORMATS)}")
+    if Path(path).suffix == ".onnx":
+        try:
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise InputError("ONNX needs further packages: pip install 'solov2[export]'") from error
+
+
+def _to_onnx(program: torch.export.ExportedProgram, class_names: str) -> bytes:
+    outputs = program.module()(*program.example_inputs[0])
+    names = [
+        name if isinstance(value, Tensor) else f"{name}_{level}"
+        for name, value in outputs.items()
+        for level in range(1 if isinstance(value, Tensor) else len(value))
+    ]
+    model = torch.onnx.export(program, output_names=names, verbose=False).model_proto
+    model.metadata_props.add(key="class_names", value=class_names)
+    return model.SerializeToString()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments; those of the process where None.
+
+    Returns:
+        0; 2 for a mistake in what was asked for; 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _export(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    check_format(args.output)
+    if args.output.exists() and not args.overwrite:
+        raise InputError(f"{args.output} exists already; give another --output or --overwrite")
+    if not args.output.parent.is_dir():
+        raise InputError(f"folder {args.output.parent} does not exist")
+    if args.cells < 1:
+        raise InputError(f"--cells {args.cells}: must be 1 or more")
+    overrides = {"max_instances": args.max_instances, "score_threshold": args.score_threshold}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    model = build_model(args.config, weights=args.weights, device=select_device(args.device), **overrides)
+    size = tuple(args.size)
+    program = export_program(model, size, raw=args.raw, num_cells=args.cells)
+    save_program(program, args.output, model.class_names)
+    found = "raw outputs" if args.raw else f"scores, labels, masks of {model.settings.max_instances} instances"
+    print(
+        f"{args.output} ({args.output.stat().st_size / 1e6:.0f} MB): pixels uint8 [B, 3, {size[0]}, {size[1]}], "
+        f"sizes int64 [B, 2] -> {found}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m solov2.export", description="Write a model as one graph from pixels to instances."
+    )
+    parser.add_argument("--config", metavar="NAME", help="model name or YAML file; default: what the checkpoint says")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint; official: the published one")
+    parser.add_argument(
+        "--size", required=True, nargs=2, type=int, metavar=("H", "W"), help="of the padded input, multiples of 32"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help=".pt2 for torch.export.load, or .onnx"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--raw", action="store_true", help="stop at the raw outputs of the network")
+    parser.add_argument("--max-instances", type=int, metavar="K", help="rows of the result; default: the model's own")
+    parser.add_argument("--score-threshold", type=float, metavar="X", help="least score; default: the model's own")
+    parser.add_argument(
+        "--cells", type=int, default=NUM_CELLS, metavar="N", help=f"cells that masks are computed for ({NUM_CELLS})"
+    )
+    parser.add_argument("--device", help="for example cpu; default: an accelerator if there is one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

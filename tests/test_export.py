@@ -1,0 +1,187 @@
+"""The exported graph finds the instances that the model finds, and its file is all that is needed to run it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import load, raw_outputs
+from test_postprocess import settings_of
+from tiny_models import VARIANTS, lively, tiny_model
+from tiny_runs import tiny_config
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from solov2 import export
+from solov2.build import build_model, construct
+from solov2.checkpoint import save_checkpoint
+from solov2.export import ExportedSOLOv2, export_program, main, select_instances
+from solov2.models.postprocess import flatten_raw, postprocess
+
+CASES = {case["name"]: case for case in load("postprocess.json.gz")["cases"]}
+SIZE = (64, 96)
+NAMES = ["cat", "dog", "owl", "cow"]
+
+
+def final_masks(soft: Tensor, size: tuple[int, int], original_size: tuple[int, int], threshold: float) -> Tensor:
+    """What the README tells users of an exported file to do with its masks [K, h, w]: bool [K, H, W]."""
+    height, width = size
+    soft = F.interpolate(soft[None], scale_factor=4, mode="bilinear")[..., :height, :width]
+    return F.interpolate(soft, size=original_size, mode="bilinear")[0] > threshold
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["normal", "batch_of_three", "area_filter", "linear_kernel", "over_100_survive", "crop_up", "nothing_passes"],
+)
+def test_instances_are_those_of_postprocess(name: str) -> None:
+    """Cases of the reference, in float64 so that ties and thresholds fall alike."""
+    case = CASES[name]
+    settings, raw = settings_of(case), raw_outputs(case["tag"], case["params"], torch.float64)
+    sizes, originals = ([tuple(meta[key]) for meta in case["metas"]] for key in ("img_shape", "ori_shape"))
+    scores, _, _ = flatten_raw(raw, settings)
+    num_cells = max(20, int((scores.amax(2) > settings.category_threshold).sum(1).max()))
+    fixed = select_instances(raw, settings, num_cells=num_cells)
+    wanted = postprocess(raw, sizes, originals, settings)
+    assert fixed["scores"].shape == fixed["labels"].shape == (len(wanted), settings.max_instances)
+    for i, result in enumerate(wanted):
+        count = len(result["scores"])
+        assert torch.allclose(fixed["scores"][i, :count], result["scores"], atol=1e-9)
+        assert not fixed["scores"][i, count:].any()
+        found = list(zip(fixed["labels"][i, :count].tolist(), fixed["scores"][i], fixed["masks"][i]))
+        for label, score, mask in zip(result["labels"].tolist(), result["scores"], result["masks"]):
+            # Instances of equal scores may come in any order.
+            alike = torch.stack([m for own, s, m in found if own == label and abs(s - score) <= 1e-9])
+            masks = final_masks(alike, sizes[i], originals[i], settings.mask_threshold)
+            assert (masks ^ mask).flatten(1).sum(1).min() <= 1
+
+
+def test_fewer_cells_are_the_best_ones() -> None:
+    """Without the cells of the lowest category scores the best instances stay what they were."""
+    case = CASES["normal"]
+    settings, raw = settings_of(case), raw_outputs(case["tag"], case["params"], torch.float64)
+    everything, fewer = (select_instances(raw, settings, num_cells=count) for count in (1000, 200))
+    assert torch.allclose(everything["scores"][0, 0], fewer["scores"][0, 0])
+    assert (select_instances(raw, settings, num_cells=3)["scores"] > 0).sum() < (fewer["scores"] > 0).sum()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny network that finds something."""
+    torch.manual_seed(0)
+    config = tiny_config("model.max_instances=20")
+    model = lively(construct(config.model, NAMES))
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    save_checkpoint(path, {"model": model.state_dict(), "config": config.to_dict(), "class_names": NAMES})
+    return path
+
+
+def arguments(checkpoint: Path, output: Path, *more: str) -> list[str]:
+    size = [str(side) for side in SIZE]
+    return ["--weights", str(checkpoint), "--size", *size, "--output", str(output), "--device", "cpu", *more]
+
+
+def test_a_file_runs_without_the_library(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Written by the command, read by torch alone: batches of other sizes, images smaller than the padded size."""
+    path = tmp_path / "tiny.pt2"
+    assert main(arguments(checkpoint, path)) == 0
+    assert "pixels uint8 [B, 3, 64, 96]" in capsys.readouterr().out and [*tmp_path.iterdir()] == [path]
+
+    extra = {"class_names.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    assert json.loads(extra["class_names.json"]) == NAMES
+    model, module = build_model(weights=checkpoint), program.module()
+    for sizes in ([(64, 96)], [(64, 96), (50, 70), (33, 96)]):
+        pixels = torch.randint(0, 256, (len(sizes), 3, *SIZE), dtype=torch.uint8)
+        with torch.no_grad():
+            found = module(pixels, torch.tensor(sizes))
+            wanted = model.postprocess(model(model.normalize(pixels, torch.tensor(sizes))), sizes, sizes)
+        assert found["masks"].shape == (len(sizes), 20, 16, 24)
+        for i, result in enumerate(wanted):
+            count = len(result["scores"])
+            assert 0 < count <= 20 and (found["scores"][i] > 0).sum() == count
+            assert torch.allclose(found["scores"][i, :count], result["scores"], atol=1e-4)
+            masks = final_masks(found["masks"][i, :3], sizes[i], sizes[i], 0.5)
+            assert torch.equal(found["labels"][i, :3], result["labels"][:3])
+            assert (masks ^ result["masks"][:3]).sum() <= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--size", "60", "96"], "size 60 x 96: height and width must be multiples of 32"),
+        (["--output", "model.pth"], "model.pth: the name must end in .pt2 or .onnx"),
+        (["--output", "nowhere/model.pt2"], "folder nowhere does not exist"),
+        (["--weights", "nowhere.pth"], "weights file nowhere.pth does not exist"),
+        (["--max-instances", "-1"], "an exported graph needs model.max_instances of 1 or more"),
+        (["--cells", "0"], "--cells 0: must be 1 or more"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], sentence: str
+) -> None:
+    assert main(arguments(checkpoint, tmp_path / "tiny.pt2", *changes)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {sentence}") and captured.err.count("\n") == 1
+    assert not captured.out and not [*tmp_path.iterdir()]
+
+
+def test_a_file_is_kept_unless_told_otherwise(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.pt2"
+    path.write_text("old")
+    assert main(arguments(checkpoint, path)) == 2
+    assert "exists already" in capsys.readouterr().err and path.read_text() == "old"
+
+    def full(program: object, file: BinaryIO, **options: object) -> None:
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(export, "export_program", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.export, "save", full)
+    assert main(arguments(checkpoint, path, "--overwrite")) == 2
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_onnx_without_its_packages(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(arguments(checkpoint, tmp_path / "tiny.onnx")) == 2
+    assert capsys.readouterr().err == "error: ONNX needs further packages: pip install 'solov2[export]'\n"
+
+
+@pytest.mark.slow
+def test_onnx(checkpoint: Path, tmp_path: Path) -> None:
+    """The same instances by ONNX Runtime, for another batch size than the one that was traced."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(arguments(checkpoint, tmp_path / "tiny.onnx")) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "tiny.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES
+    pixels, sizes = torch.randint(0, 256, (3, 3, *SIZE), dtype=torch.uint8), torch.tensor([SIZE, (50, 70), (33, 96)])
+    outputs = session.run(["scores", "labels", "masks"], {"pixels": pixels.numpy(), "sizes": sizes.numpy()})
+    with torch.no_grad():
+        wanted = ExportedSOLOv2(build_model(weights=checkpoint))(pixels, sizes)
+    for name, found in zip(("scores", "labels", "masks"), outputs, strict=True):
+        assert torch.allclose(torch.from_numpy(found), wanted[name], atol=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_network(variant: str, raw: bool) -> None:
+    model = lively(tiny_model(variant))
+    program, module = export_program(model, SIZE, raw=raw), ExportedSOLOv2(model, raw=raw)
+    pixels, sizes = torch.randint(0, 256, (1, 3, *SIZE), dtype=torch.uint8), torch.tensor([(50, 70)])
+    with torch.no_grad():
+        wanted, found = module(pixels, sizes), program.module()(pixels, sizes)
+    assert found.keys() == wanted.keys()
+    for one, other in zip(tree_leaves(wanted), tree_leaves(found), strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=1e-4)
