@@ -1,0 +1,133 @@
+"""`torch.compile` makes one graph of the forward pass and one of the losses, without a break, and changes no number."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_models import flat, tiny_targets
+from tiny_models import VARIANTS, lively, tiny_model
+from torch import Tensor, nn
+
+from solov2.losses import SOLOv2Criterion
+from solov2.models.optimize import WinogradConv2d
+from solov2.models.solov2 import SOLOv2
+
+SIZE = (64, 96)
+# Both kinds of norm, with and without deformable convolutions; the whole networks are among the slow tests.
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "light, group norm": ("basic blocks", {"backbone": "resnet10"}),
+    "batch norm, deformable": (
+        "nothing frozen, batch norm",
+        {"deformable_tower_convs": 1, "deformable_mask_branch": True},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """What other tests compiled counts towards torch's limit of graphs per function."""
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def step(model: SOLOv2, backend: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(losses, gradients) of a training step whose forward pass and losses are compiled, or not at all for None."""
+    torch.manual_seed(3)
+    images = torch.randn(3, 3, *SIZE, dtype=model.fpn.lateral[0].weight.dtype)
+    targets = tiny_targets(model, (3, 0, 2), SIZE)
+    forward, criterion = model.train().forward, SOLOv2Criterion(num_classes=3).forward
+    if backend is not None:
+        forward, criterion = compiled(forward, backend), compiled(criterion, backend)
+    losses = criterion(forward(images), targets)
+    model.zero_grad()
+    sum(losses.values()).backward()
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(model: SOLOv2, backend: str, tolerance: float) -> None:
+    """Gradients within the tolerance of the largest of their tensor, or of a thousandth of the largest of all."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted_losses, wanted = step(model, None)
+    model.load_state_dict(state)  # running statistics have moved
+    losses, gradients = step(model, backend)
+    for name, loss in wanted_losses.items():
+        assert losses[name].item() == pytest.approx(loss.item(), rel=tolerance)
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        scale = max(gradient.abs().max(), 1e-3 * largest)
+        assert (gradients[name] - gradient).abs().max() <= tolerance * scale, name
+
+
+def assert_same_forward(model: SOLOv2, backend: str, tolerance: float) -> None:
+    images = torch.randn(2, 3, *SIZE, dtype=model.fpn.lateral[0].weight.dtype)
+    with torch.no_grad():
+        wanted, found = flat(model.eval()(images)), flat(compiled(model.forward, backend)(images))
+    for one, other in zip(wanted, found, strict=True):
+        assert (one - other).abs().max() <= tolerance * one.std()
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_training_has_no_graph_break(kind: str) -> None:
+    """Forward pass and losses of a batch, one of whose images is empty."""
+    variant, changes = SMALL[kind]
+    assert_same_step(tiny_model(variant, **changes).double(), "eager", 1e-12)
+
+
+def test_winograd_convolutions_have_no_graph_break() -> None:
+    """The one module that `SOLOv2.optimize` adds; the whole prepared form is among the slow tests."""
+    conv = WinogradConv2d(nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False))
+    x = torch.randn(1, 64, 16, 24)
+    assert torch.allclose(compiled(conv.forward, "eager")(x), conv(x), atol=1e-6)
+
+
+def test_losses_traced_in_both_directions() -> None:
+    """The graphs of both directions of the criterion give the losses and gradients that eager mode gives."""
+    generator = torch.Generator().manual_seed(0)
+    model = tiny_model()
+    targets, sizes = tiny_targets(model, (3, 0), SIZE), model.grid_sizes
+
+    def run(criterion: Callable[..., dict[str, Tensor]]) -> list[Tensor]:
+        leaves = [level.clone().requires_grad_() for level in levels]
+        losses = criterion(
+            {"category_logits": leaves[:5], "kernels": leaves[5:10], "mask_features": leaves[10]}, targets
+        )
+        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), leaves)]
+
+    shapes = [*((2, 3, size, size) for size in sizes), *((2, 8, size, size) for size in sizes), (2, 8, 16, 24)]
+    levels = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    criterion = SOLOv2Criterion(num_classes=3)
+    for one, other in zip(run(criterion), run(compiled(criterion.forward, "aot_eager")), strict=True):
+        assert (one - other).abs().max() <= 1e-12 * one.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_network_traced_in_both_directions(variant: str) -> None:
+    model = lively(tiny_model(variant)).double()
+    assert_same_forward(model, "aot_eager", 1e-10)
+    assert_same_step(model, "aot_eager", 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SMALL)
+def test_generated_code(kind: str) -> None:
+    """Inductor, which needs a C++ compiler on a CPU."""
+    pytest.importorskip("torch._inductor")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    variant, changes = SMALL[kind]
+    model = lively(tiny_model(variant, **changes))
+    images = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        wanted, found = flat(model.eval()(images)), flat(model.optimize(compile=True)(images))
+    for one, other in zip(wanted, found, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * one.std()
+    assert_same_step(model, "inductor", 1e-3)
