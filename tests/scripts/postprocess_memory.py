@@ -1,0 +1,63 @@
+"""Prints the memory that post-processing takes when every cell and class is a candidate.
+
+    python tests/scripts/postprocess_memory.py [--size 800 1216] [--original 480 640] [--format bool]
+
+3,872 cells x 80 classes, all above the category threshold. Extra memory is the highest resident size of the process
+minus that before the call, with the raw outputs already there; the result is part of it. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from solov2.models.postprocess import PostprocessSettings, postprocess  # noqa: E402
+
+GRIDS = (40, 36, 24, 16, 12)
+
+
+def main() -> int:
+    """Print one line: megabytes (10^6 bytes) of extra memory, and what the masks of all candidates would take."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs=2, type=int, default=(800, 1216), metavar=("H", "W"))
+    parser.add_argument("--original", nargs=2, type=int, default=(480, 640), metavar=("H", "W"))
+    parser.add_argument("--channels", type=int, default=256, help="of mask features and kernels")
+    parser.add_argument("--format", choices=("bool", "rle"), default="bool")
+    args = parser.parse_args()
+    generator = torch.Generator().manual_seed(0)
+    height, width = (side // 4 for side in args.size)
+    raw = {
+        "category_logits": [torch.full((1, 80, side, side), 3.0) for side in GRIDS],
+        "kernels": [torch.randn(1, args.channels, side, side, generator=generator) for side in GRIDS],
+        "mask_features": torch.randn(1, args.channels, height, width, generator=generator),
+    }
+    warm_up()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    (result,) = postprocess(raw, [args.size], [args.original], PostprocessSettings(), mask_format=args.format)
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    candidates = 80 * sum(side**2 for side in GRIDS)
+    print(
+        f"{extra / 1e6:.0f} MB extra for {len(result['scores'])} instances at {args.original[0]} x {args.original[1]}; "
+        f"a mask per cell and class would take {candidates * height * width / 1e6:,.0f} MB"
+    )
+    return 0
+
+
+def warm_up() -> None:
+    """A call with next to nothing, so that libraries loaded on first use do not count."""
+    raw = {
+        "category_logits": [torch.full((1, 1, 2, 2), 3.0) for _ in GRIDS],
+        "kernels": [torch.ones(1, 1, 2, 2) for _ in GRIDS],
+        "mask_features": torch.ones(1, 1, 16, 16),
+    }
+    postprocess(raw, [(64, 64)], [(64, 64)], PostprocessSettings())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
