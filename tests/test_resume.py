@@ -24,8 +24,9 @@ from solov2.data.loader import TrainBatchSampler
 WORDS = [
     word
     for option in (
-        "data.workers=2", "data.shapes_train=48", "data.train_scales=[64,56]", "train.accumulate=2", "train.ema_decay=0.9",
-        "train.batch_size=2", "train.epochs=3", "train.evaluate_every=2", "train.checkpoint_steps=3",
+        "data.workers=2", "data.shapes_train=48", "data.train_scales=[64,56]", "train.accumulate=2",
+        "train.ema_decay=0.9", "train.batch_size=2", "train.epochs=3", "train.evaluate_every=2",
+        "train.checkpoint_steps=3",
     )
     for word in ("--set", option)
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from solov2.build import build_assigner, build_criterion, build_model, prepare_for_training
 from solov2.config import load_config
 from solov2.models import winograd
-from solov2.models.winograd import LEAST_TILES, WinogradConv2d, on_every_level, transforms
+from solov2.models.winograd import LEAST_TILES, LEAST_TRAINED_TILES, WinogradConv2d, on_every_level, transforms
 
 SIZES = [(16, 16), (13, 22), (40, 9), (5, 70), (8, 8)]
 
@@ -30,6 +30,13 @@ def test_transforms_filter_exactly() -> None:
     signal, weight = np.random.default_rng(0).standard_normal(6), np.array([0.3, -1.2, 0.7])
     expected = [signal[i : i + 3] @ weight for i in range(4)]
     assert np.allclose(to_output @ ((to_weight @ weight) * (to_input @ signal)), expected, atol=1e-13)
+
+
+@pytest.fixture(autouse=True)
+def small_maps_gain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small maps take this way too, so that the tests are quick; but for the test of where it begins."""
+    if "stay_plain" not in request.node.name:
+        monkeypatch.setattr(winograd, "LEAST_TRAINED_TILES", LEAST_TILES)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -74,13 +81,19 @@ def test_small_maps_evaluation_and_other_convolutions_stay_plain() -> None:
     conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
     own = WinogradConv2d.of(conv)
     assert own.weight is conv.weight and own.bias is conv.bias
-    small, large = torch.randn(1, 64, 4, 4 * (LEAST_TILES - 1)), torch.randn(1, 64, 4, 4 * LEAST_TILES)
-    assert torch.equal(own(small), conv(small)) and not torch.equal(own(large), conv(large))
-    assert torch.equal(own.eval()(large), conv(large))
-    own.prepare()
-    assert not torch.equal(own(large), conv(large)) and own(large).is_contiguous(memory_format=torch.channels_last)
+
+    def computes_its_own_way(tiles: int) -> bool:
+        x = torch.randn(1, 64, 4, 4 * tiles)
+        return not torch.equal(own(x), conv(x))
+
+    assert computes_its_own_way(LEAST_TRAINED_TILES) and not computes_its_own_way(LEAST_TRAINED_TILES - 1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert own.train()(large).dtype == torch.bfloat16 or own.prepared is not None
+        assert not computes_its_own_way(LEAST_TRAINED_TILES)
+    own.eval()
+    assert not computes_its_own_way(LEAST_TRAINED_TILES)
+    own.prepare()
+    assert computes_its_own_way(LEAST_TILES) and not computes_its_own_way(LEAST_TILES - 1)
+    assert own(torch.randn(1, 64, 16, 16)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_inputs_stay_and_unneeded_gradients_are_not_computed() -> None:

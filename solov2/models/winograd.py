@@ -23,6 +23,7 @@ WINDOW = TILE + 2  # inputs per tile and axis
 POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2), math.inf)
 LEAST_CHANNELS = 64  # below, the transforms cost more than the multiplications they save
 LEAST_TILES = 12  # with fewer, reading the transformed weights does
+LEAST_TRAINED_TILES = 96  # the same in training, which transforms weights and their gradients in every step
 VALUES_AT_ONCE = 2**21  # of the transformed input: they stay in the processor's cache
 VALUES_PER_GRADIENT = 2**23  # the same in the weight gradient, where each piece is added to 36 C O numbers
 
@@ -66,10 +67,11 @@ class WinogradConv2d(nn.Conv2d):
         return self._convolve([x], weight, bias)[0]
 
     def _convolve(self, maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        enough = sum(len(x) * math.prod(tile_counts(*x.shape[2:])) for x in maps) >= LEAST_TILES
-        if enough and self.prepared is not None:
-            return convolve(maps, self.prepared, bias)
-        if enough and self.training and not torch.is_autocast_enabled(weight.device.type):
+        tiles = sum(len(x) * math.prod(tile_counts(*x.shape[2:])) for x in maps)
+        if self.prepared is not None:
+            if tiles >= LEAST_TILES:
+                return convolve(maps, self.prepared, bias)
+        elif self.training and tiles >= LEAST_TRAINED_TILES and not torch.is_autocast_enabled(weight.device.type):
             return list(Convolution.apply(weight, bias, *maps))
         return [super(WinogradConv2d, self)._conv_forward(x, weight, bias) for x in maps]
 

@@ -31,7 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 from peer_worker import forget_peak, resident  # noqa: E402
 
-from solov2.build import build_assigner, build_criterion, build_model  # noqa: E402
+from solov2.build import (  # noqa: E402
+    build_assigner,
+    build_criterion,
+    build_model,
+    choose_memory_format,
+    prepare_for_training,
+)
 from solov2.checkpoint import load_file  # noqa: E402
 from solov2.commands.data import prepare_data, validation_dataset, validation_loader  # noqa: E402
 from solov2.commands.synthetic import synthetic_raw  # noqa: E402
@@ -146,7 +152,9 @@ def first_training_step(config: str, folder: str, threads: int) -> dict[str, Any
 def training_step(config: str, folder: str) -> Callable[[], dict[str, Any]]:
     """A function that trains one step on the image and the ground truth of the folder, with seconds and MiB."""
     model, images, _ = load_ours(config, folder)
-    settings = load_config(f"{config}_fpn_3x")
+    settings, cpu = load_config(f"{config}_fpn_3x"), torch.device("cpu")
+    model = prepare_for_training(model, settings, cpu)
+    images = images.contiguous(memory_format=choose_memory_format(settings, cpu))
     assigner, criterion = build_assigner(settings.model), build_criterion(settings.model)
     with np.load(f"{folder}/truth.npz") as file:
         truth = {key: torch.from_numpy(file[key]) for key in ("boxes", "labels", "masks")}
