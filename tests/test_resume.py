@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,3 +211,63 @@ def test_determinism_is_kept_or_refused(data, tmp_path):
     assert same(one, two) and one["config"]["train"]["deterministic"]
     start = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[0])
     assert {"commit", "torch", "device", "configuration_sha256", "annotations_sha256", "seed"} <= set(start)
+
+
+def children_of(pid):
+    """Process ids whose parent is `pid`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds loading processes through /proc")
+@pytest.mark.parametrize(
+    ("number", "seconds", "said"),
+    [(signal.SIGKILL, 1800, "was killed by a signal"), (signal.SIGSTOP, 2, "was silent for longer than")],
+)
+def test_a_loading_process_that_is_gone_or_silent_is_named(data, tmp_path, repo_root, number, seconds, said):
+    words = [*WORDS, "--set", "data.workers=1", "--epochs", "50", "--set", f"train.stall_seconds={seconds}"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments(data, tmp_path / "run", *words)],
+        cwd=repo_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 1  step 2"):
+            break
+    loaders = children_of(process.pid)
+    for pid in loaders:
+        os.kill(pid, number)
+    _, errors = process.communicate(timeout=60)
+    for pid in loaders:  # one that was stopped
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 1 and said in errors and "at or near the images" in errors and ".jpg" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_silent_process_is_named(data, tmp_path, repo_root):
+    """One of two processes is stopped; the other says which one after train.stall_seconds."""
+    words = [*WORDS, "--epochs", "500", "--set", "train.stall_seconds=10"]
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCHER, "train.py", *arguments(data, tmp_path / "run", *words)],
+        cwd=repo_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 1  step 2"):
+            break
+    (second,) = (p for p in children_of(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+    os.kill(second, signal.SIGSTOP)
+    watching = threading.Timer(60, os.kill, (second, signal.SIGKILL))
+    watching.start()
+    _, errors = process.communicate(timeout=120)
+    watching.cancel()
+    assert process.returncode == 1 and "process 0 waited for the others for more than 10 seconds" in errors
+    assert "anks 1 failed" in errors

@@ -25,7 +25,7 @@ LEAST_CHANNELS = 64  # below, the transforms cost more than the multiplications 
 LEAST_TILES = 12  # with fewer, reading the transformed weights does
 LEAST_TRAINED_TILES = 96  # the same in training, which transforms weights and their gradients in every step
 VALUES_AT_ONCE = 2**21  # of the transformed input: they stay in the processor's cache
-VALUES_PER_GRADIENT = 2**23  # the same in the weight gradient, where each piece is added to 36 C O numbers
+VALUES_PER_GRADIENT = 2**22  # the same in the weight gradient, where each piece is added to 36 C O numbers
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -116,7 +116,6 @@ def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> lis
     """Maps [B, C, H, W] by a transformed weight [36, C, O] plus bias [O]: maps [B, O, H, W], channels last."""
     to_input, to_output = matrix("input", maps[0]), matrix("output", maps[0])
     channels, out_channels = weight.shape[1:]
-    padded = [pad_to_tiles(x, border=1) for x in maps]
     results, tiled = [], []
     for x in maps:
         rows, columns = tile_counts(*x.shape[2:])
@@ -124,7 +123,7 @@ def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> lis
         results.append(torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
         tiled.append(results[-1].permute(0, 2, 3, 1).view(len(x), rows, TILE, columns, TILE, out_channels))
     for pieces in in_pieces(maps, VALUES_AT_ONCE):
-        transformed = [to_input @ windows(padded[i], start, stop) for i, start, stop in pieces]
+        transformed = [to_input @ windows(maps[i], start, stop) for i, start, stop in pieces]
         products = torch.bmm(_joined(transformed).view(WINDOW**2, -1, channels), weight)
         outputs = (to_output @ products.view(WINDOW**2, -1)).view(TILE, TILE, -1, out_channels)
         counts = [len(maps[i]) * (stop - start) * tiled[i].shape[3] for i, start, stop in pieces]
@@ -146,12 +145,10 @@ def weight_gradient(maps: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tens
     """Gradient [O, C, 3, 3] of the weight from the maps [B, C, H, W] and the gradients of the results [B, O, H, W]."""
     to_input, from_output = matrix("input", maps[0]), matrix("output", maps[0]).T.contiguous()
     channels, out_channels = maps[0].shape[1], gradients[0].shape[1]
-    padded = [pad_to_tiles(x, border=1) for x in maps]
-    tiled = [pad_to_tiles(x, border=0) for x in gradients]
     total = maps[0].new_zeros(WINDOW**2, channels, out_channels)
     for pieces in in_pieces(maps, VALUES_PER_GRADIENT):
-        inputs = _joined([to_input @ windows(padded[i], start, stop) for i, start, stop in pieces])
-        outputs = _joined([from_output @ tiles_of(tiled[i], start, stop) for i, start, stop in pieces])
+        inputs = _joined([to_input @ windows(maps[i], start, stop) for i, start, stop in pieces])
+        outputs = _joined([from_output @ tiles_of(gradients[i], start, stop) for i, start, stop in pieces])
         inputs, outputs = inputs.view(WINDOW**2, -1, channels), outputs.view(WINDOW**2, -1, out_channels)
         total.baddbmm_(inputs.transpose(1, 2), outputs)
     to_weight = matrix("weight", total)  # [36, 9]
@@ -165,23 +162,25 @@ def transform_weight(weight: Tensor) -> Tensor:
     return (matrix("weight", weight) @ columns).view(WINDOW**2, channels, out_channels)
 
 
-def pad_to_tiles(x: Tensor, *, border: int) -> Tensor:
-    """[B, C, H, W] -> [B, rows * 4 + 2 border, columns * 4 + 2 border, C], zeros around."""
-    rows, columns = tile_counts(*x.shape[2:])
-    bottom, right = TILE * rows - x.shape[2] + border, TILE * columns - x.shape[3] + border
-    return F.pad(x.permute(0, 2, 3, 1), (0, 0, border, right, border, bottom))
-
-
 def windows(x: Tensor, start: int, stop: int) -> Tensor:
-    """The overlapping 6x6 windows of the tile rows start..stop of a padded map, [36, B tiles C]."""
-    parts = x[:, TILE * start : TILE * stop + 2].unfold(1, WINDOW, TILE).unfold(2, WINDOW, TILE)
+    """The overlapping 6x6 windows of the tile rows start..stop of a map [B, C, H, W], [36, B tiles C]."""
+    parts = padded_rows(x, start, stop, border=1).unfold(1, WINDOW, TILE).unfold(2, WINDOW, TILE)
     return parts.permute(4, 5, 0, 1, 2, 3).reshape(WINDOW**2, -1)
 
 
 def tiles_of(x: Tensor, start: int, stop: int) -> Tensor:
-    """The 4x4 tiles of the tile rows start..stop of a padded map, [16, B tiles C]."""
-    parts = x[:, TILE * start : TILE * stop].unfold(1, TILE, TILE).unfold(2, TILE, TILE)
+    """The 4x4 tiles of the tile rows start..stop of a map [B, C, H, W], [16, B tiles C]."""
+    parts = padded_rows(x, start, stop, border=0).unfold(1, TILE, TILE).unfold(2, TILE, TILE)
     return parts.permute(4, 5, 0, 1, 2, 3).reshape(TILE**2, -1)
+
+
+def padded_rows(x: Tensor, start: int, stop: int, *, border: int) -> Tensor:
+    """Tile rows start..stop of a map [B, C, H, W] with `border` pixels around, zeros outside: [B, h, w, C]."""
+    height, width = x.shape[2:]
+    first, last = TILE * start - border, TILE * stop + border
+    top, bottom, right = max(0, -first), max(0, last - height), TILE * tile_counts(height, width)[1] + border - width
+    rows = x.permute(0, 2, 3, 1)[:, max(0, first) : last]
+    return F.pad(rows, (0, 0, border, right, top, bottom)) if max(border, right, top, bottom) else rows
 
 
 def tile_counts(height: int, width: int) -> tuple[int, int]:
