@@ -12,6 +12,7 @@ from test_models import flat, tiny_targets
 from tiny_models import VARIANTS, lively, tiny_model
 from torch import Tensor, nn
 
+from solov2.build import build_model
 from solov2.losses import SOLOv2Criterion
 from solov2.models.optimize import WinogradConv2d
 from solov2.models.solov2 import SOLOv2
@@ -81,11 +82,19 @@ def test_training_has_no_graph_break(kind: str) -> None:
     assert_same_step(tiny_model(variant, **changes).double(), "eager", 1e-12)
 
 
-def test_winograd_convolutions_have_no_graph_break() -> None:
-    """The one module that `SOLOv2.optimize` adds; the whole prepared form is among the slow tests."""
-    conv = WinogradConv2d(nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False))
+@pytest.mark.parametrize("bias", [False, True])
+def test_winograd_convolutions_are_traced(bias: bool) -> None:
+    """The one module that `SOLOv2.optimize` adds, changed in place by a ReLU as in a residual block.
+
+    The whole prepared form is among the slow tests.
+    """
+    conv = WinogradConv2d(nn.Conv2d(64, 64, 3, padding=1, bias=bias).requires_grad_(False))
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.relu_(conv(x))
+
     x = torch.randn(1, 64, 16, 24)
-    assert torch.allclose(compiled(conv.forward, "eager")(x), conv(x), atol=1e-6)
+    assert torch.allclose(compiled(forward, "aot_eager")(x), forward(x), atol=1e-6)
 
 
 def test_losses_traced_in_both_directions() -> None:
@@ -114,6 +123,13 @@ def test_every_kind_of_network_traced_in_both_directions(variant: str) -> None:
     model = lively(tiny_model(variant)).double()
     assert_same_forward(model, "aot_eager", 1e-10)
     assert_same_step(model, "aot_eager", 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["solov2_light_r18_fpn_3x", "solov2_light_r50_dcn_fpn_3x"])
+def test_the_prepared_form_is_traced(name: str) -> None:
+    torch.manual_seed(0)
+    assert_same_forward(lively(build_model(name, num_classes=3)).optimize(), "aot_eager", 1e-4)
 
 
 @pytest.mark.slow
