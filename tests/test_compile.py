@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from solov2.build import build_model
 from solov2.losses import SOLOv2Criterion
-from solov2.models.optimize import WinogradConv2d
 from solov2.models.solov2 import SOLOv2
+from solov2.models.winograd import WinogradConv2d
 
 SIZE = (64, 96)
 # Both kinds of norm, with and without deformable convolutions; the whole networks are among the slow tests.
@@ -88,7 +88,8 @@ def test_winograd_convolutions_are_traced(bias: bool) -> None:
 
     The whole prepared form is among the slow tests.
     """
-    conv = WinogradConv2d(nn.Conv2d(64, 64, 3, padding=1, bias=bias).requires_grad_(False))
+    conv = WinogradConv2d.of(nn.Conv2d(64, 64, 3, padding=1, bias=bias).requires_grad_(False)).eval()
+    conv.prepare()
 
     def forward(x: Tensor) -> Tensor:
         return torch.relu_(conv(x))

@@ -130,10 +130,7 @@ def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> lis
         for (i, start, stop), tiles in zip(pieces, outputs.split(counts, dim=2)):
             target = tiled[i][:, start:stop].permute(2, 4, 0, 1, 3, 5)  # [4, 4, B, rows, columns, O]
             tiles = tiles.reshape(target.shape)
-            if bias is None:
-                target.copy_(tiles)
-            else:
-                torch.add(tiles, bias, out=target)
+            target.copy_(tiles if bias is None else tiles + bias)
     # No views are handed out: autograd forbids writing into those of a function of one's own.
     return [
         y if y.shape[2:] == x.shape[2:] else y[..., : x.shape[2], : x.shape[3]].clone(memory_format=torch.channels_last)
