@@ -64,11 +64,13 @@ def samples(draw: st.DrawFn) -> dict:
             mask[top : bottom + 1, left : right + 1] = 1
         boxes.append(box)
         masks.append(mask)
+    planes = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
     return {
         "image": torch.full((3, int(height), int(width)), 7, dtype=torch.uint8),
         "boxes": torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4),
         "labels": torch.from_numpy(generator.randint(0, CLASSES, len(kinds))).long(),
-        "masks": torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8),
+        "masks": planes,
+        "extents": masks_to_boxes(planes).long(),
         "image_id": 1,
         "original_size": (int(height), int(width)),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -27,8 +26,8 @@ from solov2.data.loader import TrainBatchSampler
 WORDS = [
     word
     for option in (
-        "data.workers=2", "data.shapes_train=48", "data.train_scales=[64,56]", "train.accumulate=2",
-        "train.ema_decay=0.9", "train.batch_size=2", "train.epochs=3", "train.evaluate_every=2",
+        "data.workers=2", "data.shapes_train=32", "data.train_scales=[64,56]", "train.accumulate=2",
+        "train.ema_decay=0.9", "train.batch_size=2", "train.epochs=2", "train.evaluate_every=2",
         "train.checkpoint_steps=3",
     )
     for word in ("--set", option)
@@ -81,14 +80,14 @@ def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processe
     assert time.monotonic() - asked < 30 and "stopped by SIGTERM; go on with: --resume" in errors
     assert process.returncode == (STOPPED if processes == 1 else 1)  # of several, the code is torchrun's
     content = load_file(tmp_path / "cut" / "last.pth")
-    assert content["epoch"] < 3 and content["step"] >= 1
+    assert content["epoch"] < 2 and content["step"] >= 1
     resumed = subprocess.run([*command, "--resume"], cwd=repo_root, env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     whole, cut = (load_file(tmp_path / name / "last.pth") for name in ("whole", "cut"))
     assert [key for key in whole if not same(whole[key], cut[key])] == []
     assert not list((tmp_path / "cut").glob(".*"))
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert kinds.count("start") == 2 and kinds.count("resume") == 1 and kinds.count("evaluation") >= 2
+    assert kinds.count("start") == 2 and kinds.count("resume") == 1 and kinds.count("evaluation") >= 1
 
 
 def test_a_truncated_checkpoint_is_passed_over(data, tmp_path, capsys):
@@ -184,7 +183,7 @@ def test_averages_follow_their_formula():
 def test_averaged_weights_are_what_a_checkpoint_gives(data, tmp_path):
     assert main(arguments(data, tmp_path / "run", *WORDS, "--epochs", "1")) == 0
     content = load_file(tmp_path / "run" / "last.pth")
-    assert content["updates"] == 12
+    assert content["updates"] == 8
     model = build_model(weights=tmp_path / "run" / "last.pth")
     name = "head.category_predictor.weight"
     assert torch.equal(model.state_dict()[name], content["averaged"][name])
@@ -226,12 +225,8 @@ def children_of(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds loading processes through /proc")
-@pytest.mark.parametrize(
-    ("number", "seconds", "said"),
-    [(signal.SIGKILL, 1800, "was killed by a signal"), (signal.SIGSTOP, 2, "was silent for longer than")],
-)
-def test_a_loading_process_that_is_gone_or_silent_is_named(data, tmp_path, repo_root, number, seconds, said):
-    words = [*WORDS, "--set", "data.workers=1", "--epochs", "50", "--set", f"train.stall_seconds={seconds}"]
+def test_a_loading_process_that_is_killed_is_told(data, tmp_path, repo_root):
+    words = [*WORDS, "--set", "data.workers=1", "--epochs", "50"]
     process = subprocess.Popen(
         [sys.executable, "train.py", *arguments(data, tmp_path / "run", *words)],
         cwd=repo_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
@@ -240,15 +235,20 @@ def test_a_loading_process_that_is_gone_or_silent_is_named(data, tmp_path, repo_
     for line in process.stdout:
         if line.startswith("epoch 1  step 2"):
             break
-    loaders = children_of(process.pid)
-    for pid in loaders:
-        os.kill(pid, number)
+    for pid in children_of(process.pid):
+        os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    for pid in loaders:  # one that was stopped
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert process.returncode == 1 and said in errors and "at or near the images" in errors and ".jpg" in errors
+    assert process.returncode == 1 and "memory that ran out" in errors and "at or near the images" in errors
     assert "Traceback" not in errors
+
+
+def test_a_loading_process_that_hangs_is_told(data, tmp_path, capsys, monkeypatch):
+    """Storage that does not answer; the loading processes inherit it."""
+    monkeypatch.setattr("solov2.data.coco.read_image", lambda *_path, **_options: time.sleep(600))
+    words = [*WORDS, "--set", "train.stall_seconds=2", "--evaluate-every", "0"]
+    assert main(arguments(data, tmp_path / "run", *words)) == 1
+    errors = capsys.readouterr().err
+    assert "was silent for longer than train.stall_seconds" in errors and ".jpg" in errors
 
 
 @pytest.mark.slow

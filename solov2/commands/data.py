@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -192,6 +193,8 @@ def watched(loader: DataLoader, sampler: TrainBatchSampler, dataset: CocoInstanc
         reason = next((text for text in LOADER_FAILURES if text in str(error)), None)
         if reason is None:
             raise
+        for process in multiprocessing.active_children():  # one that hangs would hold up the end of this one
+            process.kill()
         indices = next(itertools.islice(sampler, delivered, None), [])
         names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index, _, _ in indices)
         raise RunFailed(f"a loading process {LOADER_FAILURES[reason]}; it was at or near the images {names}") from error

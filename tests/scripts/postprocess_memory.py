@@ -9,7 +9,6 @@ minus that before the call, with the raw outputs already there; the result is pa
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 
@@ -38,15 +37,21 @@ def main() -> int:
         "mask_features": torch.randn(1, args.channels, height, width, generator=generator),
     }
     warm_up()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     (result,) = postprocess(raw, [args.size], [args.original], PostprocessSettings(), mask_format=args.format)
-    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    extra = resident("VmHWM") - before
     candidates = 80 * sum(side**2 for side in GRIDS)
     print(
         f"{extra / 1e6:.0f} MB extra for {len(result['scores'])} instances at {args.original[0]} x {args.original[1]}; "
         f"a mask per cell and class would take {candidates * height * width / 1e6:,.0f} MB"
     )
     return 0
+
+
+def resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status; getrusage would hand on the highest of the parent process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def warm_up() -> None:
