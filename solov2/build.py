@@ -369,7 +369,7 @@ def _model_config(
     if given is not None:
         return load_config(given).model
     if content is not None and is_own(content) and "config" in content:
-        return Config.from_dict(content["config"], source=str(weights)).model
+        return Config.from_checkpoint(content["config"], source=str(weights)).model
     raise InputError(
         "name a model: only checkpoints of this library carry their own configuration"
         if weights

@@ -154,6 +154,22 @@ class Config:
         _check_values(config, source)
         return config
 
+    @classmethod
+    def from_checkpoint(cls, values: Mapping[str, Any], source: str) -> Config:
+        """The configuration that a checkpoint of an older or newer version carries.
+
+        Keys of `data` and `train` that this version does not know are passed over, they change no weight; the model's
+        must all be known.
+
+        Raises:
+            InputError: as `from_dict`.
+        """
+        kept = dict(values)
+        for name, section in (("data", DataConfig), ("train", TrainConfig)):
+            known = {entry.name for entry in dataclasses.fields(section)}
+            kept[name] = {key: value for key, value in (values.get(name) or {}).items() if key in known}
+        return cls.from_dict(kept, source)
+
 
 def config_folder() -> Path:
     """Folder of the named configurations: inside the installed package, else beside it in a checkout.

@@ -134,7 +134,7 @@ def _configuration(args: argparse.Namespace) -> Config:
         raise InputError(
             f"{args.weights} does not say which model it is; name it: python eval.py NAME --weights {args.weights}"
         )
-    args.config = Config.from_dict(content["config"], source=args.weights)
+    args.config = Config.from_checkpoint(content["config"], source=args.weights)
     return resolve_config(args, {})
 
 

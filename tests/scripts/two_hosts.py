@@ -68,9 +68,8 @@ def main() -> int:
     single = launch(words, folder / "one_host", "--standalone", "--nproc-per-node", "2")
     if single.wait():
         raise SystemExit(f"the run on one host failed, see {folder}")
-    remove_cable()
-    lay_cable()
     try:
+        lay_cable()
         address = next(iter(HOSTS.values()))
         runs = [
             launch(
