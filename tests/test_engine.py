@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 
 from solov2.build import build_criterion, construct, default_class_names
-from solov2.engine import count_positives, evaluate, grouped, predictor, to_device, train_one_epoch
+from solov2.engine import count_positives, evaluate, grouped, predictor, take_step, to_device, train_one_epoch
 from solov2.guard import NonFiniteGuard
 from solov2.logger import RunLogger
 from solov2.optim import build_optimizer
@@ -249,3 +249,24 @@ def test_overlap_changes_no_bit():
     for one, other in zip(*found, strict=True):
         assert one.keys() == other.keys() and one["masks"] == other["masks"]
         assert all(torch.equal(one[key], other[key]) for key in ("scores", "labels", "boxes"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to wait for")
+def test_nothing_in_the_step_waits_for_a_gpu():
+    """The same on the real thing, which raises where the host would have to wait."""
+    device, config = torch.device("cuda", 0), tiny_config()
+    model = construct(config.model, list("abcd")).to(device)
+    optimizer = build_optimizer(
+        model, name="adamw", learning_rate=1e-3, momentum=0.9, weight_decay=1e-4, decay_norms=True
+    )
+    options = {"device": device, "precision": "bf16", "memory_format": torch.channels_last, "clip_norm": 35.0}
+    batches = [to_device(random_batch(config, seed=seed), device) for seed in range(3)]  # pageable memory would wait
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    take_step(model, build_criterion(config.model), batches[:1], optimizer, scaler, **options)  # first uses may wait
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[1:]:
+            take_step(model, build_criterion(config.model), [batch], optimizer, scaler, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -139,7 +139,9 @@ def compare_training(peer: Peer, config: str, folder: str, rounds: int, instance
     memory["ours / peer"] = memory["ours"] / memory["peer"]
     if not rounds:
         return {**report({side: answer["seconds"] for side, answer in first.items()}, first), "memory": memory}
-    seconds, results = alternate(rounds, peer=peer.train, ours=training_step(config, folder))
+    step = training_step(config, folder)
+    step()  # the reference has taken one step more, and the losses of the last ones are compared
+    seconds, results = alternate(rounds, peer=peer.train, ours=step)
     return {**report(seconds, results), "memory": memory}
 
 

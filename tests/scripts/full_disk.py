@@ -1,0 +1,65 @@
+"""Fills the disk while a run saves its checkpoints: what was there stays, and the run goes on once there is room.
+
+    python tests/scripts/full_disk.py FOLDER        (as root on Linux: the disk is a tmpfs of 24 MB)
+
+Prints one JSON object: exit code and sentence of the run that met the full disk, the checkpoints it left, and what
+differs between the resumed run's end and that of a run with enough room.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
+
+from kill_runs import differences, tiny_words  # noqa: E402
+
+from solov2.checkpoint import load_file, step_checkpoints  # noqa: E402
+
+
+def train(words: list[str], output: Path, *more: str) -> subprocess.CompletedProcess:
+    """A run to its end."""
+    command = [sys.executable, str(ROOT / "train.py"), *words, "--output", str(output), *more]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def main() -> int:
+    """Exit code 1 where anything was lost or differs."""
+    folder = Path(sys.argv[1])
+    disk = folder / "disk"
+    disk.mkdir(parents=True, exist_ok=True)
+    words = [*tiny_words(folder), "--set", "train.keep_checkpoints=100"]
+    if train(words, folder / "whole").returncode:
+        raise SystemExit("the run with enough room failed")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+    try:
+        full = train(words, disk / "run")
+        left = {path.name: load_file(path)["step"] for path in step_checkpoints(disk / "run")}
+        hidden = [path.name for path in (disk / "run").glob(".*")]
+        newest = load_file(disk / "run" / "last.pth")["step"]
+        subprocess.run(["mount", "-o", "remount,size=2g", str(disk)], check=True)
+        resumed = train(words, disk / "run", "--resume")
+        first, second = (load_file(path / "last.pth") for path in (folder / "whole", disk / "run"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    different = differences(first, second)
+    report = {
+        "exit_code": full.returncode,
+        "said": full.stderr.strip().splitlines()[-1],
+        "left": left,
+        "hidden": hidden,
+        "newest": newest,
+        "resumed": resumed.returncode,
+        "different": different,
+    }
+    print(json.dumps(report))
+    return bool(not full.returncode or hidden or resumed.returncode or different)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
