@@ -140,6 +140,18 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert load_file(tmp_path / "last.pth")["step"] == 1 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_run_that_meets_a_full_disk_says_so(data, tmp_path, capsys, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("solov2.commands.run.save_step", full)
+    assert main(arguments(data, tmp_path / "run", *WORDS, "--evaluate-every", "0")) == 2
+    errors = capsys.readouterr().err
+    assert (
+        "no checkpoint could be written to" in errors and "(No space left on device)" in errors and "--resume" in errors
+    )
+
+
 def test_a_restarted_worker_resumes_by_itself(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()

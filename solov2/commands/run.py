@@ -288,7 +288,8 @@ def save(run: Run) -> None:
     content = run.content()
     if distributed.is_main():
         step = run.epoch * run.plan.steps_per_epoch + run.step
-        save_step(run.folder, step, content, keep=run.config.train.keep_checkpoints)
+        with _naming_the_checkpoint(run.folder):
+            save_step(run.folder, step, content, keep=run.config.train.keep_checkpoints)
     distributed.barrier()
 
 
@@ -296,8 +297,20 @@ def save_best(run: Run) -> None:
     """Write `best.pth`; the other processes wait for it."""
     content = run.content()
     if distributed.is_main():
-        save_checkpoint(run.folder / "best.pth", content)
+        with _naming_the_checkpoint(run.folder):
+            save_checkpoint(run.folder / "best.pth", content)
     distributed.barrier()
+
+
+@contextlib.contextmanager
+def _naming_the_checkpoint(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"no checkpoint could be written to {folder} ({error.strerror or error}); those it holds are whole, "
+            "go on with --resume"
+        ) from error
 
 
 def class_difference(first: Sequence[str], second: Sequence[str]) -> str:
