@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from typing import Any
@@ -75,6 +76,19 @@ def test_accumulation_equals_the_large_batch(tmp_path):
     for (name, value), other in zip(one.named_parameters(), two.parameters()):
         torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-11, msg=name)
     assert [row["loss"] for row in rows_one] == pytest.approx([row["loss"] for row in rows_two], rel=1e-6)
+
+
+def test_four_batches_of_two_are_a_batch_of_eight(tmp_path):
+    config = tiny_config("model.frozen_batch_norm=true", "model.head_norm=group")
+    small = [random_batch(config, seed=seed, instances=count) for seed, count in enumerate((3, 0, 5, 1))]
+    large = functools.reduce(joined, small)
+    assert len(large["image_ids"]) == 8
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one, _ = train(tmp_path / "a", [large], dtype=torch.float64, clip_norm=35.0)
+    two, _ = train(tmp_path / "b", small, dtype=torch.float64, clip_norm=35.0, accumulate=4)
+    for (name, value), other in zip(one.named_parameters(), two.parameters()):
+        torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_loss_falls_and_frozen_parts_stay(tmp_path):
