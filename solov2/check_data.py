@@ -26,6 +26,7 @@ from solov2.data.check import REPAIRABLE, SEVERITIES, CheckSettings, Finding, Im
 from solov2.data.coco import CocoInstances
 from solov2.data.repair import normal_name, repair
 from solov2.data.statistics import summarize, unseen_by_range
+from solov2.errors import printable, run_command
 
 UNUSABLE_FILES = ("missing file", "unreadable file", "wrong size")
 CHUNK = 8  # images that a process takes at a time
@@ -53,15 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 without errors in the data, 1 with some, 2 for a mistake in what was asked for, 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (InputError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+    return run_command(
+        lambda words: _run(_parser().parse_args(words)), argv, interrupted="interrupted; nothing was written"
+    )
 
 
 def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *, workers: int = 0) -> Report:
@@ -185,11 +180,6 @@ def quick_check(dataset: CocoInstances, config: Config) -> list[str]:
             "model.scale_ranges at the training size and are not learnt; python -m solov2.check_data suggests others"
         )
     return [printable(sentence) for sentence in sentences]
-
-
-def printable(text: str) -> str:
-    """Text of a file without line breaks, control sequences and lone surrogates, for a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _off_by_one(shift: int, used: set[int], declared: Sequence[int]) -> str:

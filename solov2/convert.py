@@ -20,6 +20,7 @@ from torch import Tensor
 
 from solov2.checkpoint import is_own, load_file, save_checkpoint, write_file
 from solov2.config import InputError
+from solov2.errors import run_command
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -249,7 +250,11 @@ def _is_modulated(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert a file; returns the exit code (0 done, 2 a user's mistake)."""
+    """Convert a file; returns the exit code (0 done, 2 a user's mistake, 130 after Ctrl-C)."""
+    return run_command(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m solov2.convert",
         description="Convert a SOLOv2 checkpoint of WXinlong/SOLO, mmdetection or AdelaiDet, or one of ours.",
@@ -259,11 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", choices=("solov2", "mmdet"), default="solov2", help="names to write (default: solov2)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(argv)
-    try:
-        print(convert_file(args.source, args.target, to=args.to, overwrite=args.overwrite))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(convert_file(args.source, args.target, to=args.to, overwrite=args.overwrite))
     return 0
 
 

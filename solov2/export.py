@@ -21,6 +21,7 @@ from solov2.build import build_model
 from solov2.checkpoint import replace_file
 from solov2.config import InputError
 from solov2.distributed import select_device
+from solov2.errors import run_command
 from solov2.models.optimize import fold_batch_norms
 from solov2.models.postprocess import PostprocessSettings, flatten_raw, widen
 from solov2.models.solov2 import SOLOv2
@@ -190,19 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for a mistake in what was asked for; 130 after Ctrl-C.
     """
+    return run_command(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
-    try:
-        _export(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _export(args: argparse.Namespace) -> None:
     check_format(args.output)
     if args.output.exists() and not args.overwrite:
         raise InputError(f"{args.output} exists already; give another --output or --overwrite")
@@ -221,6 +214,7 @@ def _export(args: argparse.Namespace) -> None:
         f"{args.output} ({args.output.stat().st_size / 1e6:.0f} MB): pixels uint8 [B, 3, {size[0]}, {size[1]}], "
         f"sizes int64 [B, 2] -> {found}"
     )
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from solov2.build import build_model
 from solov2.config import InputError
 from solov2.distributed import select_device
+from solov2.errors import run_command
 from solov2.evaluation.coco import write_results
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.images import read_image
@@ -35,19 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if some images could not be read (the others are done); 2 for a mistake in what was asked for; 130 after
         Ctrl-C.
     """
+    return run_command(_run, argv, interrupted="interrupted; the pictures written so far are complete")
+
+
+def _run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
-    try:
-        jobs = plan_outputs(find_images(args.images), args.output, overwrite=args.overwrite)
-        if args.json is not None and args.json.exists() and not args.overwrite:
-            raise InputError(f"{args.json} exists already; give another --json or --overwrite")
-        model = build_model(args.model, weights=args.weights, device=select_device(args.device))
-        return _predict_all(model, jobs, args)
-    except KeyboardInterrupt:
-        print("interrupted; the pictures written so far are complete", file=sys.stderr)
-        return 130
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    jobs = plan_outputs(find_images(args.images), args.output, overwrite=args.overwrite)
+    if args.json is not None and args.json.exists() and not args.overwrite:
+        raise InputError(f"{args.json} exists already; give another --json or --overwrite")
+    model = build_model(args.model, weights=args.weights, device=select_device(args.device))
+    return _predict_all(model, jobs, args)
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:

@@ -21,7 +21,8 @@ FLOOR_1 = {"data", "models"}
 FLOOR_2 = {"targets", "losses"}
 FLOOR_3 = {"evaluation", "optim", "logger", "checkpoint"}
 FLOOR_4 = {"guard", "engine", "convert"}
-BELOW_EDGES = FLOOR_0 | FLOOR_1 | FLOOR_2 | FLOOR_3 | FLOOR_4 | {"build"}
+ERRORS = {"errors"}  # how a command ends: for everything that has a `main`
+BELOW_EDGES = ERRORS | FLOOR_0 | FLOOR_1 | FLOOR_2 | FLOOR_3 | FLOOR_4 | {"build"}
 EDGES = {"visualize", "predict", "export", "check_data"}
 TOP = {"", "commands"}  # "" is solov2/__init__.py
 MAY_IMPORT = {
@@ -33,8 +34,9 @@ MAY_IMPORT = {
     **dict.fromkeys(FLOOR_2 | FLOOR_3, FLOOR_0),
     "guard": FLOOR_0 | {"checkpoint"},
     "engine": FLOOR_0 | {"logger", "guard"},  # everything else arrives as an argument
-    "convert": FLOOR_0 | {"checkpoint"},
-    "build": BELOW_EDGES - {"build"},
+    "errors": {"config"},
+    "convert": FLOOR_0 | {"checkpoint"} | ERRORS,
+    "build": BELOW_EDGES - {"build"} - ERRORS,
     "visualize": BELOW_EDGES,
     **dict.fromkeys(EDGES - {"visualize"}, BELOW_EDGES | {"visualize"}),
     **dict.fromkeys(TOP, BELOW_EDGES | EDGES | TOP),

@@ -19,13 +19,13 @@ import torch
 
 from solov2 import distributed
 from solov2.commands.compare import compare, read_report
-from solov2.commands.errors import run_command
 from solov2.commands.machine import convolution_peak, environment
 from solov2.commands.suite import MODES, make_workload, measure_workload
 from solov2.commands.sweep import SWEEPS, points, run_sweep
 from solov2.commands.tables import format_machine, format_peak, format_sweep
 from solov2.config import InputError
 from solov2.engine import HALF_TYPES
+from solov2.errors import run_command
 
 DEFAULT_CONFIGS = ("solov2_r50_fpn_1x", "solov2_light_r50_fpn_3x")
 LEAST = {  # smallest value of each number

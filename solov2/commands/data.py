@@ -14,12 +14,12 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from solov2 import distributed
-from solov2.commands.errors import RunFailed
 from solov2.config import Config, DataConfig, InputError, load_config, override_config
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import Collate, EvalSampler, TrainBatchSampler, build_loader
 from solov2.data.shapes import generate_shapes
 from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDataset
+from solov2.errors import RunFailed
 from solov2.targets import TargetAssigner
 
 LOADER_FAILURES = {  # what torch's message contains -> what it means

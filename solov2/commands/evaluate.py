@@ -24,10 +24,10 @@ from solov2.commands.data import (
     validation_loader,
     with_classes,
 )
-from solov2.commands.errors import run_command
 from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
 from solov2.engine import Predictor, evaluate, predictor
+from solov2.errors import run_command
 from solov2.evaluation.coco import CocoEvaluator, format_table, write_results
 from solov2.evaluation.oracle import oracle_raw
 from solov2.models.postprocess import postprocess

@@ -19,9 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from solov2 import distributed
 from solov2.build import load_weights, traits_of
 from solov2.checkpoint import is_own, load_file, newest_loadable, remove_leftovers, save_checkpoint, save_step
-from solov2.commands.errors import RunFailed
 from solov2.config import Config, InputError, TrainConfig
 from solov2.data.coco import CocoInstances
+from solov2.errors import RunFailed
 from solov2.logger import RunLogger
 from solov2.models.solov2 import SOLOv2
 from solov2.optim import make_schedule, scaled_learning_rate

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from solov2 import distributed
-from solov2.commands.errors import RunFailed
+from solov2.errors import RunFailed
 
 STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h: try again later) after SIGTERM or SIGUSR1, checkpoint written
 INTERRUPTED = 130  # after Ctrl-C

@@ -46,7 +46,6 @@ from solov2.commands.data import (
     with_classes,
 )
 from solov2.commands.dry_run import describe
-from solov2.commands.errors import run_command
 from solov2.commands.machine import environment
 from solov2.commands.picture import draw_predictions
 from solov2.commands.run import (
@@ -70,6 +69,7 @@ from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import TrainBatchSampler
 from solov2.engine import evaluate, predictor, train_one_epoch
+from solov2.errors import run_command
 from solov2.evaluation.coco import CocoEvaluator, format_table
 from solov2.guard import NonFiniteGuard, stuck_mask_loss
 from solov2.logger import RunLogger, format_seconds

@@ -12,12 +12,15 @@ class RunFailed(RuntimeError):
     """A run that cannot go on through no mistake of its user, told in one sentence."""
 
 
-def run_command(body: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+def run_command(
+    body: Callable[[Sequence[str]], int], arguments: Sequence[str] | None, *, interrupted: str = "interrupted"
+) -> int:
     """Run a command and turn its expected failures into exit codes.
 
     Args:
         body: takes the arguments after the program name, returns the exit code.
         arguments: None for those of this process.
+        interrupted: what Ctrl-C makes it say.
 
     Returns:
         The body's code; 2 for a user's mistake, a full disk or missing permission; 1 for a run that failed (a loss that
@@ -26,7 +29,7 @@ def run_command(body: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     try:
         return body(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
@@ -40,4 +43,9 @@ def sentence(error: BaseException) -> str:
     """The message alone; a loader process hands its errors on with the traceback in front of it."""
     text = str(error)
     marker = f"{type(error).__name__}: "
-    return text.rsplit(marker, 1)[-1].strip() if "Original Traceback" in text else text
+    return printable(text.rsplit(marker, 1)[-1].strip() if "Original Traceback" in text else text)
+
+
+def printable(text: str) -> str:
+    """Text from a file, made safe for a terminal: control characters are written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
