@@ -13,7 +13,7 @@ from tiny_runs import random_batch, tiny_config  # noqa: E402
 
 from solov2 import distributed  # noqa: E402
 from solov2.build import build_criterion, construct  # noqa: E402
-from solov2.commands.train import wrap  # noqa: E402
+from solov2.commands.epochs import wrap  # noqa: E402
 from solov2.engine import train_one_epoch  # noqa: E402
 from solov2.guard import NonFiniteGuard  # noqa: E402
 from solov2.logger import RunLogger  # noqa: E402

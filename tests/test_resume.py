@@ -59,6 +59,18 @@ def same(first, second):
     return first == second
 
 
+def started_training(launcher, words, repo_root):
+    """A training process that has done its second step."""
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *words], cwd=repo_root, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 1  step 2"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processes):
     """SIGTERM: a checkpoint of that very step and exit code 75; resumed, every bit is the uninterrupted run's."""
@@ -67,27 +79,45 @@ def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processe
     command = [sys.executable, *launcher, "train.py", *arguments(data, tmp_path / "whole", *WORDS)]
     done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    command = [sys.executable, *launcher, "train.py", *arguments(data, tmp_path / "cut", *WORDS)]
-    process = subprocess.Popen(
-        command, cwd=repo_root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("epoch 1  step 2"):
-            process.send_signal(signal.SIGTERM)
-            break
+    words = arguments(data, tmp_path / "cut", *WORDS)
+    process = started_training(launcher, words, repo_root)
+    process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - asked < 30 and "stopped by SIGTERM; go on with: --resume" in errors
     assert process.returncode == (STOPPED if processes == 1 else 1)  # of several, the code is torchrun's
     content = load_file(tmp_path / "cut" / "last.pth")
     assert content["epoch"] < 2 and content["step"] >= 1
-    resumed = subprocess.run([*command, "--resume"], cwd=repo_root, env=environment, capture_output=True, text=True)
+    resumed = subprocess.run(
+        [sys.executable, *launcher, "train.py", *words, "--resume"],
+        cwd=repo_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     whole, cut = (load_file(tmp_path / name / "last.pth") for name in ("whole", "cut"))
     assert [key for key in whole if not same(whole[key], cut[key])] == []
     assert not list((tmp_path / "cut").glob(".*"))
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert kinds.count("start") == 2 and kinds.count("resume") == 1 and kinds.count("evaluation") >= 1
+
+
+def test_stopped_in_an_evaluation_the_epoch_before_it_is_kept(data, tmp_path, monkeypatch, capsys):
+    """Also where checkpoints are rarer than evaluations; resumed, the run evaluates first."""
+    words = arguments(data, tmp_path / "run", *WORDS, "--evaluate-every", "1", "--set", "train.checkpoint_every=100")
+
+    def told_to_stop(predict, loader, *_evaluator, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        list(loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("solov2.commands.epochs.evaluate", told_to_stop)
+        assert main(words) == STOPPED
+    content = load_file(tmp_path / "run" / "last.pth")
+    assert (content["epoch"], content["step"], content["evaluated"]) == (1, 0, 0)
+    assert main([*words, "--resume"]) == 0
+    assert capsys.readouterr().out.count("mask AP") >= 2
 
 
 def test_a_truncated_checkpoint_is_passed_over(data, tmp_path, capsys):
@@ -239,14 +269,7 @@ def children_of(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds loading processes through /proc")
 def test_a_loading_process_that_is_killed_is_told(data, tmp_path, repo_root):
     words = [*WORDS, "--set", "data.workers=1", "--epochs", "50"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments(data, tmp_path / "run", *words)],
-        cwd=repo_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("epoch 1  step 2"):
-            break
+    process = started_training([], arguments(data, tmp_path / "run", *words), repo_root)
     for pid in children_of(process.pid):
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
@@ -267,14 +290,7 @@ def test_a_loading_process_that_hangs_is_told(data, tmp_path, capsys, monkeypatc
 def test_a_silent_process_is_named(data, tmp_path, repo_root):
     """One of two processes is stopped; the other says which one after train.stall_seconds."""
     words = [*WORDS, "--epochs", "500", "--set", "train.stall_seconds=10"]
-    process = subprocess.Popen(
-        [sys.executable, *LAUNCHER, "train.py", *arguments(data, tmp_path / "run", *words)],
-        cwd=repo_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("epoch 1  step 2"):
-            break
+    process = started_training(LAUNCHER, arguments(data, tmp_path / "run", *words), repo_root)
     (second,) = (p for p in children_of(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
     os.kill(second, signal.SIGSTOP)
     watching = threading.Timer(60, os.kill, (second, signal.SIGKILL))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from solov2.build import build_assigner, build_criterion, build_model, prepare_for_training
+from solov2.commands.epochs import wrap
 from solov2.commands.measure import SEED, Workload, measure
 from solov2.commands.roofline import Lap
 from solov2.commands.synthetic import calibrate, synthetic_instances, synthetic_raw
-from solov2.commands.train import wrap
 from solov2.config import InputError
 from solov2.engine import autocast, to_device, update_weights
 from solov2.models.postprocess import (
