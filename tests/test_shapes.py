@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from solov2.config import InputError
+from solov2.data import shapes as shapes_module
 from solov2.data.coco import CocoInstances
 from solov2.data.shapes import CLASSES, draw_scene, generate_shapes
 
@@ -91,6 +92,20 @@ def test_it_reads_as_coco(shapes):
     assert sample["image"].shape == (3, 192, 192) and sample["masks"].any(0).any()
     with Image.open(next((shapes / "train2017").iterdir())) as image:
         assert image.format == "JPEG"
+
+
+def test_two_runs_that_start_together_share_it(tmp_path, monkeypatch):
+    root, write = tmp_path / "shapes", shapes_module._write_split
+    sizes = {"train_images": 4, "val_images": 2, "size": 64, "seed": 0}
+
+    def overtaken(*args):
+        monkeypatch.setattr(shapes_module, "_write_split", write)
+        assert generate_shapes(root, **sizes)  # the other run, from its first to its last picture
+        write(*args)
+
+    monkeypatch.setattr(shapes_module, "_write_split", overtaken)
+    assert not generate_shapes(root, **sizes)
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
 
 def test_other_data_is_never_overwritten(shapes, tmp_path):

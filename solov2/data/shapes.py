@@ -55,11 +55,8 @@ def generate_shapes(
     """
     root = Path(root)
     recipe = {"train_images": train_images, "val_images": val_images, "size": size, "seed": seed, "version": 2}
-    if root.exists() and any(root.iterdir()):
-        marker = root / "shapes.json"
-        if marker.is_file() and json.loads(marker.read_text()) == recipe:
-            return False
-        raise InputError(f"{root} already holds other data; remove it or name another folder with --data-root")
+    if _is_there(root, recipe):
+        return False
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
@@ -70,13 +67,34 @@ def generate_shapes(
             _write_split(unfinished, split, count, size, seed, progress)
         (unfinished / "shapes.json").write_text(json.dumps(recipe))
         os.chmod(unfinished, 0o755)
-        if root.exists():
-            root.rmdir()
-        os.replace(unfinished, root)
+        return _publish(unfinished, root, recipe)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _publish(unfinished: Path, root: Path, recipe: dict[str, int]) -> bool:
+    """Move the complete data set to its place; False where a run that started at the same time has been faster."""
+    try:
+        if root.exists():
+            root.rmdir()
+        os.replace(unfinished, root)
+    except OSError:
+        if not _is_there(root, recipe):
+            raise
+        shutil.rmtree(unfinished)
+        return False
     return True
+
+
+def _is_there(root: Path, recipe: dict[str, int]) -> bool:
+    """Whether the folder holds the data set; an InputError where it holds something else."""
+    if not root.exists() or not any(root.iterdir()):
+        return False
+    marker = root / "shapes.json"
+    if marker.is_file() and json.loads(marker.read_text()) == recipe:
+        return True
+    raise InputError(f"{root} already holds other data; remove it or name another folder with --data-root")
 
 
 def _write_split(root: Path, split: str, count: int, size: int, seed: int, progress: bool) -> None:
