@@ -72,6 +72,8 @@ def test_commands_on_two_processes(repo_root, tmp_path):
         "model.score_threshold=0.0",
         "--set",
         "model.category_threshold=0.01",
+        "--set",
+        "train.ema_decay=0.9",
     ]
     data = tmp_path / "shapes"
     by_flag = run([sys.executable, "train.py", *arguments(data, tmp_path / "a", *settings, "--nproc", "2")], repo_root)
@@ -110,6 +112,9 @@ def test_commands_on_two_processes(repo_root, tmp_path):
         results.append(json.loads(instances.read_text()))
     assert figures[0]["segm"] == figures[1]["segm"] and figures[0]["bbox"] == figures[1]["bbox"]
     assert results[0] == results[1] and len(results[0]) > 0
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    logged = next(entry for entry in reversed(log) if entry["kind"] == "evaluation")  # each rank evaluated its share
+    assert all(logged[f"segm_{name}"] == value for name, value in figures[0]["segm"].items())
 
 
 def test_relaunch_refuses_what_cannot_be(monkeypatch):

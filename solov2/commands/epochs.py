@@ -68,6 +68,8 @@ def train_epochs(
                 )
             run.epoch, run.step = run.epoch + 1, 0
             distributed.broadcast_buffers(run.model)
+            if run.average is not None:  # it follows the running statistics of this process's own images
+                distributed.broadcast_buffers(run.average)
             # Always before an evaluation, which may be told to stop.
             if _is_due(run, train.checkpoint_every) or (validation is not None and _is_due(run, train.evaluate_every)):
                 save(run)
