@@ -1,11 +1,13 @@
 """Kills a training run again and again and compares its end with that of a run left alone.
 
-    python tests/scripts/kill_runs.py FOLDER [--kills 30] [--processes 1] [--seconds 2 12] [-- words for train.py]
+    python tests/scripts/kill_runs.py FOLDER [--kills 30] [--processes 1] [--seconds 0 1] [-- words for train.py]
 
-The same run is trained twice: undisturbed, and with `kill -9` for it and all its children at random moments, every
-third time as soon as a checkpoint is being written. After each kill the run goes on with `--resume`. At the end
-everything in both last checkpoints has to be equal to the bit. Without words the run is tests/tiny_runs.py's with two
-workers, several scales, flips, accumulation 2 and averaged weights. Prints JSON.
+The same run is trained twice, side by side and with one thread per process: undisturbed, and with `kill -9` for it and
+all its children at random moments. The moments count from the first checkpoint that a start writes; every third kill
+then waits until the next one is being written, every fifth comes while the run is still starting. After each kill
+the run goes on with `--resume`. At the end everything in both last checkpoints has to be equal to the bit. Without
+words the run is tests/tiny_runs.py's with two workers, several scales, flips, accumulation 2 and averaged weights;
+other words should save often (`train.checkpoint_steps`). Prints JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import argparse
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +37,7 @@ from solov2.checkpoint import load_file  # noqa: E402
 OPTIONS = (
     "data.workers=2", "data.train_scales=[64,56]", "data.flip_probability=0.5", "data.dihedral=false",
     "data.shapes_train=48", "train.accumulate=2", "train.ema_decay=0.9", "train.checkpoint_steps=1",
-    "train.batch_size=2", "train.epochs=6", "train.evaluate_every=3",
+    "train.batch_size=2", "train.epochs=16", "train.evaluate_every=8",
 )  # fmt: skip
 
 
@@ -91,17 +95,28 @@ def descends(pid: int, ancestor: int) -> bool:
 
 
 def wait_for_the_moment(
-    process: subprocess.Popen, output: Path, seconds: float, *, at_saving: bool
+    process: subprocess.Popen, output: Path, seconds: float, *, starting: bool, at_saving: bool
 ) -> tuple[bool, float]:
-    """(whether it is time to kill, largest resident memory); False where the run ended by itself."""
-    begin, memory = time.monotonic(), 0.0
+    """(whether it is time to kill, largest resident memory in MiB); False where the run ended by itself."""
+    launched, memory = time.time(), 0.0
+    begin = launched if starting else None
     while process.poll() is None:
         memory = max(memory, resident_mib(process.pid))
-        late = time.monotonic() - begin >= seconds
-        if late and (not at_saving or any(output.glob(".step_*.tmp"))):
+        if begin is None and any(modified(path) > launched for path in output.glob("*.pth")):
+            begin = time.time()
+        late = begin is not None and time.time() - begin >= seconds
+        if late and (not at_saving or any(output.glob(".*.tmp"))):
             return True, memory
         time.sleep(0.002 if late else 0.05)
     return False, memory
+
+
+def modified(path: Path) -> float:
+    """When a file was written; 0 for one that has just been replaced."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def differences(first: Any, second: Any, name: str = "") -> list[str]:
@@ -119,48 +134,61 @@ def differences(first: Any, second: Any, name: str = "") -> list[str]:
     return [] if first == second else [name]
 
 
+def mask_ap(output: Path) -> str:
+    """What a run's log says last about its accuracy."""
+    return (re.findall(r"mask AP [\d.]+, AP50 [\d.]+", output.with_suffix(".log").read_text()) or ["none"])[-1]
+
+
 def main() -> int:
     """Print the kills, the memory and what differs; exit code 1 where anything does."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, nargs=2, default=(2, 12), metavar=("LOW", "HIGH"))
+    parser.add_argument("--seconds", type=float, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("words", nargs="*")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # four processes that spin on two cores would take turns of milliseconds
     words, moments = args.words or tiny_words(args.folder), random.Random(args.seed)
     whole, killed = args.folder / "whole", args.folder / "killed"
     begin = time.monotonic()
-    if not (whole / "last.pth").exists():
-        process = start(words, whole, args.processes, resume=False)
-        _, memory = wait_for_the_moment(process, whole, 1e9, at_saving=False)
-        if process.returncode:
-            raise SystemExit(f"the undisturbed run failed, see {whole.with_suffix('.log')}")
-        print(json.dumps({"undisturbed_seconds": round(time.monotonic() - begin, 1), "resident_mib": round(memory)}))
-    kills, memories, done = 0, [], False
-    while not done:
+    undisturbed = start(words, whole, args.processes, resume=False)
+    kills, memories, alive = [], [], True
+    while alive:
         process = start(words, killed, args.processes, resume=any(killed.glob("*.pth")))
-        at_saving, seconds = kills % 3 == 0, moments.uniform(*args.seconds)
+        at_saving, starting = len(kills) % 3 == 0, len(kills) % 5 == 4
+        seconds = moments.uniform(1, 6) if starting else moments.uniform(*args.seconds)
         alive, memory = wait_for_the_moment(
-            process, killed, seconds if kills < args.kills else 1e9, at_saving=at_saving
+            process,
+            killed,
+            seconds if len(kills) < args.kills else 1e9,
+            starting=starting,
+            at_saving=at_saving and not starting,
         )
         memories.append(round(memory))
         if alive:
             kill_group(process)
-            kills += 1
+            kills.append("starting" if starting else "saving" if at_saving else "training")
             if not any(killed.glob("*.pth")) and killed.exists():  # killed before the first checkpoint: anew
-                for path in sorted(killed.rglob("*"), reverse=True):
-                    path.unlink()
-                killed.rmdir()
+                shutil.rmtree(killed)
         elif process.returncode:
             raise SystemExit(f"a resumed run failed, see {killed.with_suffix('.log')}")
-        done = not alive
+    killed_seconds = time.monotonic() - begin
+    if undisturbed.wait():
+        raise SystemExit(f"the undisturbed run failed, see {whole.with_suffix('.log')}")
     first, second = (load_file(folder / "last.pth") for folder in (whole, killed))
     different = differences(first, second)
-    print(json.dumps({"kills": kills, "processes": args.processes, "different": different,
-                      "seconds": round(time.monotonic() - begin, 1), "resident_mib_per_start": memories}))  # fmt: skip
+    report = {
+        "kills": {kind: kills.count(kind) for kind in ("training", "saving", "starting")},
+        "processes": args.processes,
+        "seconds": round(killed_seconds, 1),
+        "resident_mib_per_start": memories,
+        "results": {path.name: mask_ap(path) for path in (whole, killed)},
+        "different": different,
+    }
+    print(json.dumps(report))
     return bool(different)
 
 
