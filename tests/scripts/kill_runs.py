@@ -147,11 +147,11 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("words", nargs="*")
-    args = parser.parse_args()
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, words = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     args.folder.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # four processes that spin on two cores would take turns of milliseconds
-    words, moments = args.words or tiny_words(args.folder), random.Random(args.seed)
+    words, moments = words or tiny_words(args.folder), random.Random(args.seed)
     whole, killed = args.folder / "whole", args.folder / "killed"
     begin = time.monotonic()
     undisturbed = start(words, whole, args.processes, resume=False)
