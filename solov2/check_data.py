@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -27,6 +26,7 @@ from solov2.data.coco import CocoInstances
 from solov2.data.repair import normal_name, repair
 from solov2.data.statistics import summarize, unseen_by_range
 from solov2.errors import printable, run_command
+from solov2.outputs import check_output, write_json
 
 UNUSABLE_FILES = ("missing file", "unreadable file", "wrong size")
 CHUNK = 8  # images that a process takes at a time
@@ -224,16 +224,18 @@ def _category_findings(
 def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.set)
     changes_file = None if args.fix is None else args.fix.with_name(f"{args.fix.name}.changes.json")
-    for path in (args.fix, changes_file, args.json):
-        if path is not None and (path.exists() if path != args.json else _same(path, args.annotations)):
+    if args.json is not None and _same(args.json, args.annotations):
+        raise InputError(f"--json {args.json} would replace the annotations; name another file")
+    check_output(args.json, "--json", overwrite=args.overwrite)
+    for path in (args.fix, changes_file):
+        if path is not None and path.exists():
             raise InputError(f"{path} exists already and is not overwritten; name another file")
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"folder {path.parent} does not exist")
+        check_output(path, "--fix", overwrite=False)
     content = load_json(args.annotations)
     report = check_data(content, args.images, config, workers=args.workers)
     print("\n".join(report_lines(report, args.annotations, config, show=args.show)))
     if args.json is not None:
-        args.json.write_text(json.dumps(to_json(report, args.annotations, config), indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, to_json(report, args.annotations, config), indent=1)
     if args.fix is not None:
         print(_write_repaired(content, report, args.fix, changes_file))
     return 1 if report.counts()["error"] else 0
@@ -244,9 +246,8 @@ def _write_repaired(content: dict[str, Any], report: Report, path: Path, changes
     repaired, changes = repair(content, unusable)
     if not repaired["images"] or not repaired["annotations"] or not repaired["categories"]:
         raise InputError(f"nothing usable would be left in {path}, so it is not written")
-    for target, value in ((path, repaired), (changes_file, changes)):
-        with target.open("x", encoding="utf-8") as file:
-            json.dump(value, file, indent=1 if target == changes_file else None)
+    write_json(changes_file, changes, indent=1)
+    write_json(path, repaired)
     removed = Counter(change["section"] for change in changes if change["action"] == "removed")
     parts = ", ".join(f"{count} {section}" for section, count in removed.items()) or "nothing"
     return f"wrote {path}: {len(changes)} changes, {parts} removed; {changes_file} lists them"
@@ -325,6 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help=f"processes, default {workers}")
     parser.add_argument("--show", type=int, default=20, metavar="N", help="findings of a kind to print, default 20")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings and figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --json file")
     parser.add_argument(
         "--fix", type=Path, metavar="OUT", help="write a repaired annotation file, and what changed to OUT.changes.json"
     )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solov2.config import InputError
+from solov2.outputs import replace_file
 
 FORMAT = "solov2"  # value of the key "format" in our own files
 
@@ -63,34 +62,13 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def write_file(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` by `torch.save`, see `replace_file`.
+    """Write `content` by `torch.save`, see `outputs.replace_file`.
 
     Raises:
         OSError: disk full, no permission; the old file stays.
     """
     with replace_file(path) as file:
         torch.save(content, file)
-
-
-@contextlib.contextmanager
-def replace_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, so that `path` holds either the old file or the whole new one, whatever happens in between.
-
-    Raises:
-        OSError: disk full, no permission; the old file stays.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_file(path: str | Path) -> dict[str, Any]:

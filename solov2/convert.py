@@ -21,6 +21,7 @@ from torch import Tensor
 from solov2.checkpoint import is_own, load_file, save_checkpoint, write_file
 from solov2.config import InputError
 from solov2.errors import run_command
+from solov2.outputs import check_output
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -273,7 +274,7 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = "solov2", 
 
     Args:
         source: a file of any family.
-        target: file to write; its folder must exist.
+        target: file to write; folders are made as needed.
         to: "solov2", which keeps the traits and the class names beside the tensors, or "mmdet".
         overwrite: replace an existing target.
 
@@ -284,8 +285,7 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = "solov2", 
         InputError: source unreadable or unknown, target there already or not writable, or a network that mmdetection
             has no names or no place for its traits.
     """
-    if Path(target).exists() and not overwrite:
-        raise InputError(f"{target} exists already; give --overwrite to replace it")
+    check_output(target, "OUT", overwrite=overwrite)
     content = load_file(source)
     own = is_own(content)
     state, traits, class_names = read_weights(content, str(source))
@@ -302,6 +302,7 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = "solov2", 
         if class_names is not None:
             written["class_names"] = class_names
     try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
         (save_checkpoint if to == "solov2" else write_file)(target, written)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error

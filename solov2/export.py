@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from solov2.build import build_model
-from solov2.checkpoint import replace_file
 from solov2.config import InputError
 from solov2.distributed import select_device
 from solov2.errors import run_command
@@ -26,6 +25,7 @@ from solov2.models.optimize import fold_batch_norms
 from solov2.models.postprocess import PostprocessSettings, flatten_raw, widen
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.matrix_nms import decay_scores
+from solov2.outputs import check_output, replace_file
 
 NUM_CELLS = 512  # photographs seldom have more cells above the category threshold
 FORMATS = (".pt2", ".onnx")
@@ -148,6 +148,7 @@ def save_program(program: torch.export.ExportedProgram, path: str | Path, class_
     check_format(path)
     names = json.dumps(list(class_names))
     onnx = _to_onnx(program, names) if Path(path).suffix == ".onnx" else None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         if onnx is None:
             torch.export.save(program, file, extra_files={"class_names.json": names})
@@ -197,10 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     check_format(args.output)
-    if args.output.exists() and not args.overwrite:
-        raise InputError(f"{args.output} exists already; give another --output or --overwrite")
-    if not args.output.parent.is_dir():
-        raise InputError(f"folder {args.output.parent} does not exist")
+    check_output(args.output, "--output", overwrite=args.overwrite)
     if args.cells < 1:
         raise InputError(f"--cells {args.cells}: must be 1 or more")
     overrides = {"max_instances": args.max_instances, "score_threshold": args.score_threshold}

@@ -17,9 +17,9 @@ from solov2.build import build_model
 from solov2.config import InputError
 from solov2.distributed import select_device
 from solov2.errors import run_command
-from solov2.evaluation.coco import write_results
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.images import read_image
+from solov2.outputs import check_output, write_json
 from solov2.visualize import draw_instances
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     jobs = plan_outputs(find_images(args.images), args.output, overwrite=args.overwrite)
-    if args.json is not None and args.json.exists() and not args.overwrite:
-        raise InputError(f"{args.json} exists already; give another --json or --overwrite")
+    check_output(args.json, "--json", overwrite=args.overwrite)
     model = build_model(args.model, weights=args.weights, device=select_device(args.device))
     return _predict_all(model, jobs, args)
 
@@ -168,7 +167,7 @@ def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argpars
                 progress.write(_report(image, picture, result["labels"].tolist(), model.class_names, args))
             progress.update(len(batch))
     if args.json is not None:
-        write_results(args.json, entries)
+        write_json(args.json, entries)
     return 1 if unreadable else 0
 
 

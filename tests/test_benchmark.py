@@ -238,7 +238,7 @@ def coco_tree(tmp_path: Path) -> Path:
         (["--config", "solov2_r50_1x"], "did you mean"),
         (["--config", "quickstart", "--candidates", "5000"], "--candidates 5000 is more than the"),
         (["--device", "nonsense"], "device 'nonsense' is not usable here"),
-        (["--json", "no/such/folder/x.json"], "the folder does not exist"),
+        (["--json", __file__], "exists already"),
         (["--data-root", "/nonexistent"], "/nonexistent"),
     ],
 )

@@ -159,7 +159,8 @@ def test_fix_does_not_write_an_empty_file(tree: Tree, tmp_path: Path) -> None:
         (["none.json", "--images", "."], "annotation file none.json does not exist"),
         (["{file}", "--images", "none"], "image folder none does not exist"),
         (["{file}", "--images", ".", "--config", "solov3"], "unknown model name 'solov3'"),
-        (["{file}", "--images", ".", "--fix", "none/out.json"], "folder none does not exist"),
+        (["{file}", "--images", ".", "--fix", "{file}/out.json"], "--fix "),
+        (["{file}", "--images", ".", "--json", "{file}"], "--json "),
     ],
 )
 def test_mistakes(tree: Tree, capsys: pytest.CaptureFixture, arguments: list[str], said: str) -> None:

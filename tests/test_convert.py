@@ -388,7 +388,7 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ("text.pth", "text.pth", "out.pth", ()),
         ("cut.pth", "truncated", "out.pth", ()),
         ("other.pth", "not those of a SOLOv2", "out.pth", ()),
-        ("good.pth", "cannot write", "nowhere/out.pth", ()),
+        ("good.pth", "is not a folder", "text.pth/out.pth", ()),
         ("batch_norm.pth", "group norm", "out.pth", ("--to", "mmdet")),
     ):
         assert main([str(tmp_path / source), str(tmp_path / target), *more]) == 2

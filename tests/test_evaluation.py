@@ -17,8 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from solov2.config import InputError
-from solov2.evaluation.coco import BACKENDS, FIGURES, CocoEvaluator, format_table, write_results
+from solov2.evaluation.coco import BACKENDS, FIGURES, CocoEvaluator, format_table
 from solov2.ops.masks import encode_rle, masks_to_boxes, segmentation_to_mask
+from solov2.outputs import write_json
 
 SIZE = 200
 
@@ -126,7 +127,7 @@ def test_ground_truth_as_predictions(coco_photos: Path, tmp_path: Path) -> None:
     tight.update(*photo_ground_truth(coco, category_ids, own_boxes=False))
     assert round(tight.summarize()["bbox"]["AP"], 3) == 0.967
 
-    write_results(tmp_path / "results.json", tight.results())
+    write_json(tmp_path / "results.json", tight.results())
     assert plain_figures(coco, str(tmp_path / "results.json"), "segm")["AP"] == pytest.approx(1.0, abs=1e-9)
 
 
@@ -368,12 +369,3 @@ def test_table_for_people() -> None:
     assert set(FIGURES) <= set(rows)
     assert rows["unseen"] == ["-", "-"]
     assert "ring" not in format_table(evaluator.summarize())
-
-
-def test_results_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "results.json"
-    write_results(path, [{"score": 0.25}])
-    with pytest.raises(TypeError):
-        write_results(path, [{"score": object()}])
-    assert json.loads(path.read_text()) == [{"score": 0.25}]
-    assert list(path.parent.iterdir()) == [path]

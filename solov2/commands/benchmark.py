@@ -8,11 +8,9 @@ types that hold about `--candidates` candidates and ellipses as masks.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from solov2.commands.tables import format_machine, format_peak, format_sweep
 from solov2.config import InputError
 from solov2.engine import HALF_TYPES
 from solov2.errors import run_command
+from solov2.outputs import check_output, write_json
 
 DEFAULT_CONFIGS = ("solov2_r50_fpn_1x", "solov2_light_r50_fpn_3x")
 LEAST = {  # smallest value of each number
@@ -110,6 +109,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="load from this COCO tree instead of generated shapes; --mode train loads too",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report as one JSON object")
+    parser.add_argument("--overwrite", action="store_true", help="replace the report of an earlier run")
     return parser.parse_args(argv)
 
 
@@ -138,8 +138,7 @@ def _run(argv: Sequence[str]) -> int:
         content = _measure(args, device, _say if distributed.is_main() else _say_nothing)
         if distributed.is_main():
             if args.json is not None:
-                text = json.dumps(content, indent=1, allow_nan=False)
-                Path(args.json).write_text(text + "\n", encoding="utf-8")
+                write_json(args.json, content, indent=1)
             if old is not None:
                 print(f"compared with {args.compare[0]}:\n{compare(old, content)}")
     finally:
@@ -183,8 +182,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--data-root measures the loading of training data; use it with --mode data, train or all")
     if args.compare is not None and len(args.compare) > 2:
         raise InputError(f"--compare takes one or two reports, got {len(args.compare)}")
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise InputError(f"--json {args.json}: the folder does not exist")
+    check_output(args.json, "--json", overwrite=args.overwrite)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.nproc is not None:
         distributed.check_nproc(args.nproc)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +26,10 @@ from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
 from solov2.engine import Predictor, evaluate, predictor
 from solov2.errors import run_command
-from solov2.evaluation.coco import CocoEvaluator, format_table, write_results
+from solov2.evaluation.coco import CocoEvaluator, format_table
 from solov2.evaluation.oracle import oracle_raw
 from solov2.models.postprocess import postprocess
+from solov2.outputs import check_output, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--per-class", action="store_true", help="AP of each class too")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     parser.add_argument("--results", metavar="FILE", help="write the instances in COCO results format")
+    parser.add_argument("--overwrite", action="store_true", help="replace these files of an earlier run")
     parser.add_argument(
         "--set",
         action="append",
@@ -89,9 +89,8 @@ def _run(argv: Sequence[str]) -> int:
     args.weights = find_weights(args.weights, args.config)
     if args.nproc is not None:
         distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
-    for path in (args.json, args.results):
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"the folder of {path} does not exist")
+    check_output(args.json, "--json", overwrite=args.overwrite)
+    check_output(args.results, "--results", overwrite=args.overwrite)
     device = distributed.select_device(args.device)
     config = _configuration(args)
     distributed.start(device)
@@ -180,9 +179,9 @@ def _report(summary: dict[str, Any], evaluator: CocoEvaluator, args: argparse.Na
             "images": len(evaluator.coco.imgs),
             **summary,
         }
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(args.json, content, indent=2)
     if args.results is not None:
-        write_results(args.results, evaluator.results())
+        write_json(args.results, evaluator.results())
 
 
 if __name__ == "__main__":

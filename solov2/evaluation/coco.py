@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,18 +181,6 @@ class CocoEvaluator:
         unknown = sorted({int(image) for image in image_ids} - self.file_image_ids)
         if unknown:
             raise InputError(f"image id {unknown[0]} is not in the annotation file; evaluate the images that it lists")
-
-
-def write_results(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write a results list as JSON; the file appears complete or not at all. Folders are made as needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(json.dumps(list(results)), encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def format_table(summary: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,0 +1,71 @@
+"""The files a command is told to write: nothing is replaced unasked, and each is there complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from solov2.config import InputError
+
+
+def check_output(path: str | Path | None, flag: str, *, overwrite: bool) -> None:
+    """Whether a file can be written later; for the start of a command, before any long work.
+
+    Args:
+        path: what will be written; None, where nothing was asked for, passes.
+        flag: the argument that names it, for the sentence.
+        overwrite: an existing file may be replaced.
+
+    Raises:
+        InputError: the file exists, is a folder, or lies where nothing can be written.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: this is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already; give another {flag} or --overwrite")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise InputError(f"{flag} {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: no permission to write in {folder}")
+
+
+def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> None:
+    """Write JSON in UTF-8; folders are made as needed.
+
+    Raises:
+        OSError: disk full, no permission; an old file stays.
+        TypeError: the content has no JSON form; an old file stays.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as file:
+        file.write(f"{json.dumps(content, indent=indent)}\n".encode())
+
+
+@contextlib.contextmanager
+def replace_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, so that `path` holds either the old file or the whole new one, whatever happens in between.
+
+    Raises:
+        OSError: disk full, no permission; the old file stays.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

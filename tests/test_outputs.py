@@ -1,0 +1,44 @@
+"""Files that commands write: refused in time, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from solov2.config import InputError
+from solov2.outputs import check_output, write_json
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("1")
+    check_output(None, "--json", overwrite=False)
+    check_output(tmp_path / "new" / "folder" / "x.json", "--json", overwrite=False)
+    check_output(old, "--json", overwrite=True)
+    for path, said in (
+        (old, r"old\.json exists already; give another --json or --overwrite"),
+        (tmp_path, "this is a folder"),
+        (old / "x.json", r"old\.json is not a folder"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_output(path, "--json", overwrite=False)
+    assert old.read_text() == "1" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_closed_folder_is_said(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="no permission to write in"):
+        check_output(tmp_path / "x.json", "--json", overwrite=False)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    write_json(path, [{"score": 0.25, "name": "Hände"}])
+    with pytest.raises(TypeError):
+        write_json(path, [{"score": object()}])
+    assert json.loads(path.read_text(encoding="utf-8")) == [{"score": 0.25, "name": "Hände"}]
+    assert list(path.parent.iterdir()) == [path]
