@@ -1,12 +1,15 @@
-"""Optimiser and learning-rate schedule (reference recipe: SGD, linear warm-up, step decay)."""
+"""Optimiser, learning-rate schedule (reference recipe: SGD, linear warm-up, step decay), average of the weights."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norms: bool) -> list[dict[str, object]]:
@@ -73,3 +76,34 @@ def make_schedule(
         return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
     return factor
+
+
+class WeightAverage:
+    """Exponential moving average of weights and running statistics: after each step, a = decay a + (1 - decay) w.
+
+    The first step sets it to the weights. torch's AveragedModel computes the same, but moves its counter to the device
+    in every step, for which the host waits.
+
+    Args:
+        model: what is averaged; its copy `module` holds the averages.
+        decay: between 0 and 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.updates = 0
+        self._average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after a step; nothing waits for the device."""
+        averages, values = (list(itertools.chain(m.parameters(), m.buffers())) for m in (self.module, model))
+        floating = [average.is_floating_point() for average in averages]
+        if self.updates:
+            self._average(
+                list(itertools.compress(averages, floating)), list(itertools.compress(values, floating)), self.updates
+            )
+        for average, value, lerped in zip(averages, values, floating, strict=True):
+            if not (self.updates and lerped):  # counters of batches are not averaged
+                average.copy_(value)
+        self.updates += 1

@@ -17,7 +17,7 @@ from solov2.build import build_criterion, construct, default_class_names
 from solov2.engine import count_positives, evaluate, grouped, predictor, take_step, to_device, train_one_epoch
 from solov2.guard import NonFiniteGuard
 from solov2.logger import RunLogger
-from solov2.optim import build_optimizer
+from solov2.optim import WeightAverage, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -168,6 +168,8 @@ def test_nothing_between_batch_and_optimiser_step_waits_for_the_device(tmp_path,
         optimizer = build_optimizer(
             model, name="adamw", learning_rate=1e-3, momentum=0.9, weight_decay=1e-4, decay_norms=True
         )
+        average = WeightAverage(torch.nn.Identity(), 0.9)  # fake tensors cannot be copied with their module
+        average.module = construct(config.model, model.class_names)
         train_one_epoch(
             model,
             build_criterion(config.model),
@@ -186,7 +188,9 @@ def test_nothing_between_batch_and_optimiser_step_waits_for_the_device(tmp_path,
             clip_norm=35.0,
             memory_format=torch.channels_last,
             log_every=100,
+            after_step=lambda _done: average.update(model),
         )
+        assert average.updates == 2
         assert len(optimizer.state) == len(list(model.parameters()))  # every parameter took a step
         with pytest.raises(DataDependentOutputException):
             mode.from_tensor(torch.ones(1)).item()
@@ -275,12 +279,14 @@ def test_nothing_in_the_step_waits_for_a_gpu():
     )
     options = {"device": device, "precision": "bf16", "memory_format": torch.channels_last, "clip_norm": 35.0}
     batches = [to_device(random_batch(config, seed=seed), device) for seed in range(3)]  # pageable memory would wait
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    scaler, average = torch.amp.GradScaler("cuda", enabled=False), WeightAverage(model, 0.9)
+    average.update(model)
     take_step(model, build_criterion(config.model), batches[:1], optimizer, scaler, **options)  # first uses may wait
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches[1:]:
             take_step(model, build_criterion(config.model), [batch], optimizer, scaler, **options)
+            average.update(model)
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 from parity import load
+from tiny_runs import tiny_config
 from torch import nn
 
+from solov2.build import build_model
 from solov2.config import load_config
-from solov2.optim import build_optimizer, make_schedule, parameter_groups, scaled_learning_rate
+from solov2.optim import WeightAverage, build_optimizer, make_schedule, parameter_groups, scaled_learning_rate
 
 SCHEDULES = {stored["name"]: stored for stored in load("schedule.json")["schedules"]}
 
@@ -126,3 +129,27 @@ def test_scaling_rule() -> None:
     assert scaled_learning_rate(0.01, 16, 16) == 0.01
     assert scaled_learning_rate(0.01, 2, 16) == pytest.approx(0.00125)
     assert scaled_learning_rate(0.01, 64, 16) == pytest.approx(0.04)
+
+
+def test_averages_follow_their_formula():
+    torch.manual_seed(0)
+    model = build_model(tiny_config(), weights=None)
+    average = WeightAverage(model, 0.9)
+    before = copy.deepcopy(model.state_dict())
+    expected = None
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model.backbone.bn1.running_mean.normal_()
+            model.backbone.bn1.num_batches_tracked.add_(1)
+        average.update(model)
+        state = {name: value.double() for name, value in model.state_dict().items()}
+        expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in state.items()} if expected else state
+    for name, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        else:
+            assert torch.equal(value, model.state_dict()[name]), name
+    assert not any(torch.equal(before[name], value) for name, value in model.named_parameters())  # its own copies
+    assert average.updates == 4 and not any(p.requires_grad for p in average.module.parameters())

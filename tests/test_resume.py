@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import arguments, tiny_config
+from tiny_runs import arguments
 
 from solov2.build import build_model
 from solov2.checkpoint import latest_checkpoint, load_file, newest_loadable, save_step, step_checkpoints
-from solov2.commands.run import averaged_model, check_folder, determinism
+from solov2.commands.run import check_folder, determinism
 from solov2.commands.stop import STOPPED, StopSignal
 from solov2.commands.train import main
 from solov2.config import InputError
@@ -201,25 +201,6 @@ def test_the_sampler_goes_on_inside_an_epoch(first):
     one.set_epoch(4)
     two.set_epoch(4, first_batch=first)
     assert list(two) == list(one)[first:] and len(one) == len(two)
-
-
-def test_averages_follow_their_formula():
-    torch.manual_seed(0)
-    model = build_model(tiny_config(), weights=None)
-    average = averaged_model(model, 0.9)
-    assert not int(average.n_averaged)
-    expected = None
-    for _ in range(4):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter))
-            model.backbone.bn1.running_mean.normal_()
-        average.update_parameters(model)
-        state = {name: value.double() for name, value in model.state_dict().items()}
-        expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in state.items()} if expected else state
-    for name, value in average.module.state_dict().items():
-        if value.is_floating_point():
-            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_averaged_weights_are_what_a_checkpoint_gives(data, tmp_path):

@@ -69,7 +69,7 @@ def train_epochs(
             run.epoch, run.step = run.epoch + 1, 0
             distributed.broadcast_buffers(run.model)
             if run.average is not None:  # it follows the running statistics of this process's own images
-                distributed.broadcast_buffers(run.average)
+                distributed.broadcast_buffers(run.average.module)
             # Always before an evaluation, which may be told to stop.
             if _is_due(run, train.checkpoint_every) or (validation is not None and _is_due(run, train.evaluate_every)):
                 save(run)
@@ -84,7 +84,7 @@ def _after_step(run: Run, stop: StopSignal, done: int) -> None:
     """Average the weights, save where it is time, and end the run where it was told to."""
     run.step = done
     if run.average is not None:
-        run.average.update_parameters(run.model)
+        run.average.update(run.model)
     signal_number = stop.poll()
     every = run.config.train.checkpoint_steps
     if signal_number or (every and done % every == 0 and done < run.plan.steps_per_epoch):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from solov2 import distributed
 from solov2.build import load_weights, traits_of
@@ -24,7 +23,7 @@ from solov2.data.coco import CocoInstances
 from solov2.errors import RunFailed
 from solov2.logger import RunLogger
 from solov2.models.solov2 import SOLOv2
-from solov2.optim import make_schedule, scaled_learning_rate
+from solov2.optim import WeightAverage, make_schedule, scaled_learning_rate
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Run:
     scaler: torch.amp.GradScaler
     logger: RunLogger
     plan: Plan
-    average: AveragedModel | None = None
+    average: WeightAverage | None = None
     epoch: int = 0  # epochs done
     step: int = 0  # optimiser steps done of the epoch after them
     evaluated: int = 0  # epochs done at the last evaluation
@@ -66,7 +65,7 @@ class Run:
         """Everything a checkpoint holds; all processes call it together."""
         averaged = {}
         if self.average is not None:
-            averaged = {"averaged": self.average.module.state_dict(), "updates": int(self.average.n_averaged)}
+            averaged = {"averaged": self.average.module.state_dict(), "updates": self.average.updates}
         return averaged | {
             "model": self.model.state_dict(),
             "config": self.config.to_dict(),
@@ -212,7 +211,7 @@ def resume(run: Run, path: Path) -> None:
     run.step, run.evaluated = content.get("step", 0), content.get("evaluated", run.epoch)
     if run.average is not None and "averaged" in content:
         run.average.module.load_state_dict(content["averaged"])
-        run.average.n_averaged.fill_(content["updates"])
+        run.average.updates = content["updates"]
     global_batch = content.get("global_batch", run.plan.global_batch)
     if run.step and global_batch != run.plan.global_batch:
         run.logger.say(
@@ -228,14 +227,6 @@ def resume(run: Run, path: Path) -> None:
     run.logger.say(f"resumed {path} after epoch {run.epoch}{position}")
     if distributed.is_main():
         remove_leftovers(run.folder)
-
-
-def averaged_model(model: SOLOv2, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and running statistics: after each step, a = decay a + (1 - decay) w.
-
-    The first step sets it to the weights.
-    """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 @contextlib.contextmanager

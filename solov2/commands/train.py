@@ -41,7 +41,6 @@ from solov2.commands.machine import environment
 from solov2.commands.run import (
     Run,
     announcement,
-    averaged_model,
     check_folder,
     class_difference,
     config_text,
@@ -57,7 +56,7 @@ from solov2.data.coco import CocoInstances
 from solov2.errors import run_command
 from solov2.logger import RunLogger, format_seconds
 from solov2.models.solov2 import SOLOv2
-from solov2.optim import build_optimizer
+from solov2.optim import WeightAverage, build_optimizer
 
 FLAGS = {
     "epochs": "train.epochs",
@@ -210,7 +209,7 @@ def _train(
     plan = plan_run(train, images=len(dataset), batches=len(sampler), processes=distributed.world_size())
     open_folder(folder, config, overwrite=args.overwrite and checkpoint is None and not distributed.restarted())
     logger = RunLogger(folder, main=distributed.is_main(), tensorboard=args.tensorboard)
-    average = averaged_model(model, train.ema_decay) if train.ema_decay else None
+    average = WeightAverage(model, train.ema_decay) if train.ema_decay else None
     run = Run(config, folder, device, model, dataset, optimizer, scaler, logger, plan, average)
     try:
         _announce(run)
