@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 
 from solov2.build import build_criterion, construct, default_class_names
-from solov2.engine import count_positives, evaluate, grouped, predictor, take_step, to_device, train_one_epoch
+from solov2.engine import count_positives, evaluate, forward, grouped, predictor, take_step, to_device, train_one_epoch
 from solov2.guard import NonFiniteGuard
 from solov2.logger import RunLogger
 from solov2.optim import WeightAverage, build_optimizer
@@ -194,6 +194,30 @@ def test_nothing_between_batch_and_optimiser_step_waits_for_the_device(tmp_path,
         assert len(optimizer.state) == len(list(model.parameters()))  # every parameter took a step
         with pytest.raises(DataDependentOutputException):
             mode.from_tensor(torch.ones(1)).item()
+
+
+@pytest.mark.parametrize("instances", [3, 0])
+def test_forward_pass_and_losses_stay_on_the_device(instances):
+    """Fake tensors know their device without having it: one of another device in an operation raises."""
+    config, device = tiny_config(), torch.device("cuda", 0)
+    batch = random_batch(config, seed=0, instances=instances)
+    with FakeTensorMode() as mode:
+        with device:
+            model = construct(config.model, default_class_names(config.model.num_classes))
+        losses = forward(
+            model,
+            build_criterion(config.model),
+            pytree.tree_map_only(torch.Tensor, mode.from_tensor, batch),
+            None,
+            device=device,
+            precision="float32",
+            memory_format=torch.channels_last,
+        )
+        average = WeightAverage(torch.nn.Identity(), 0.9)
+        average.module = model
+        average.update(model)
+        average.update(model)
+    assert all(loss.device == device for loss in losses.values())
 
 
 class Collector:
