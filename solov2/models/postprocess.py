@@ -14,7 +14,7 @@ from solov2.ops.matrix_nms import matrix_nms
 from solov2.ops.resample import MaskResampler
 
 CELLS_AT_ONCE = 512  # dynamic kernels whose masks are alive together
-PIXELS_AT_ONCE = 2048  # of a mask: their probabilities stay in the processor's cache from product to sum
+PIXELS_AT_ONCE = 2048  # of a mask, on a CPU: their probabilities stay in its cache from product to sum
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,10 @@ def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Te
     """
     size, features = features.shape[1:], features.flatten(1)
     kernels = kernels.to(features.dtype)
+    pixels = PIXELS_AT_ONCE if features.device.type == "cpu" else max(1, features.shape[1])
     masks = torch.empty(len(kernels), features.shape[1], dtype=torch.bool, device=features.device)
     areas, totals = features.new_zeros(2, len(kernels))
-    for part, mask in zip(features.split(PIXELS_AT_ONCE, dim=1), masks.split(PIXELS_AT_ONCE, dim=1)):
+    for part, mask in zip(features.split(pixels, dim=1), masks.split(pixels, dim=1)):
         soft = (kernels @ part).sigmoid_()
         torch.gt(soft, threshold, out=mask)
         areas += mask.sum(1, dtype=areas.dtype)
