@@ -33,10 +33,21 @@ def build_optimizer(
     """
     groups = parameter_groups(model, weight_decay=weight_decay, decay_norms=decay_norms)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=True)
+        if momentum:
+            optimizer.register_step_pre_hook(_start_momentum)
+        return optimizer
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {name!r}")
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
+    """Zeros where there is no momentum yet: a first step that is left out on the device would keep what torch has
+    allocated without filling it (torch 2.14's fused SGD)."""
+    for parameter in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def scaled_learning_rate(learning_rate: float, batch_size: int, reference_batch_size: int) -> float:

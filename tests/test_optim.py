@@ -14,6 +14,7 @@ from torch import nn
 
 from solov2.build import build_model
 from solov2.config import load_config
+from solov2.engine import update_weights
 from solov2.optim import WeightAverage, build_optimizer, make_schedule, parameter_groups, scaled_learning_rate
 
 SCHEDULES = {stored["name"]: stored for stored in load("schedule.json")["schedules"]}
@@ -129,6 +130,26 @@ def test_scaling_rule() -> None:
     assert scaled_learning_rate(0.01, 16, 16) == 0.01
     assert scaled_learning_rate(0.01, 2, 16) == pytest.approx(0.00125)
     assert scaled_learning_rate(0.01, 64, 16) == pytest.approx(0.04)
+
+
+def test_a_first_step_that_is_left_out_leaves_no_momentum():
+    """torch's fused SGD allocates momentum without filling it, which shows where such memory is filled with NaN."""
+    torch.manual_seed(0)
+    first, second = (nn.Linear(3, 2) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    torch.use_deterministic_algorithms(True)
+    try:
+        for model, failures in ((first, 1), (second, 0)):
+            optimizer = build_optimizer(
+                model, name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-4, decay_norms=True
+            )
+            for factor in [*[math.inf] * failures, 1.0, 2.0]:
+                (model(torch.ones(1, 3)).sum() * factor).backward()
+                update_weights(optimizer, torch.amp.GradScaler("cpu", enabled=False), clip_norm=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, two) for one, two in zip(first.parameters(), second.parameters()))
+    assert first.weight.isfinite().all()
 
 
 def test_averages_follow_their_formula():
