@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from solov2.config import InputError
 
+NCCL_GRACE = 300  # seconds
 LAUNCHER_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -67,36 +69,35 @@ def select_device(name: str | None = None) -> torch.device:
         return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
     try:
         device = torch.device(name)
+        if device.type != "cpu" and device.index is None and accelerator is not None:
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
         raise InputError(f"device '{name}' is not usable here (available: {available})") from error
-    if device.type != "cpu" and device.index is None:
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
     return device
 
 
-def start(device: torch.device, *, timeout: float = 1800) -> None:
-    """Join the process group that torchrun prepared; nothing happens in a process started alone.
+@contextlib.contextmanager
+def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[None]:
+    """Within it, this process belongs to the group that torchrun prepared; alone it only makes `device` current.
 
-    The backend is torch's default for the device: nccl on GPUs, gloo on a CPU.
+    The backend is torch's default for the device: nccl on GPUs, gloo on a CPU. After an error the group is not left in
+    good order, since leaving nccl's waits for the other processes, which may wait for this one; torchrun ends them when
+    this one has ended.
 
     Args:
         device: of this process.
-        timeout: seconds after which an exchange that another process does not join is an error.
+        timeout: seconds after which an exchange that another process does not join is an error. nccl, which then ends
+            the process without a word, gets more, so that an exchange between the hosts can be the first to fail.
     """
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
-    options = {"timeout": datetime.timedelta(seconds=timeout)}
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-        dist.init_process_group(dist.get_default_backend_for_device(device), device_id=device, **options)
-    else:
-        dist.init_process_group(dist.get_default_backend_for_device(device), **options)
-
-
-def stop() -> None:
-    """Leave the process group, if there is one."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        options = {"device_id": device} if device.type != "cpu" else {}
+        patience = datetime.timedelta(seconds=timeout if device.type == "cpu" else timeout + NCCL_GRACE)
+        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=patience, **options)
+    yield
     if dist.is_initialized():
         dist.destroy_process_group()
 

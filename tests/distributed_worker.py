@@ -39,39 +39,38 @@ def fresh_model() -> torch.nn.Module:
 
 def main(folder: str) -> None:
     device = torch.device("cpu")
-    distributed.start(device)
-    rank = distributed.rank()
-    config, model = tiny_config(), fresh_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-    logger = RunLogger(folder, main=rank == 0)
-    train_one_epoch(
-        wrap(model, device),
-        build_criterion(config.model),
-        batches_of(rank),
-        optimizer,
-        lambda step: 1.0,
-        learning_rate=RATE,
-        device=device,
-        epoch=0,
-        steps_per_epoch=STEPS,
-        total_steps=STEPS,
-        logger=logger,
-        guard=NonFiniteGuard(Path(folder)),
-        clip_norm=1.0,
-        log_every=STEPS,
-    )
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    distributed.broadcast_buffers(model)
-    torch.save(
-        {
-            "state": model.state_dict(),
-            "buffers_before": before,
-            "gathered": distributed.all_gather_objects(rank),
-            "said": distributed.broadcast_object(f"from {rank}"),
-        },
-        Path(folder) / f"rank{rank}.pth",
-    )
-    distributed.stop()
+    with distributed.process_group(device):
+        rank = distributed.rank()
+        config, model = tiny_config(), fresh_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+        logger = RunLogger(folder, main=rank == 0)
+        train_one_epoch(
+            wrap(model, device),
+            build_criterion(config.model),
+            batches_of(rank),
+            optimizer,
+            lambda step: 1.0,
+            learning_rate=RATE,
+            device=device,
+            epoch=0,
+            steps_per_epoch=STEPS,
+            total_steps=STEPS,
+            logger=logger,
+            guard=NonFiniteGuard(Path(folder)),
+            clip_norm=1.0,
+            log_every=STEPS,
+        )
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        distributed.broadcast_buffers(model)
+        torch.save(
+            {
+                "state": model.state_dict(),
+                "buffers_before": before,
+                "gathered": distributed.all_gather_objects(rank),
+                "said": distributed.broadcast_object(f"from {rank}"),
+            },
+            Path(folder) / f"rank{rank}.pth",
+        )
 
 
 if __name__ == "__main__":

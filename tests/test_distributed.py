@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_worker import RATE, STEPS, batches_of, fresh_model
 from tiny_runs import arguments, tiny_config
 
@@ -133,3 +135,21 @@ def test_devices():
     with pytest.raises(InputError, match="device 'warp9'"):
         distributed.select_device("warp9")
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+
+
+def test_a_group_is_left_in_good_order_only(monkeypatch):
+    """Leaving nccl's group waits for the others, so a process that fails alone must not."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with distributed.process_group(torch.device("cpu")):
+        assert dist.is_initialized()
+    assert not dist.is_initialized()
+    try:
+        with pytest.raises(InputError), distributed.process_group(torch.device("cpu")):
+            raise InputError("a broken image")
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()

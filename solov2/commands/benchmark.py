@@ -133,16 +133,13 @@ def _run(argv: Sequence[str]) -> int:
     device = distributed.select_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    distributed.start(device)
-    try:
+    with distributed.process_group(device):
         content = _measure(args, device, _say if distributed.is_main() else _say_nothing)
         if distributed.is_main():
             if args.json is not None:
                 write_json(args.json, content, indent=1)
             if old is not None:
                 print(f"compared with {args.compare[0]}:\n{compare(old, content)}")
-    finally:
-        distributed.stop()
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from solov2 import distributed
@@ -22,6 +23,7 @@ from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDat
 from solov2.errors import RunFailed
 from solov2.targets import TargetAssigner
 
+CPU = torch.device("cpu")
 LOADER_FAILURES = {  # what torch's message contains -> what it means
     "timed out after": "was silent for longer than train.stall_seconds: slow or hanging storage is the usual cause",
     "exited unexpectedly": "ended unexpectedly: memory that ran out is the usual cause, fewer --workers help",
@@ -148,11 +150,16 @@ def oracle_dataset(data: DataConfig, split: str) -> CocoInstances:
 
 
 def training_loader(
-    config: Config, dataset: CocoInstances, assigner: TargetAssigner, *, processes: int | None = None
+    config: Config,
+    dataset: CocoInstances,
+    assigner: TargetAssigner,
+    *,
+    device: torch.device = CPU,
+    processes: int | None = None,
 ) -> tuple[DataLoader, TrainBatchSampler]:
     """This process's batches, padded and with targets, and the sampler whose epoch has to be set.
 
-    `processes` is how many share an epoch; default those that are running.
+    `device` is where they will go; `processes` is how many share an epoch, default those that are running.
     """
     data, train = config.data, config.train
     transform = TrainTransform(
@@ -174,6 +181,7 @@ def training_loader(
         collate=Collate(assigner),
         workers=data.workers,
         timeout=train.stall_seconds,
+        pin_memory=device.type != "cpu",
     )
     return loader, sampler
 
@@ -201,14 +209,24 @@ def watched(loader: DataLoader, sampler: TrainBatchSampler, dataset: CocoInstanc
 
 
 def validation_loader(
-    config: Config, dataset: CocoInstances, *, batch_size: int = 1, assigner: TargetAssigner | None = None
+    config: Config,
+    dataset: CocoInstances,
+    *,
+    device: torch.device = CPU,
+    batch_size: int = 1,
+    assigner: TargetAssigner | None = None,
 ) -> DataLoader:
     """This process's share of the images at test size; targets only where an assigner is given."""
     long, short = config.model.input_scale
     transformed = TransformedDataset(dataset, EvalTransform(short=short, long=long), seed=0)
     sampler = EvalSampler(len(dataset), rank=distributed.rank(), world_size=distributed.world_size())
     return build_loader(
-        transformed, sampler=sampler, batch_size=batch_size, collate=Collate(assigner), workers=config.data.workers
+        transformed,
+        sampler=sampler,
+        batch_size=batch_size,
+        collate=Collate(assigner),
+        workers=config.data.workers,
+        pin_memory=device.type != "cpu",
     )
 
 

@@ -112,7 +112,8 @@ def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str
         precision=run.config.train.precision,
         memory_format=choose_memory_format(run.config, run.device),
     )
-    loader = stop.ending(validation_loader(run.config, validation))  # the checkpoint before it is already written
+    loader = validation_loader(run.config, validation, device=run.device)
+    loader = stop.ending(loader)  # the checkpoint before it is already written
     summary = evaluate(predict, loader, evaluator, overlap=run.device.type != "cpu", progress=distributed.is_main())
     figures = {f"{kind}_{name}": value for kind in ("segm", "bbox") for name, value in summary[kind].items()}
     run.evaluated = run.epoch

@@ -93,8 +93,7 @@ def _run(argv: Sequence[str]) -> int:
     check_output(args.results, "--results", overwrite=args.overwrite)
     device = distributed.select_device(args.device)
     config = _configuration(args)
-    distributed.start(device)
-    try:
+    with distributed.process_group(device):
         prepare_data(config, splits=[args.split])
         if args.oracle:
             dataset = oracle_dataset(config.data, args.split)
@@ -106,7 +105,7 @@ def _run(argv: Sequence[str]) -> int:
         evaluator = CocoEvaluator(
             dataset.coco, dataset.category_ids, backend="faster-coco-eval" if args.fast else "pycocotools"
         )
-        loader = validation_loader(config, dataset, batch_size=args.batch_size, assigner=assigner)
+        loader = validation_loader(config, dataset, device=device, batch_size=args.batch_size, assigner=assigner)
         summary = evaluate(
             predict,
             loader,
@@ -117,8 +116,6 @@ def _run(argv: Sequence[str]) -> int:
         )
         if distributed.is_main():
             _report(summary, evaluator, args, config)
-    finally:
-        distributed.stop()
     return 0
 
 

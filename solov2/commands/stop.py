@@ -33,8 +33,8 @@ class Stopped(Exception):
 class StopSignal:
     """Receives SIGTERM, SIGUSR1 and Ctrl-C while it is entered; a second Ctrl-C interrupts at once.
 
-    `poll` is called by all processes after each step. Their answers are exchanged between hosts, beside the device's
-    work, and known one step later: everybody stops after the same step, whoever got the signal.
+    `poll` is called by all processes after each step, so that everybody stops after the same step, whoever got the
+    signal.
 
     Args:
         timeout: seconds after which the silence of another process is an error.
@@ -42,7 +42,6 @@ class StopSignal:
 
     def __init__(self, timeout: float) -> None:
         self.received = 0
-        self._exchange: tuple[dist.Work, torch.Tensor] | None = None
         self.timeout = timeout
         self._group = self._roll = None
         if distributed.world_size() > 1:
@@ -90,14 +89,13 @@ class StopSignal:
             ) from error
 
     def poll(self) -> int:
-        """Number of the signal that some process got, one call ago where there are several; 0 for none."""
+        """Number of the signal that some process got since the last call; 0 for none.
+
+        The hosts wait for each other, not for their devices, which have the step just queued to compute. A process that
+        is silent is found here: were another step queued first, the host could be stuck in a full queue.
+        """
         if self._group is None:
             return self.received
-        agreed = 0
-        if self._exchange is not None:
-            work, flag = self._exchange
-            work.wait()
-            agreed = int(flag.item())
         flag = torch.tensor(self.received)
-        self._exchange = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
-        return agreed
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return int(flag)

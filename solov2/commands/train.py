@@ -152,9 +152,11 @@ def _run(argv: Sequence[str]) -> int:
     if args.nproc is not None:
         distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
     device = distributed.select_device(args.device)
-    distributed.start(device, timeout=config.train.stall_seconds)
     try:
-        with determinism(config.train.deterministic):
+        with (
+            distributed.process_group(device, timeout=config.train.stall_seconds),
+            determinism(config.train.deterministic),
+        ):
             return _train(config, args, device, folder, checkpoint)
     except (KeyboardInterrupt, Stopped) as stopped:
         if distributed.is_main():
@@ -162,21 +164,16 @@ def _run(argv: Sequence[str]) -> int:
             way_on = f"go on with: --resume --output {folder}" if latest_checkpoint(folder) else "no checkpoint yet"
             print(f"{reason}; {way_on}", file=sys.stderr)
         return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else stopped.code
-    finally:
-        distributed.stop()
 
 
 def _dry_run(config: Config, args: argparse.Namespace) -> int:
     if args.nproc is not None:
         distributed.check_nproc(args.nproc)
     device = distributed.select_device(args.device)
-    distributed.start(device)
-    try:
+    with distributed.process_group(device):
         if distributed.is_main():
             processes = args.nproc or distributed.world_size()
             describe(config, device=device, processes=processes, splits=_splits(config))
-    finally:
-        distributed.stop()
     return 0
 
 
@@ -205,7 +202,7 @@ def _train(
         decay_norms=train.decay_norms,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    loader, sampler = training_loader(config, dataset, build_assigner(config.model))
+    loader, sampler = training_loader(config, dataset, build_assigner(config.model), device=device)
     plan = plan_run(train, images=len(dataset), batches=len(sampler), processes=distributed.world_size())
     open_folder(folder, config, overwrite=args.overwrite and checkpoint is None and not distributed.restarted())
     logger = RunLogger(folder, main=distributed.is_main(), tensorboard=args.tensorboard)

@@ -142,6 +142,7 @@ def build_loader(
     sampler: Sampler[int] | None = None,
     batch_size: int = 1,
     timeout: float = 0,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """A DataLoader with either `batch_sampler`, or `sampler` and `batch_size`.
 
@@ -150,6 +151,7 @@ def build_loader(
         collate: samples -> batch, called in the workers.
         workers: processes that load, kept alive between epochs; 0 loads in this process.
         timeout: seconds to wait for a batch of the workers before it is an error; 0 waits for ever.
+        pin_memory: batches lie where an accelerator can fetch them by itself.
     """
     batching: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
     if batch_sampler is not None:
@@ -162,7 +164,7 @@ def build_loader(
         persistent_workers=workers > 0,
         timeout=timeout if workers else 0,
         generator=torch.Generator(),  # of the workers' seeds, which nothing here uses: the global one stays untouched
-        pin_memory=torch.accelerator.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=_init_worker,
     )
 
