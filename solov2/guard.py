@@ -45,8 +45,8 @@ class NonFiniteGuard:
 
     def watch(self, step: int, failed: Tensor, batches: list[dict[str, Any]]) -> None:
         """Remember a step: `failed` is a scalar on the device, the same on all processes; `batches` are on the host."""
-        failed = failed.to("cpu", non_blocking=True)
-        copied = torch.accelerator.current_stream().record_event() if torch.accelerator.is_available() else None
+        device, failed = failed.device, failed.to("cpu", non_blocking=True)
+        copied = torch.accelerator.current_stream(device).record_event() if device.type != "cpu" else None
         self._waiting.append((step, failed, copied, batches))
 
     def failure(self, *, now: bool = False) -> tuple[int, list[dict[str, Any]]] | None:

@@ -49,14 +49,14 @@ class SOLOv2Criterion(nn.Module):
             {"loss_category", "loss_mask"}: scalars in at least float32.
         """
         category = targets["category"]
-        if num_positives is None:
-            num_positives = (category < self.num_classes).sum()  # every positive cell has exactly one category
-        else:
-            num_positives = torch.as_tensor(num_positives, device=category.device)
         with torch.autocast(category.device.type, enabled=False):
             logits = torch.cat([level.flatten(2) for level in raw["category_logits"]], dim=2)  # [B, C, cells]
             focal = self._focal(_wide(logits), category)
             dice = self._dice(raw["kernels"], _wide(raw["mask_features"]), targets)
+        if num_positives is None:
+            num_positives = (category < self.num_classes).sum()  # every positive cell has exactly one category
+        elif not isinstance(num_positives, Tensor):  # filled on the device: a copy from the host would wait for it
+            num_positives = focal.new_full((), num_positives)
         num_positives = num_positives.to(focal.dtype)  # an int64 would make the guarded sum float32
         return {
             "loss_category": focal / (num_positives + 1 + COUNT_EPSILON),

@@ -17,6 +17,7 @@ from solov2.build import build_criterion, construct, default_class_names
 from solov2.engine import count_positives, evaluate, forward, grouped, predictor, take_step, to_device, train_one_epoch
 from solov2.guard import NonFiniteGuard
 from solov2.logger import RunLogger
+from solov2.models.layers import DeformConv2d
 from solov2.optim import WeightAverage, build_optimizer
 
 CPU = torch.device("cpu")
@@ -218,6 +219,17 @@ def test_forward_pass_and_losses_stay_on_the_device(instances):
         average.update(model)
         average.update(model)
     assert all(loss.device == device for loss in losses.values())
+
+
+def test_deformable_convolutions_refuse_to_be_deterministic_on_an_accelerator():
+    torch.use_deterministic_algorithms(True)
+    try:
+        with FakeTensorMode(), torch.device("cuda", 0):
+            layer, x = DeformConv2d(4, 4, 3, padding=1), torch.empty(1, 4, 8, 8)
+            with pytest.raises(RuntimeError, match="no deterministic backward pass on cuda"):
+                layer(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Collector:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -14,14 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import arguments
+from torch import nn
 
 from solov2.build import build_model
 from solov2.checkpoint import latest_checkpoint, load_file, newest_loadable, save_step, step_checkpoints
-from solov2.commands.run import check_folder, determinism
+from solov2.commands.run import check_folder, determinism, match_layout
 from solov2.commands.stop import STOPPED, StopSignal
 from solov2.commands.train import main
 from solov2.config import InputError
 from solov2.data.loader import TrainBatchSampler
+from solov2.optim import build_optimizer
 
 WORDS = [
     word
@@ -280,3 +283,43 @@ def test_a_silent_process_is_named(data, tmp_path, repo_root):
     watching.cancel()
     assert process.returncode == 1 and "process 0 waited for the others for more than 10 seconds" in errors
     assert "anks 1 failed" in errors
+
+
+def test_moments_take_the_layout_of_their_parameters():
+    torch.manual_seed(0)
+    models = [nn.Conv2d(3, 4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = []
+    for model, memory_format in zip(models, (torch.contiguous_format, torch.channels_last)):
+        optimizer = build_optimizer(
+            model, name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.0, decay_norms=True
+        )
+        if optimizers:
+            model.to(memory_format=memory_format)
+            model.load_state_dict(models[0].state_dict())
+            optimizer.load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+            match_layout(optimizer)
+        optimizers.append(optimizer)
+        if len(optimizers) == 1:
+            descend(model, optimizer)
+    for model, optimizer in zip(models, optimizers):
+        descend(model, optimizer)
+        momentum = optimizer.state[model.weight]["momentum_buffer"]
+        assert momentum.stride() == model.weight.stride()
+    torch.testing.assert_close(models[1].weight, models[0].weight)
+
+
+def descend(model, optimizer):
+    """One step on a fixed image."""
+    model(torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_precision_may_change_at_resume(data, tmp_path):
+    words = [*WORDS, "--set", "train.evaluate_every=0"]
+    run = tmp_path / "run"
+    assert main(arguments(data, run, *words, "--epochs", "1")) == 0
+    assert main(arguments(data, run, *words, "--epochs", "2", "--precision", "fp16", "--resume")) == 0
+    content = load_file(run / "last.pth")
+    assert content["epoch"] == 2 and content["scaler"]["scale"] > 0

@@ -206,7 +206,9 @@ def resume(run: Run, path: Path) -> None:
         run.optimizer.load_state_dict(content["optimizer"])
     except ValueError as error:
         raise InputError(f"{path} was trained with another optimiser setting ({error})") from error
-    run.scaler.load_state_dict(content["scaler"])
+    match_layout(run.optimizer)
+    if content["scaler"]:  # empty where the run had another precision
+        run.scaler.load_state_dict(content["scaler"])
     run.epoch, run.best = content["epoch"], content["best"]
     run.step, run.evaluated = content.get("step", 0), content.get("evaluated", run.epoch)
     if run.average is not None and "averaged" in content:
@@ -227,6 +229,14 @@ def resume(run: Run, path: Path) -> None:
     run.logger.say(f"resumed {path} after epoch {run.epoch}{position}")
     if distributed.is_main():
         remove_leftovers(run.folder)
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay the loaded moments out as their parameters, as fused steps need it; the memory format may have changed."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,9 @@ class DeformConv2d(nn.Module):
 
         `weight` and `bias` replace the layer's own.
         """
+        if torch.are_deterministic_algorithms_enabled() and x.device.type != "cpu" and torch.is_grad_enabled():
+            # torchvision adds its gradients in any order and does not tell torch so.
+            raise RuntimeError(f"deformable convolutions have no deterministic backward pass on {x.device.type}")
         weight = self.weight if weight is None else weight
         bias = self.bias if bias is None else bias
         offsets = self.conv_offset(x)

@@ -142,8 +142,9 @@ class MaskResampler:
             begin, end = self.columns.sources_of(start, stop)
             weights = self.columns.matrix[start:stop, begin:end]
             torch.mm(plane[first_row:last_row, begin:end], weights.T, out=wide[:, start - left : stop - left])
-        for start in range(top, bottom, BAND):
-            stop = min(start + BAND, bottom)
+        band = BAND if plane.device.type == "cpu" else bottom - top  # each band is a wait for an accelerator
+        for start in range(top, bottom, band):
+            stop = min(start + band, bottom)
             begin, end = self.rows.sources_of(start, stop)
             weights = self.rows.matrix[start:stop, begin:end]
             yield start, stop, left, right, weights @ wide[begin - first_row : end - first_row]
