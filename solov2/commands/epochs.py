@@ -147,9 +147,14 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     # Buffers are broadcast once per epoch instead of in every step; the flag for it got a new name in torch 2.14.
     flags = inspect.signature(DistributedDataParallel).parameters
     flag = "forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers"
+    # After its first step DDP sorts the gradients into other buckets, in which three processes and more add them up in
+    # another order; the first step after a resume would then round otherwise. Looking for unused parameters keeps the
+    # buckets, for a walk over the graph per step and a warning of torch that there are none.
+    repeatable = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type != "cpu" else None,
         gradient_as_bucket_view=True,
+        find_unused_parameters=repeatable and distributed.world_size() > 2,
         **{flag: False},
     )
