@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import os
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,10 +98,52 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
     if "RANK" in os.environ and not dist.is_initialized():
         options = {"device_id": device} if device.type != "cpu" else {}
         patience = datetime.timedelta(seconds=timeout if device.type == "cpu" else timeout + NCCL_GRACE)
-        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=patience, **options)
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=patience))
+        dist.init_process_group(
+            dist.get_default_backend_for_device(device),
+            store=fresh_store(store, own_rank, size, timeout=timeout),
+            rank=own_rank,
+            world_size=size,
+            timeout=patience,
+            **options,
+        )
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def fresh_store(store: dist.Store, own_rank: int, size: int, *, timeout: float) -> dist.Store:
+    """A part of `store` that only the processes living now know.
+
+    The launcher's agent keeps one store for all its restarts (torch 2.14, which no longer tells them apart), and a
+    process that finds the address of a dead one there fails or waits for ever. So rank 0 draws a name and tells it to
+    whoever asks under a name of its own, until all have confirmed.
+
+    Args:
+        store: what all processes reach; may hold what dead ones left.
+        own_rank, size: of this process, and how many there are.
+        timeout: seconds that rank 0 waits for the others.
+
+    Raises:
+        TimeoutError: some process did not ask.
+    """
+    name = uuid.uuid4().hex
+    if own_rank > 0:
+        store.set(f"asks/{own_rank}", name)
+        name = store.get(f"told/{name}").decode()
+        store.set(f"knows/{name}/{own_rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, deadline = set(range(1, size)), time.monotonic() + timeout
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"asks/{other}"]):
+                store.set(f"told/{store.get(f'asks/{other}').decode()}", name)
+            if store.check([f"knows/{name}/{other}"]):
+                missing.remove(other)
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(f"processes {sorted(missing)} did not join within {timeout:.0f} seconds")
+        time.sleep(0.02 if missing else 0)
+    return dist.PrefixStore(name, store)
 
 
 def barrier() -> None:

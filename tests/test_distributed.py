@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -153,3 +154,17 @@ def test_a_group_is_left_in_good_order_only(monkeypatch):
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_what_dead_processes_left_in_the_store_is_not_found():
+    store = dist.HashStore()
+    for key in ("asks/1", "asks/2", "told/dead", "address"):
+        store.set(key, "dead")
+    with ThreadPoolExecutor() as pool:  # rank 0 has to pass over the dead ones' questions
+        others = [pool.submit(distributed.fresh_store, store, rank, 3, timeout=5) for rank in (2, 1)]
+        stores = [distributed.fresh_store(store, 0, 3, timeout=5), *(other.result() for other in others)]
+    assert not stores[0].check(["address"])
+    stores[2].set("address", "alive")
+    assert all(fresh.get("address") == b"alive" for fresh in stores)
+    with pytest.raises(TimeoutError, match=r"processes \[1\] did not join within 0 seconds"):
+        distributed.fresh_store(store, 0, 2, timeout=0.1)
