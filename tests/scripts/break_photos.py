@@ -12,6 +12,7 @@ import copy
 import json
 import shutil
 import struct
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ import numpy as np
 import pycocotools.mask as coco_mask
 from PIL import Image
 
-from solov2.ops.masks import segmentation_to_rle
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from solov2.ops.masks import segmentation_to_rle  # noqa: E402
 
 Planted = tuple[str, int | None, int | None]
 
