@@ -38,16 +38,17 @@ def check_output(path: str | Path | None, flag: str, *, overwrite: bool) -> None
         raise InputError(f"{flag} {path}: no permission to write in {folder}")
 
 
-def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> None:
-    """Write JSON in UTF-8; folders are made as needed.
+def write_json(path: str | Path, content: Any, *, indent: int | None = None, allow_nan: bool = True) -> None:
+    """Write JSON in UTF-8; folders are made as needed. NaN and infinities have no standard form: Python's, or an error.
 
     Raises:
         OSError: disk full, no permission; an old file stays.
         TypeError: the content has no JSON form; an old file stays.
+        ValueError: the same of a number, without `allow_nan`.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
-        file.write(f"{json.dumps(content, indent=indent)}\n".encode())
+        file.write(f"{json.dumps(content, indent=indent, allow_nan=allow_nan)}\n".encode())
 
 
 @contextlib.contextmanager

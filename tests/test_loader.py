@@ -163,6 +163,8 @@ def test_batches_do_not_depend_on_workers():
         for workers in (0, 2)
     )
     assert there.persistent_workers and not here.persistent_workers
+    pinned = build_loader(dataset, batch_sampler=sampler, collate=Collate(None), workers=0, pin_memory=True)
+    assert pinned.pin_memory and not here.pin_memory and not there.pin_memory
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         pairs = list(zip(here, there))

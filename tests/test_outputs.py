@@ -40,5 +40,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, [{"score": 0.25, "name": "Hände"}])
     with pytest.raises(TypeError):
         write_json(path, [{"score": object()}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, [{"score": float("nan")}], allow_nan=False)
     assert json.loads(path.read_text(encoding="utf-8")) == [{"score": 0.25, "name": "Hände"}]
     assert list(path.parent.iterdir()) == [path]

@@ -85,9 +85,10 @@ def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processe
     assert done.returncode == 0, done.stderr[-3000:]
     words = arguments(data, tmp_path / "cut", *WORDS)
     process = started_training(launcher, words, repo_root)
+    asked, asked_at = time.monotonic(), time.time()
     process.send_signal(signal.SIGTERM)
-    asked = time.monotonic()
     _, errors = process.communicate(timeout=60)
+    assert 0 < (tmp_path / "cut" / "last.pth").stat().st_mtime - asked_at < 10
     assert time.monotonic() - asked < 30 and "stopped by SIGTERM; go on with: --resume" in errors
     assert process.returncode == (STOPPED if processes == 1 else 1)  # of several, the code is torchrun's
     content = load_file(tmp_path / "cut" / "last.pth")

@@ -137,7 +137,7 @@ def _run(argv: Sequence[str]) -> int:
         content = _measure(args, device, _say if distributed.is_main() else _say_nothing)
         if distributed.is_main():
             if args.json is not None:
-                write_json(args.json, content, indent=1)
+                write_json(args.json, content, indent=1, allow_nan=False)
             if old is not None:
                 print(f"compared with {args.compare[0]}:\n{compare(old, content)}")
     return 0
