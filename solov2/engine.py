@@ -287,7 +287,7 @@ def evaluate(
     evaluator: Any,
     *,
     overlap: bool = False,
-    progress: bool = False,
+    progress: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Predict every batch, collect the predictions of all processes, and compute the figures.
@@ -298,7 +298,7 @@ def evaluate(
         evaluator: with update(image_ids, results), predictions, merge(shares), summarize(**options).
         overlap: make the results of one batch, run lengths included, in a thread while the network computes the next;
             two batches are then in memory. For accelerators: on a CPU both would want the same cores.
-        progress: show a bar on a terminal.
+        progress: batches of the loader, to show a bar on a terminal; None shows none.
         options: of `evaluator.summarize`, e.g. per_class.
 
     Returns:
@@ -310,7 +310,8 @@ def evaluate(
     def collect(image_ids: list[int], finish: Callable[[], list[dict[str, Any]]]) -> None:
         evaluator.update(image_ids, finish())
 
-    batches = tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if progress else True)
+    bar = {"desc": "evaluating", "unit": "batch", "leave": False}
+    batches = tqdm(loader, total=progress, **bar, disable=True if progress is None else None)
     with ThreadPoolExecutor(max_workers=1) as background:
         pending: Future | None = None
         for batch in batches:

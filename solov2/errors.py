@@ -31,12 +31,12 @@ def run_command(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except (FloatingPointError, ImportError, RunFailed, TimeoutError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 1
     except (InputError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, ImportError, RunFailed) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
 
 
 def sentence(error: BaseException) -> str:

@@ -19,11 +19,13 @@ from torch import nn
 
 from solov2.build import build_model
 from solov2.checkpoint import latest_checkpoint, load_file, newest_loadable, save_step, step_checkpoints
+from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.run import check_folder, determinism, match_layout
 from solov2.commands.stop import STOPPED, StopSignal
 from solov2.commands.train import main
 from solov2.config import InputError
 from solov2.data.loader import TrainBatchSampler
+from solov2.ops.images import read_image
 from solov2.optim import build_optimizer
 
 WORDS = [
@@ -62,14 +64,14 @@ def same(first, second):
     return first == second
 
 
-def started_training(launcher, words, repo_root):
-    """A training process that has done its second step."""
+def started_training(launcher, words, repo_root, *, until="step 2"):
+    """A training process that has said that it did this step of its first epoch."""
     process = subprocess.Popen(
         [sys.executable, *launcher, "train.py", *words], cwd=repo_root, env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     for line in process.stdout:
-        if line.startswith("epoch 1  step 2"):
+        if line.startswith(f"epoch 1  {until}"):
             return process
     raise AssertionError(process.stderr.read())
 
@@ -263,20 +265,53 @@ def test_a_loading_process_that_is_killed_is_told(data, tmp_path, repo_root):
     assert "Traceback" not in errors
 
 
-def test_a_loading_process_that_hangs_is_told(data, tmp_path, capsys, monkeypatch):
-    """Storage that does not answer; the loading processes inherit it."""
-    monkeypatch.setattr("solov2.data.coco.read_image", lambda *_path, **_options: time.sleep(600))
-    words = [*WORDS, "--set", "train.stall_seconds=2", "--evaluate-every", "0"]
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds loading processes through /proc")
+def test_a_loading_process_that_is_frozen_is_told(data, tmp_path, repo_root):
+    words = [*WORDS, "--set", "data.workers=1", "--epochs", "50", "--set", "train.stall_seconds=2"]
+    process = started_training([], arguments(data, tmp_path / "run", *words), repo_root)
+    for pid in children_of(process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "was silent for longer than train.stall_seconds" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_a_loading_process_that_hangs_is_told(data, tmp_path, capsys, monkeypatch, split):
+    """Storage that does not answer, in training or in the evaluation after it; the loading processes inherit it."""
+
+    def read(path, **options):
+        if split in str(path):
+            time.sleep(600)
+        return read_image(path, **options)
+
+    monkeypatch.setattr("solov2.data.coco.read_image", read)
+    words = [*WORDS, "--set", "train.stall_seconds=2", "--epochs", "1"]
     assert main(arguments(data, tmp_path / "run", *words)) == 1
     errors = capsys.readouterr().err
     assert "was silent for longer than train.stall_seconds" in errors and ".jpg" in errors
+    assert (latest_checkpoint(tmp_path / "run") is not None) == (split == "val2017")
+
+
+def test_a_loading_process_of_an_evaluation_that_is_killed_is_told(data, tmp_path, capsys, monkeypatch):
+    assert main(arguments(data, tmp_path / "run", *WORDS, "--epochs", "1", "--evaluate-every", "0")) == 0
+    monkeypatch.setattr("solov2.data.coco.read_image", lambda *_path, **_options: os.kill(os.getpid(), signal.SIGKILL))
+    assert evaluate_main(["--weights", str(tmp_path / "run" / "last.pth"), "--device", "cpu"]) == 1
+    errors = capsys.readouterr().err
+    assert "memory that ran out" in errors and "at or near the images 000000000001.jpg" in errors
 
 
 @pytest.mark.slow
-def test_a_silent_process_is_named(data, tmp_path, repo_root):
+@pytest.mark.parametrize("moment", ["training", "evaluating"])
+def test_a_silent_process_is_named(data, tmp_path, repo_root, moment):
     """One of two processes is stopped; the other says which one after train.stall_seconds."""
     words = [*WORDS, "--epochs", "500", "--set", "train.stall_seconds=10"]
-    process = started_training(LAUNCHER, arguments(data, tmp_path / "run", *words), repo_root)
+    until = "step 2"
+    if moment == "evaluating":
+        data, until = data.with_name("more"), "step 4"  # the last
+        words += ["--epochs", "1", "--set", "data.shapes_val=1000"]
+    process = started_training(LAUNCHER, arguments(data, tmp_path / "run", *words), repo_root, until=until)
+    time.sleep(1)
     (second,) = (p for p in children_of(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
     os.kill(second, signal.SIGSTOP)
     watching = threading.Timer(60, os.kill, (second, signal.SIGKILL))

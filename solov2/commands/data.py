@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +27,10 @@ from solov2.errors import RunFailed
 from solov2.targets import TargetAssigner
 
 CPU = torch.device("cpu")
+FROZEN_SECONDS = 5  # after torch should have said that a loading process is silent
+TIMED_OUT = "timed out after"
 LOADER_FAILURES = {  # what torch's message contains -> what it means
-    "timed out after": "was silent for longer than train.stall_seconds: slow or hanging storage is the usual cause",
+    TIMED_OUT: "was silent for longer than train.stall_seconds: slow or hanging storage is the usual cause",
     "exited unexpectedly": "ended unexpectedly: memory that ran out is the usual cause, fewer --workers help",
     "is killed by signal": "was killed by a signal: memory that ran out is the usual cause, fewer --workers help",
 }
@@ -186,26 +191,74 @@ def training_loader(
     return loader, sampler
 
 
-def watched(loader: DataLoader, sampler: TrainBatchSampler, dataset: CocoInstances) -> Iterator[dict[str, Any]]:
+def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, Any]]:
     """The loader's batches; a loading process that is silent or gone is an error that names the images it was at.
+
+    For the main thread, which alone can be told by a signal that it waits in vain.
+
+    Args:
+        loader: made by `training_loader` or `validation_loader`.
+        dataset: what it loads from.
 
     Raises:
         RunFailed: the sentence says what usually helps.
     """
     delivered = 0
     try:
-        for batch in loader:
+        with _losing_patience(loader):
+            batches = iter(loader)
+        while True:
+            with _losing_patience(loader):
+                batch = next(batches, None)
+            if batch is None:
+                return
             yield batch
             delivered += 1
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         reason = next((text for text in LOADER_FAILURES if text in str(error)), None)
         if reason is None:
             raise
-        for process in multiprocessing.active_children():  # one that hangs would hold up the end of this one
-            process.kill()
-        indices = next(itertools.islice(sampler, delivered, None), [])
-        names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index, _, _ in indices)
+        _kill_loading_processes()
+        batch = next(itertools.islice(loader.batch_sampler, delivered, None), [])
+        indices = [entry if isinstance(entry, int) else entry[0] for entry in batch]
+        names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index in indices)
         raise RunFailed(f"a loading process {LOADER_FAILURES[reason]}; it was at or near the images {names}") from error
+
+
+@contextlib.contextmanager
+def _losing_patience(loader: DataLoader) -> Iterator[None]:
+    """Within it, the main thread waits for loading processes no longer than their timeout and a little more.
+
+    torch gives up waiting for a batch by itself, but not for a tensor of one that was already announced, which it
+    fetches from the process: a process frozen as a whole (SIGSTOP, a frozen container) never hands it over.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+
+    def give_up(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(TIMED_OUT)
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, loader.timeout + FROZEN_SECONDS if loader.num_workers else 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _kill_loading_processes() -> None:
+    """Those that hang would hold up the end of this process. torch's own handler would call their end an error."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        children = multiprocessing.active_children()
+        for process in children:
+            process.kill()
+        for process in children:
+            process.join(1)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def validation_loader(
@@ -226,6 +279,7 @@ def validation_loader(
         batch_size=batch_size,
         collate=Collate(assigner),
         workers=config.data.workers,
+        timeout=config.train.stall_seconds,
         pin_memory=device.type != "cpu",
     )
 

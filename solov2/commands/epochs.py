@@ -34,7 +34,7 @@ def train_epochs(
     model = wrap(run.model, run.device)
     guard = NonFiniteGuard(run.folder, skip=train.nonfinite == "skip", file_name=run.dataset.file_name)
     summary = None
-    with StopSignal(train.stall_seconds) as stop:
+    with StopSignal(train.stall_seconds) as stop, stop.naming_the_silent():
         while True:
             fresh = run.evaluated < run.epoch or run.epoch == train.epochs
             if validation is not None and fresh and _is_due(run, train.evaluate_every):
@@ -42,30 +42,29 @@ def train_epochs(
             if run.epoch == train.epochs:
                 return summary
             sampler.set_epoch(run.epoch, first_batch=run.step * train.accumulate)
-            with stop.naming_the_silent():
-                train_one_epoch(
-                    model,
-                    criterion,
-                    watched(loader, sampler, run.dataset),
-                    run.optimizer,
-                    schedule,
-                    learning_rate=plan.learning_rate,
-                    device=run.device,
-                    epoch=run.epoch,
-                    steps_per_epoch=plan.steps_per_epoch,
-                    total_steps=plan.steps_per_epoch * train.epochs,
-                    logger=run.logger,
-                    guard=guard,
-                    first_step=run.step,
-                    after_step=functools.partial(_after_step, run, stop),
-                    after_reading=functools.partial(_say_if_stuck, run),
-                    precision=train.precision,
-                    scaler=run.scaler,
-                    accumulate=train.accumulate,
-                    clip_norm=train.clip_norm,
-                    memory_format=choose_memory_format(config, run.device),
-                    log_every=train.log_every,
-                )
+            train_one_epoch(
+                model,
+                criterion,
+                watched(loader, run.dataset),
+                run.optimizer,
+                schedule,
+                learning_rate=plan.learning_rate,
+                device=run.device,
+                epoch=run.epoch,
+                steps_per_epoch=plan.steps_per_epoch,
+                total_steps=plan.steps_per_epoch * train.epochs,
+                logger=run.logger,
+                guard=guard,
+                first_step=run.step,
+                after_step=functools.partial(_after_step, run, stop),
+                after_reading=functools.partial(_say_if_stuck, run),
+                precision=train.precision,
+                scaler=run.scaler,
+                accumulate=train.accumulate,
+                clip_norm=train.clip_norm,
+                memory_format=choose_memory_format(config, run.device),
+                log_every=train.log_every,
+            )
             run.epoch, run.step = run.epoch + 1, 0
             distributed.broadcast_buffers(run.model)
             if run.average is not None:  # it follows the running statistics of this process's own images
@@ -113,8 +112,13 @@ def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str
         memory_format=choose_memory_format(run.config, run.device),
     )
     loader = validation_loader(run.config, validation, device=run.device)
-    loader = stop.ending(loader)  # the checkpoint before it is already written
-    summary = evaluate(predict, loader, evaluator, overlap=run.device.type != "cpu", progress=distributed.is_main())
+    summary = evaluate(
+        predict,
+        stop.ending(watched(loader, validation)),  # the checkpoint before it is already written
+        evaluator,
+        overlap=run.device.type != "cpu",
+        progress=len(loader) if distributed.is_main() else None,
+    )
     figures = {f"{kind}_{name}": value for kind in ("segm", "bbox") for name, value in summary[kind].items()}
     run.evaluated = run.epoch
     run.logger.write("evaluation", run.epoch, **figures)

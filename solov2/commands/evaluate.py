@@ -20,6 +20,7 @@ from solov2.commands.data import (
     resolve_config,
     validation_dataset,
     validation_loader,
+    watched,
     with_classes,
 )
 from solov2.config import Config, InputError
@@ -33,7 +34,7 @@ from solov2.outputs import check_output, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 2 a user's mistake, 130 interrupted)."""
+    """Run the command; returns the exit code (0 done, 1 failed, 2 a user's mistake, 130 interrupted)."""
     return run_command(_run, argv)
 
 
@@ -93,7 +94,7 @@ def _run(argv: Sequence[str]) -> int:
     check_output(args.results, "--results", overwrite=args.overwrite)
     device = distributed.select_device(args.device)
     config = _configuration(args)
-    with distributed.process_group(device):
+    with distributed.process_group(device, timeout=config.train.stall_seconds):
         prepare_data(config, splits=[args.split])
         if args.oracle:
             dataset = oracle_dataset(config.data, args.split)
@@ -108,10 +109,10 @@ def _run(argv: Sequence[str]) -> int:
         loader = validation_loader(config, dataset, device=device, batch_size=args.batch_size, assigner=assigner)
         summary = evaluate(
             predict,
-            loader,
+            watched(loader, dataset),
             evaluator,
             overlap=device.type != "cpu",
-            progress=distributed.is_main(),
+            progress=len(loader) if distributed.is_main() else None,
             per_class=args.per_class,
         )
         if distributed.is_main():

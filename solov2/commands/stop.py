@@ -64,11 +64,17 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def ending(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, until this process gets a signal: then `Stopped`, without asking the others."""
+        """The batches, until this process gets a signal: then `Stopped`, without asking the others.
+
+        After the last batch it waits for the others, whose silence is found here.
+        """
         for batch in batches:
             if self.received:
                 raise Stopped(self.received)
             yield batch
+        number = self.poll()
+        if number:
+            raise Stopped(number)
 
     @contextlib.contextmanager
     def naming_the_silent(self) -> Iterator[None]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,19 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int, progr
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
-    with multiprocessing.Pool(min(os.cpu_count() or 1, 8), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        scenes = pool.imap(functools.partial(_write_scene, root, split, size, seed), range(count), chunksize=8)
-        bar = tqdm(scenes, f"drawing {split}", count, leave=False, unit="image", disable=None if progress else True)
-        for i, objects in enumerate(bar):
-            name = _file_name(i)
-            images.append({"id": i + 1, "file_name": name, "width": size, "height": size, "license": 0})
-            for entry in objects:
-                annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **entry})
+    bar = tqdm(desc=f"drawing {split}", total=count, leave=False, unit="image", disable=None if progress else True)
+    draw = functools.partial(_write_scene, root, split, size, seed)
+    ignoring_interrupts = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    try:
+        with bar, ProcessPoolExecutor(min(os.cpu_count() or 1, 8), **ignoring_interrupts) as pool:
+            for i, objects in enumerate(pool.map(draw, range(count), chunksize=8)):
+                bar.update()
+                name = _file_name(i)
+                images.append({"id": i + 1, "file_name": name, "width": size, "height": size, "license": 0})
+                for entry in objects:
+                    annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **entry})
+    except BrokenProcessPool as error:
+        raise InputError("a drawing process was killed, perhaps for lack of memory; run the command again") from error
     content = {
         "info": {"description": f"textured shapes, {split}, seed {seed}"},
         "licenses": [{"id": 0, "name": "generated, no rights reserved", "url": ""}],

@@ -1,0 +1,55 @@
+"""Expected failures of a command: one sentence on stderr and the exit code that README states."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from solov2.config import InputError
+from solov2.errors import RunFailed, printable, run_command, sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("no such model: x"), 2, "error: no such model: x"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 2, "No space left on device: 'a.pth'"),
+        (PermissionError(errno.EACCES, "Permission denied", "b"), 2, "Permission denied: 'b'"),
+        (RunFailed("process 0 waited for the others"), 1, "error: process 0 waited"),
+        (FloatingPointError("step 3 is not finite"), 1, "error: step 3 is not finite"),
+        (ImportError("TensorBoard is not installed"), 1, "error: TensorBoard is not installed"),
+        (TimeoutError("processes [1] did not join within 60 seconds"), 1, "error: processes [1] did not join"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_failure_is_one_sentence_and_a_code(error, code, said, capsys):
+    def body(_arguments):
+        raise error
+
+    assert run_command(body, []) == code
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and len(err.splitlines()) == 1
+
+
+def test_what_nobody_expected_keeps_its_traceback():
+    def body(_arguments):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(body, [])
+
+
+def test_the_body_gets_the_arguments_and_gives_the_code():
+    assert run_command(lambda arguments: len(arguments), ["a", "b", "c"]) == 3
+
+
+def test_the_sentence_of_an_error_from_a_loading_process():
+    text = (
+        "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+    )
+    assert sentence(InputError(f"{text}solov2.config.InputError: a.jpg is broken\n")) == "a.jpg is broken"
+
+
+def test_text_from_files_cannot_steer_a_terminal():
+    assert printable("a\x1b[2Jb\nc ü") == r"a\x1b[2Jb\nc ü"
