@@ -156,7 +156,7 @@ def save_step(folder: str | Path, step: int, content: dict[str, Any], *, keep: i
         OSError: disk full, no permission; nothing that was there is lost.
     """
     folder = Path(folder)
-    path = folder / f"step_{step:08d}.pth"
+    path = folder / step_file(step)
     save_checkpoint(path, content)
     link = folder / f".last.pth.{os.getpid()}.tmp"
     link.unlink(missing_ok=True)
@@ -171,6 +171,11 @@ def save_step(folder: str | Path, step: int, content: dict[str, Any], *, keep: i
     for old in step_checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
+
+
+def step_file(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"step_{step:08d}.pth"
 
 
 def step_checkpoints(folder: str | Path) -> list[Path]:

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from solov2.config import InputError
 
 NCCL_GRACE = 300  # seconds
+LAUNCHER_SETTINGS = {  # so that a signal for the launcher reaches its workers, and these have time to save
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+}
 LAUNCHER_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -51,6 +55,12 @@ def launched_rank() -> int:
 def restarted() -> bool:
     """Whether torchrun has started the workers again after a failure (its --max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launch_name() -> str:
+    """What all starts of its workers by one torchrun have in common; empty without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{name} of process {os.getppid()}" if name == "none" else name  # "none" is everybody's default
 
 
 def is_main() -> bool:
@@ -170,12 +180,12 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
-def anywhere(flag: Tensor) -> Tensor:
-    """A bool scalar, true where it is on any process, as uint8 on the same device; the host does not wait for it."""
-    flag = flag.to(torch.uint8)
+def largest(value: Tensor) -> Tensor:
+    """The largest of the processes' scalars (0 to 255), as uint8 on the same device; the host does not wait for it."""
+    value = value.to(torch.uint8)
     if world_size() > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return flag
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -212,6 +222,7 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
         for key, value in os.environ.items()
         if key not in LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
     }
+    environment = LAUNCHER_SETTINGS | environment
     command = [
         sys.executable,
         "-m",

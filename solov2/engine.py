@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from solov2 import distributed
-from solov2.guard import NonFiniteGuard, first_nonfinite
+from solov2.guard import FAILED, OVERFLOWED, NonFiniteGuard, first_nonfinite
 from solov2.logger import Meter, RunLogger
 
 Predictor = Callable[[dict[str, Any]], Callable[[], list[dict[str, Any]]]]
@@ -100,8 +100,8 @@ def train_one_epoch(
         step = epoch * steps_per_epoch + i
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step)
-        losses, failed = take_step(model, criterion, batches, optimizer, scaler, clip_norm=clip_norm, **options)
-        guard.watch(step, failed, batches)
+        losses, wrong = take_step(model, criterion, batches, optimizer, scaler, clip_norm=clip_norm, **options)
+        guard.watch(step, wrong, batches)
         meter.add(losses, images=sum(len(batch["image_ids"]) for batch in batches))
         logger.advance()
         read = (step + 1) % log_every == 0 or i == steps_per_epoch - 1
@@ -134,8 +134,8 @@ def take_step(
     """One optimiser step; where it is not finite, neither weights nor running statistics change.
 
     Returns:
-        (losses, whether the step failed in any process: a scalar), both on the device. A gradient that overflows
-        under fp16 is no failure, the scaler answers it with a smaller scale.
+        (losses, what is wrong with the step in any process: 0, OVERFLOWED or FAILED), both on the device. A gradient
+        that overflows under fp16 is no failure yet, the scaler answers it with a smaller scale.
     """
     statistics = [
         buffer
@@ -149,7 +149,8 @@ def take_step(
     for buffer, old in zip(statistics, before, strict=True):
         buffer.copy_(torch.where(finite, buffer, old))
     norm = update_weights(optimizer, scaler, clip_norm=clip_norm)
-    return losses, distributed.anywhere(~(finite if scaler.is_enabled() else finite & norm.isfinite()))
+    overflow = norm.isfinite().logical_not() * (OVERFLOWED if scaler.is_enabled() else FAILED)
+    return losses, distributed.largest(torch.where(finite, overflow, FAILED))
 
 
 def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, clip_norm: float) -> Tensor:

@@ -19,6 +19,8 @@ from solov2 import distributed
 from solov2.checkpoint import write_file
 
 DELAY = 4  # steps until a flag is read
+OVERFLOWED, FAILED = 1, 2  # what can be wrong with a step: gradients too large for fp16's scale, or not finite
+OVERFLOWS = 32  # steps in a row that overflow; the scale, halved each time, is not the cause then
 STUCK_FROM, STUCK_TO = 2.9 / 3, 1.0  # of the mask weight: where a dice loss stays that learns nothing
 
 
@@ -41,10 +43,20 @@ class NonFiniteGuard:
     skip: bool = False
     file_name: Callable[[int], str] = str
     skipped: int = 0
+    _overflows: Tensor | None = None  # steps in a row, on the device
     _waiting: deque[tuple[int, Tensor, torch.Event | None, list[dict[str, Any]]]] = field(default_factory=deque)
 
-    def watch(self, step: int, failed: Tensor, batches: list[dict[str, Any]]) -> None:
-        """Remember a step: `failed` is a scalar on the device, the same on all processes; `batches` are on the host."""
+    def watch(self, step: int, wrong: Tensor, batches: list[dict[str, Any]]) -> None:
+        """Remember a step, without waiting for the device.
+
+        Args:
+            step: its global number.
+            wrong: 0, OVERFLOWED or FAILED; a scalar on the device, the same on all processes.
+            batches: what it was made of, on the host.
+        """
+        before = torch.zeros_like(wrong) if self._overflows is None else self._overflows
+        self._overflows = torch.where(wrong == OVERFLOWED, (before + 1).clamp(max=OVERFLOWS), 0)
+        failed = (wrong == FAILED) | (self._overflows == OVERFLOWS)
         device, failed = failed.device, failed.to("cpu", non_blocking=True)
         copied = torch.accelerator.current_stream(device).record_event() if device.type != "cpu" else None
         self._waiting.append((step, failed, copied, batches))

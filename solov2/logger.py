@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,9 @@ class RunLogger:
     def say(self, text: str) -> None:
         """Print a line for people."""
         if self.main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with self._outliving_the_terminal():
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def write(self, kind: str, step: int | None = None, **values: Any) -> None:
         """Append {"kind", "time", "step", **values} to log.jsonl; numbers go to TensorBoard too."""
@@ -98,7 +101,8 @@ class RunLogger:
     def advance(self) -> None:
         """One optimiser step is done."""
         if self._bar is not None:
-            self._bar.update()
+            with self._outliving_the_terminal():
+                self._bar.update()
 
     def train(
         self, step: int, *, epoch: int, total_steps: int, seconds_left: float, skipped: int = 0, **values: float
@@ -117,14 +121,24 @@ class RunLogger:
             f"left {format_seconds(seconds_left)}{f'  skipped {skipped}' if skipped else ''}"
         )
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
+            with self._outliving_the_terminal():
+                self._bar.set_postfix_str(text)
         else:
             self.say(f"epoch {epoch}  step {step}/{total_steps}  {text}")
 
     def end_epoch(self) -> None:
         """Close the bar of the epoch."""
         if self._bar is not None:
-            self._bar.close()
+            with self._outliving_the_terminal():
+                self._bar.close()
+            self._bar = None
+
+    @contextlib.contextmanager
+    def _outliving_the_terminal(self) -> Iterator[None]:
+        """A run goes on where nobody can read it: a closed terminal, a broken pipe. log.jsonl has it all."""
+        try:
+            yield
+        except OSError:
             self._bar = None
 
     def close(self) -> None:

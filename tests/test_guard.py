@@ -12,7 +12,7 @@ from tiny_runs import random_batch, tiny_config
 from solov2.build import build_criterion, construct
 from solov2.checkpoint import load_file
 from solov2.engine import take_step, train_one_epoch, update_weights
-from solov2.guard import DELAY, NonFiniteError, NonFiniteGuard, first_nonfinite, stuck_mask_loss
+from solov2.guard import DELAY, FAILED, OVERFLOWED, OVERFLOWS, NonFiniteError, NonFiniteGuard, first_nonfinite, stuck_mask_loss
 from solov2.logger import RunLogger
 from solov2.optim import build_optimizer
 
@@ -66,7 +66,7 @@ def test_a_failed_step_changes_nothing(kind):
     take_step(model, criterion, [batch], optimizer, scaler, clip_norm=35.0, **OPTIONS)
     state, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     losses, failed = take_step(model, criterion, [broken(batch)], optimizer, scaler, clip_norm=35.0, **OPTIONS)
-    assert failed.item() == 1 and not any(loss.isfinite() for loss in losses.values())
+    assert failed.item() == FAILED and not any(loss.isfinite() for loss in losses.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]) or "num_batches" in name, name
     for key, entry in optimizer.state_dict()["state"].items():
@@ -102,6 +102,28 @@ def test_the_run_ends_a_few_steps_later_with_names_and_a_file(tmp_path):
     saved = load_file(tmp_path / "nonfinite_step_3_process_0.pth")
     assert saved["step"] == 2 and saved["batches"][0]["image_ids"] == [7, 9]
     assert set(saved["batches"][0]["targets"]) >= {"category", "positives", "masks"}
+
+
+def test_overflows_without_end_are_a_failure(tmp_path):
+    """Under fp16 one overflow is the scale's business; NaN in every step's gradient is not."""
+    guard = NonFiniteGuard(tmp_path)
+    for step in range(2 * OVERFLOWS):
+        guard.watch(step, torch.tensor(OVERFLOWED if step % OVERFLOWS else 0), [])
+    assert guard.failure(now=True) is None
+    guard.watch(64, torch.tensor(OVERFLOWED), [{"image_ids": [7]}])
+    assert guard.failure(now=True) == (64, [{"image_ids": [7]}])
+
+
+def test_fp16_overflow_is_told_apart_from_failure():
+    config, model, criterion, optimizer = parts("sgd")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, enabled=True)
+    batch = random_batch(config, seed=0)
+    for parameter in model.parameters():  # float32 gradients of a huge loss: infinite once scaled
+        parameter.register_hook(lambda gradient: gradient * 2.0**100)
+    _, wrong = take_step(model, criterion, [batch], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    assert wrong.item() == OVERFLOWED
+    _, wrong = take_step(model, criterion, [broken(batch)], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    assert wrong.item() == FAILED
 
 
 def test_skipped_steps_are_counted_and_leave_no_trace(tmp_path):

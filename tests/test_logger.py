@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 from solov2.logger import RunLogger, format_seconds
 
@@ -29,6 +31,18 @@ def test_lines_for_machines_and_people(tmp_path, capsys):
     assert rows[1]["step"] == 1 and rows[1]["loss_mask"] == 2.0
     printed = capsys.readouterr().out
     assert "step 1/2" in printed and "4.0 images/s" in printed and "left 1:01" in printed
+
+
+def test_a_run_outlives_its_terminal(tmp_path, monkeypatch):
+    def broken(*_words):
+        raise BrokenPipeError
+
+    logger = RunLogger(tmp_path, main=True)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=broken, flush=broken))
+    logger.say("nobody reads this")
+    logger.write("start")
+    logger.close()
+    assert json.loads((tmp_path / "log.jsonl").read_text())["kind"] == "start"
 
 
 def test_other_processes_are_silent(tmp_path, capsys):

@@ -176,6 +176,7 @@ def test_short_polygons_are_ignored_beside_proper_ones():
         ({"size": [10, 12], "counts": [130]}, "add up"),
         ({"size": [10, 12], "counts": [130, -10]}, "add up"),
         ({"size": [10, 12], "counts": []}, "add up"),
+        ({"size": [10, 12], "counts": [2**63 - 1, 2**63 - 1, 122]}, "add up"),  # the sum overflows to 120
         ({"size": [10, 12], "counts": [[120]]}, "add up"),
         ({"size": [10, 12], "counts": ["a"]}, "not run lengths"),
         ({"size": [10, 12], "counts": ""}, "not run lengths"),

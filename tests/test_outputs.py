@@ -44,3 +44,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(path, [{"score": float("nan")}], allow_nan=False)
     assert json.loads(path.read_text(encoding="utf-8")) == [{"score": 0.25, "name": "Hände"}]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_as_private_as_the_user_wants(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_json(tmp_path / "private.json", 1)
+        os.umask(0o022)
+        write_json(tmp_path / "public.json", 1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "private.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "public.json").stat().st_mode & 0o777 == 0o644

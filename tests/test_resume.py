@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch import nn
 from solov2.build import build_model
 from solov2.checkpoint import latest_checkpoint, load_file, newest_loadable, save_step, step_checkpoints
 from solov2.commands.evaluate import main as evaluate_main
-from solov2.commands.run import check_folder, determinism, match_layout
+from solov2.commands.run import determinism, match_layout
 from solov2.commands.stop import STOPPED, StopSignal
 from solov2.commands.train import main
 from solov2.config import InputError
@@ -105,7 +106,7 @@ def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processe
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     whole, cut = (load_file(tmp_path / name / "last.pth") for name in ("whole", "cut"))
     assert [key for key in whole if not same(whole[key], cut[key])] == []
-    assert not list((tmp_path / "cut").glob(".*"))
+    assert not list((tmp_path / "cut").glob(".*.tmp"))
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert kinds.count("start") == 2 and kinds.count("resume") == 1 and kinds.count("evaluation") >= 1
 
@@ -187,18 +188,6 @@ def test_a_run_that_meets_a_full_disk_says_so(data, tmp_path, capsys, monkeypatc
     assert (
         "no checkpoint could be written to" in errors and "(No space left on device)" in errors and "--resume" in errors
     )
-
-
-def test_a_restarted_worker_resumes_by_itself(tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "log.jsonl").touch()
-    with pytest.raises(InputError, match="already holds files"):
-        check_folder(folder, None, False)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert check_folder(folder, None, False) is None  # killed before its first checkpoint
-    save_step(folder, 3, {"step": 3}, keep=2)
-    assert check_folder(folder, None, True) == folder / "last.pth"  # --overwrite belongs to the first start
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
@@ -360,3 +349,119 @@ def test_precision_may_change_at_resume(data, tmp_path):
     assert main(arguments(data, run, *words, "--epochs", "2", "--precision", "fp16", "--resume")) == 0
     content = load_file(run / "last.pth")
     assert content["epoch"] == 2 and content["scaler"]["scale"] > 0
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of two epochs of four steps, each saved, with an evaluation at its end."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    settings = ["train.keep_checkpoints=8", "train.checkpoint_steps=1", "train.ema_decay=0", "data.workers=0"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(arguments(data, folder, *WORDS, "--batch-size", "4", *words)) == 0
+    return folder
+
+
+def copy_of(finished, folder):
+    shutil.copytree(finished, folder)
+    return folder
+
+
+def test_the_configuration_comes_with_the_checkpoint(finished, tmp_path, capsys):
+    """What the sentence at the end of a stopped run says to type is enough."""
+    run = copy_of(finished, tmp_path / "run")
+    before = (run / "config.yaml").read_text()
+    assert main(["--resume", "--output", str(run), "--device", "cpu"]) == 0
+    assert (run / "config.yaml").read_text() == before and "changed since" not in capsys.readouterr().out
+    assert main(["--resume", "--output", str(run), "--device", "cpu", "--epochs", "3", "--evaluate-every", "0"]) == 0
+    assert load_file(run / "last.pth")["epoch"] == 3
+    assert "train.epochs 2 -> 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epochs", "1"], "past the end of a run of 1; resume with more --epochs"),
+        (["--optimizer", "sgd"], "was trained with adamw, whose state sgd cannot take over; resume with --optimizer"),
+    ],
+)
+def test_a_run_that_cannot_go_on_so_stays_as_it_is(finished, tmp_path, capsys, words, said):
+    run = copy_of(finished, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "log.jsonl"}
+    assert main(["--resume", "--output", str(run), "--device", "cpu", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.name != "log.jsonl"}
+
+
+def test_settings_changed_at_resume_hold(finished, tmp_path, capsys):
+    run = copy_of(finished, tmp_path / "run")
+    words = ["--set", "train.weight_decay=0.25", "--set", "train.ema_decay=0.5", "--evaluate-every", "0"]
+    assert main(["--resume", "--output", str(run), "--device", "cpu", "--epochs", "3", *words]) == 0
+    said = capsys.readouterr().out
+    assert "warning: changed since that checkpoint: " in said and "-> 0.25" in said and "train.epochs 2 -> 3" in said
+    content = load_file(run / "last.pth")
+    assert content["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+    name = "head.category_predictor.weight"  # the average began at the resumed weights, not at random ones
+    assert (content["averaged"][name] - content["model"][name]).abs().max() < 0.1 * content["model"][name].abs().max()
+
+
+def test_going_back_sets_later_checkpoints_aside(finished, tmp_path, capsys):
+    run = copy_of(finished, tmp_path / "run")
+    (run / "chosen.pth").write_bytes((run / "step_00000003.pth").read_bytes())
+    for path in step_checkpoints(run)[-3:]:
+        path.unlink()  # as if only the newest had been kept
+    words = ["--evaluate-every", "0", "--set", "train.checkpoint_steps=0", "--set", "train.keep_checkpoints=1"]
+    assert main(["--resume", str(run / "chosen.pth"), "--output", str(run), "--device", "cpu", *words]) == 0
+    assert "step_00000008.pth is of a later step" in capsys.readouterr().out
+    assert load_file(run / "step_00000008.pth.aside")["epoch"] == 2
+    assert [path.name for path in step_checkpoints(run)] == ["step_00000008.pth"]
+    whole, again = (load_file(folder / "last.pth") for folder in (finished, run))
+    assert same(whole["model"], again["model"])
+
+
+def test_a_checkpoint_goes_on_in_a_folder_of_its_own(finished, tmp_path, capsys):
+    """The other folder stays as it is, the new one holds a checkpoint from the start and its own best."""
+    other = copy_of(finished, tmp_path / "other")
+    source = str(finished / "step_00000004.pth")
+    assert main(["--resume", source, "--output", str(other), "--device", "cpu"]) == 2
+    assert "already holds files" in capsys.readouterr().err
+    assert main(["--resume", source, "--output", str(tmp_path / "new"), "--device", "cpu"]) == 0
+    assert (tmp_path / "new" / "best.pth").is_file()
+    assert main(["--resume", source, "--output", str(other), "--device", "cpu", "--overwrite"]) == 0
+    whole, new, replaced = (load_file(folder / "last.pth") for folder in (finished, tmp_path / "new", other))
+    assert same(whole["model"], new["model"]) and same(new, replaced)
+
+
+def test_an_unreadable_image_costs_no_step(data, tmp_path, capsys, monkeypatch):
+    """The third step's image cannot be read; once it can, the run ends as if nothing had been."""
+    words = [*WORDS, "--evaluate-every", "0", "--set", "train.checkpoint_steps=0", "--set", "data.workers=0"]
+    assert main(arguments(data, tmp_path / "whole", *words)) == 0
+    calls = 0
+
+    def read(path, **options):
+        nonlocal calls
+        calls += 1
+        if calls > 10:  # two steps read eight
+            raise InputError(f"{path} cannot be read")
+        return read_image(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("solov2.data.coco.read_image", read)
+        assert main(arguments(data, tmp_path / "cut", *words)) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert load_file(tmp_path / "cut" / "last.pth")["step"] == 2
+    assert main(["--resume", "--output", str(tmp_path / "cut"), "--device", "cpu"]) == 0
+    assert same(*(load_file(tmp_path / name / "last.pth") for name in ("whole", "cut")))
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignal(60) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.poll() == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopSignal(60) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.poll() == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)

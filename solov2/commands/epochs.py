@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from solov2.commands.data import validation_loader, watched
 from solov2.commands.picture import draw_predictions
 from solov2.commands.run import Run, run_schedule, save, save_best
 from solov2.commands.stop import Stopped, StopSignal
+from solov2.config import InputError
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import TrainBatchSampler
 from solov2.engine import evaluate, predictor, train_one_epoch
+from solov2.errors import RunFailed
 from solov2.evaluation.coco import CocoEvaluator, format_table
 from solov2.guard import NonFiniteGuard, stuck_mask_loss
 
@@ -45,7 +48,7 @@ def train_epochs(
             train_one_epoch(
                 model,
                 criterion,
-                watched(loader, run.dataset),
+                _saving_where_they_fail(run, watched(loader, run.dataset)),
                 run.optimizer,
                 schedule,
                 learning_rate=plan.learning_rate,
@@ -70,7 +73,8 @@ def train_epochs(
             if run.average is not None:  # it follows the running statistics of this process's own images
                 distributed.broadcast_buffers(run.average.module)
             # Always before an evaluation, which may be told to stop.
-            if _is_due(run, train.checkpoint_every) or (validation is not None and _is_due(run, train.evaluate_every)):
+            evaluates = validation is not None and _is_due(run, train.evaluate_every)
+            if _is_due(run, train.checkpoint_every) or evaluates or _is_save_step(run):
                 save(run)
 
 
@@ -79,14 +83,32 @@ def _is_due(run: Run, every: int) -> bool:
     return run.epoch == run.config.train.epochs or (run.epoch > 0 and run.epoch % every == 0)
 
 
+def _is_save_step(run: Run) -> bool:
+    every = run.config.train.checkpoint_steps
+    return every > 0 and run.global_step % every == 0
+
+
+def _saving_where_they_fail(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches; an image that cannot be read or a loader that is gone costs none of the steps done.
+
+    Of several processes one cannot save by itself: the others wait for it in the middle of the next step.
+    """
+    try:
+        yield from batches
+    except (InputError, OSError, RunFailed):
+        if distributed.world_size() == 1 and run.global_step:
+            save(run)
+            run.logger.say(f"saved step {run.global_step} before the run fails; go on with --resume")
+        raise
+
+
 def _after_step(run: Run, stop: StopSignal, done: int) -> None:
     """Average the weights, save where it is time, and end the run where it was told to."""
     run.step = done
     if run.average is not None:
         run.average.update(run.model)
     signal_number = stop.poll()
-    every = run.config.train.checkpoint_steps
-    if signal_number or (every and done % every == 0 and done < run.plan.steps_per_epoch):
+    if signal_number or (_is_save_step(run) and done < run.plan.steps_per_epoch):
         save(run)
     if signal_number:
         raise Stopped(signal_number)

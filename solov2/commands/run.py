@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,23 @@ import yaml
 
 from solov2 import distributed
 from solov2.build import load_weights, traits_of
-from solov2.checkpoint import is_own, load_file, newest_loadable, remove_leftovers, save_checkpoint, save_step
+from solov2.checkpoint import (
+    is_own,
+    load_file,
+    remove_leftovers,
+    save_checkpoint,
+    save_step,
+    step_checkpoints,
+    step_file,
+)
+from solov2.commands.folder import check_agreement
 from solov2.config import Config, InputError, TrainConfig
 from solov2.data.coco import CocoInstances
 from solov2.errors import RunFailed
 from solov2.logger import RunLogger
 from solov2.models.solov2 import SOLOv2
 from solov2.optim import WeightAverage, make_schedule, scaled_learning_rate
+from solov2.outputs import replace_file
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,12 @@ class Run:
     evaluated: int = 0  # epochs done at the last evaluation
     best: float = -1.0  # mask AP of the best evaluation so far
     said_stuck: bool = False  # whether the mask loss after the warm-up was looked at
+    annotations_sha256: str = ""  # of the training set
+
+    @property
+    def global_step(self) -> int:
+        """Optimiser steps done of the whole run."""
+        return self.epoch * self.plan.steps_per_epoch + self.step
 
     @property
     def evaluated_model(self) -> SOLOv2:
@@ -72,6 +87,7 @@ class Run:
             "traits": traits_of(self.config.model),
             "class_names": self.model.class_names,
             "category_ids": self.dataset.category_ids,
+            "annotations_sha256": self.annotations_sha256,
             "epoch": self.epoch,
             "step": self.step,
             "global_batch": self.plan.global_batch,
@@ -136,84 +152,46 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False)
 
 
-def check_folder(folder: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Path of the checkpoint to resume; refuses to touch another run's folder. Nothing is written yet.
-
-    Args:
-        folder: of the run.
-        resume: None, a file, or "auto" for the newest checkpoint of the folder that can be read; those that cannot are
-            said. A worker that torchrun starts again resumes by itself, anew where there is no checkpoint yet.
-        overwrite: replace what the folder holds.
-    """
-    again = distributed.restarted()
-    if resume == "auto" or (again and resume is None):
-        path, refused = newest_loadable(folder)
-        if distributed.launched_rank() == 0:
-            for sentence in refused:
-                print(f"warning: passed over: {sentence}", file=sys.stderr)
-        if path is None and not again:
-            raise InputError(f"nothing to resume: {folder} holds no checkpoint that can be read")
-        return path
-    if resume is not None:
-        return Path(resume)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"run folder {folder} is a file; name another with --output")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"no permission to write to {existing}; name another run folder with --output")
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not overwrite:
-        raise InputError(
-            f"run folder {folder} already holds files; go on with --resume, replace them with --overwrite, "
-            "or name another folder with --output"
-        )
-    if not (folder / "log.jsonl").exists():
-        raise InputError(f"{folder} is not a run folder (it has no log.jsonl), so --overwrite leaves it alone")
-    return None
-
-
-def open_folder(folder: Path, config: Config, *, overwrite: bool) -> None:
-    """Make the run folder and write the resolved configuration into it."""
+def write_config(run: Run) -> None:
+    """Write the resolved configuration into the run folder."""
     if distributed.is_main():
-        try:
-            if overwrite and folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(config_text(config))
-        except OSError as error:
-            raise InputError(
-                f"cannot write to run folder {folder}: {error.strerror}; name another with --output"
-            ) from error
-    distributed.barrier()
+        with replace_file(run.folder / "config.yaml") as file:
+            file.write(config_text(run.config).encode())
 
 
 def resume(run: Run, path: Path) -> None:
-    """Put a run back to where a checkpoint was written.
+    """Put a run back to where a checkpoint was written; it is then the newest of the run folder.
+
+    Settings that differ from the checkpoint's hold from here on, and are said.
 
     Raises:
-        InputError: not a checkpoint of a run, or of another model, other classes or another optimiser.
+        InputError: not a checkpoint of a run, or of another model, other classes, another optimiser or later than the
+            run's end; or the processes do not see the same file.
     """
     content = load_file(path)
     if not is_own(content) or "optimizer" not in content:
         raise InputError(f"{path} is no checkpoint of a training run; start from its weights with --weights")
-    if content["class_names"] != run.model.class_names:
-        raise InputError(
-            f"{path} was trained on other classes: {class_difference(content['class_names'], run.model.class_names)}"
-        )
+    _check_resumable(run, path, content)
     load_weights(run.model, content["model"], str(path))
+    settings = [{key: group[key] for key in group if key != "params"} for group in run.optimizer.param_groups]
     try:
         run.optimizer.load_state_dict(content["optimizer"])
     except ValueError as error:
         raise InputError(f"{path} was trained with another optimiser setting ({error})") from error
+    for group, wanted in zip(run.optimizer.param_groups, settings, strict=True):
+        group.update(wanted)
     match_layout(run.optimizer)
     if content["scaler"]:  # empty where the run had another precision
         run.scaler.load_state_dict(content["scaler"])
-    run.epoch, run.best = content["epoch"], content["best"]
-    run.step, run.evaluated = content.get("step", 0), content.get("evaluated", run.epoch)
+    run.epoch, run.step = content["epoch"], content.get("step", 0)
+    run.evaluated = content.get("evaluated", run.epoch)
+    if path.parent.resolve() == run.folder.resolve():  # the best of another folder stays there
+        run.best = content["best"]
     if run.average is not None and "averaged" in content:
         run.average.module.load_state_dict(content["averaged"])
         run.average.updates = content["updates"]
+    elif run.average is not None:
+        run.average.module.load_state_dict(run.model.state_dict())
     global_batch = content.get("global_batch", run.plan.global_batch)
     if run.step and global_batch != run.plan.global_batch:
         run.logger.say(
@@ -225,10 +203,62 @@ def resume(run: Run, path: Path) -> None:
     if len(states) == distributed.world_size():
         set_random_state(states[distributed.rank()], run.device)
     position = f" and {run.step} of {run.plan.steps_per_epoch} steps" if run.step else ""
-    run.logger.write("resume", run.epoch * run.plan.steps_per_epoch + run.step, file=str(path))
+    changed = changed_settings(content["config"], run.config.to_dict())
+    run.logger.write("resume", run.global_step, file=str(path), changed=changed)
     run.logger.say(f"resumed {path} after epoch {run.epoch}{position}")
+    if changed:
+        run.logger.say(f"warning: changed since that checkpoint: {', '.join(changed)}")
+    if content.get("annotations_sha256", run.annotations_sha256) != run.annotations_sha256:
+        run.logger.say(f"warning: {run.dataset.annotation_file} is not the file that checkpoint was trained with")
+    _make_newest(run)
+
+
+def _check_resumable(run: Run, path: Path, content: dict[str, Any]) -> None:
+    if content["class_names"] != run.model.class_names:
+        raise InputError(
+            f"{path} was trained on other classes: {class_difference(content['class_names'], run.model.class_names)}"
+        )
+    train = run.config.train
+    optimizer = content["config"]["train"].get("optimizer", train.optimizer)
+    if optimizer != train.optimizer:
+        raise InputError(
+            f"{path} was trained with {optimizer}, whose state {train.optimizer} cannot take over; resume with "
+            f"--optimizer {optimizer}, or start from its weights with --weights"
+        )
+    if (content["epoch"], content.get("step", 0)) > (train.epochs, 0):
+        raise InputError(
+            f"{path} is in epoch {content['epoch'] + 1}, past the end of a run of {train.epochs}; resume with more "
+            "--epochs"
+        )
+    check_agreement((content["epoch"], content.get("step", 0)), path)
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """'section.key old -> new' of each setting that both configurations have and that differs."""
+    changed: list[str] = []
+    for key in before.keys() & now.keys():
+        if isinstance(before[key], dict) and isinstance(now[key], dict):
+            changed += changed_settings(before[key], now[key], f"{prefix}{key}.")
+        elif json.dumps(before[key]) != json.dumps(now[key]):  # tuples and lists are the same in YAML
+            changed.append(f"{prefix}{key} {json.dumps(before[key])} -> {json.dumps(now[key])}")
+    return sorted(changed)
+
+
+def _make_newest(run: Run) -> None:
+    """Set aside checkpoints of later steps than the resumed one, and save it where the folder does not have it.
+
+    The newest is known by its step: what was trained after the resumed step must not pass for this run's.
+    """
+    there = True
     if distributed.is_main():
         remove_leftovers(run.folder)
+        for path in step_checkpoints(run.folder):
+            if path.name > step_file(run.global_step):
+                path.rename(path.with_name(f"{path.name}.aside"))
+                run.logger.say(f"warning: {path} is of a later step and is now called {path.name}.aside")
+        there = (run.folder / step_file(run.global_step)).is_file()
+    if not distributed.broadcast_object(there):
+        save(run)
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -288,9 +318,8 @@ def save(run: Run) -> None:
     """Write a checkpoint of the present step; the other processes wait for it."""
     content = run.content()
     if distributed.is_main():
-        step = run.epoch * run.plan.steps_per_epoch + run.step
         with _naming_the_checkpoint(run.folder):
-            save_step(run.folder, step, content, keep=run.config.train.keep_checkpoints)
+            save_step(run.folder, run.global_step, content, keep=run.config.train.keep_checkpoints)
     distributed.barrier()
 
 

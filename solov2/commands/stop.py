@@ -16,10 +16,10 @@ import torch.distributed as dist
 from solov2 import distributed
 from solov2.errors import RunFailed
 
-STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h: try again later) after SIGTERM or SIGUSR1, checkpoint written
+STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h: try again later) after a signal but Ctrl-C's, checkpoint written
 INTERRUPTED = 130  # after Ctrl-C
 ANSWER_SECONDS = 5  # given to a silent process before it is named
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -31,7 +31,8 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Receives SIGTERM, SIGUSR1 and Ctrl-C while it is entered; a second Ctrl-C interrupts at once.
+    """Receives SIGTERM, SIGUSR1, SIGHUP (a lost terminal) and Ctrl-C while it is entered; a second Ctrl-C interrupts at
+    once. A signal that is ignored (nohup) stays so.
 
     `poll` is called by all processes after each step, so that everybody stops after the same step, whoever got the
     signal.
@@ -50,7 +51,8 @@ class StopSignal:
             )
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_error: object) -> None:

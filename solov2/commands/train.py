@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import time
@@ -24,7 +25,7 @@ from solov2.build import (
     prepare_for_training,
 )
 from solov2.check_data import quick_check
-from solov2.checkpoint import latest_checkpoint
+from solov2.checkpoint import is_own, latest_checkpoint, load_file
 from solov2.commands.data import (
     add_data_arguments,
     prepare_data,
@@ -37,27 +38,28 @@ from solov2.commands.data import (
 )
 from solov2.commands.dry_run import describe
 from solov2.commands.epochs import show_summary, train_epochs
+from solov2.commands.folder import check_agreement, check_folder, run_folder, started_again
 from solov2.commands.machine import environment
 from solov2.commands.run import (
     Run,
     announcement,
-    check_folder,
     class_difference,
     config_text,
     determinism,
     file_sha256,
-    open_folder,
     plan_run,
     resume,
+    write_config,
 )
 from solov2.commands.stop import INTERRUPTED, Stopped
 from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
-from solov2.errors import run_command
+from solov2.errors import printable, run_command
 from solov2.logger import RunLogger, format_seconds
 from solov2.models.solov2 import SOLOv2
 from solov2.optim import WeightAverage, build_optimizer
 
+DEFAULT = "solov2_r50_fpn_1x"
 FLAGS = {
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
@@ -75,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 a user's mistake, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint written,
-        130 after Ctrl-C.
+        The exit code: 0 done, 1 failed, 2 a user's mistake, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
+        written, 130 after Ctrl-C.
     """
     return run_command(_run, argv)
 
@@ -88,7 +90,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Train SOLOv2. Without a configuration: solov2_r50_fpn_1x on data/coco.",
         epilog="several GPUs: torchrun --nproc-per-node 8 train.py CONFIG, or python train.py CONFIG --nproc 8",
     )
-    parser.add_argument("config", nargs="?", default="solov2_r50_fpn_1x", help="model name or YAML file")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        help="model name or YAML file (default: solov2_r50_fpn_1x, or with --resume what the run was started with)",
+    )
     parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME)")
     parser.add_argument(
         "--weights", metavar="FILE", help="start from these weights (fine-tuning); official: the published ones"
@@ -136,12 +142,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    config = resolve_config(args, FLAGS)
     warnings.showwarning = _print_warning
     # What can be seen to be wrong is said before other processes are started: each of them would say it again.
-    folder = Path(args.output or f"runs/{config.name}")
-    # A dry run writes nothing, so it minds only a checkpoint that it was asked to go on with.
-    checkpoint = None if args.dry_run and args.resume is None else check_folder(folder, args.resume, args.overwrite)
+    config, folder, checkpoint = _configuration(args)
     args.weights = find_weights(args.weights, config)
     if checkpoint or args.weights:  # a resumed run keeps what the weights it started from had fixed
         config = replace(config, model=fit_to_weights(config.model, checkpoint or args.weights))
@@ -166,6 +169,26 @@ def _run(argv: Sequence[str]) -> int:
         return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else stopped.code
 
 
+def _configuration(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
+    """The configuration with the flags applied, the run folder, and the checkpoint to go on with.
+
+    The configuration is the named one; where none is named, the one that the checkpoint carries.
+    """
+    named = args.config is not None
+    if not named:
+        args.config = DEFAULT
+    config = resolve_config(args, FLAGS)
+    folder = Path(args.output or f"runs/{config.name}")
+    # A dry run writes nothing, so it minds only a checkpoint that it was asked to go on with.
+    checkpoint = None if args.dry_run and args.resume is None else check_folder(folder, args.resume, args.overwrite)
+    if checkpoint is not None and not named:
+        content = load_file(checkpoint)
+        if is_own(content) and "config" in content:
+            args.config = Config.from_checkpoint(content["config"], source=str(checkpoint))
+            config = resolve_config(args, FLAGS)
+    return config, folder, checkpoint
+
+
 def _dry_run(config: Config, args: argparse.Namespace) -> int:
     if args.nproc is not None:
         distributed.check_nproc(args.nproc)
@@ -185,6 +208,7 @@ def _train(
     config: Config, args: argparse.Namespace, device: torch.device, folder: Path, checkpoint: Path | None
 ) -> int:
     started = time.perf_counter()
+    check_agreement(None if checkpoint is None else checkpoint.name, folder)
     prepare_data(config, splits=_splits(config))
     dataset = training_dataset(config.data)
     validation = _validation(config, dataset)
@@ -204,24 +228,31 @@ def _train(
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
     loader, sampler = training_loader(config, dataset, build_assigner(config.model), device=device)
     plan = plan_run(train, images=len(dataset), batches=len(sampler), processes=distributed.world_size())
-    open_folder(folder, config, overwrite=args.overwrite and checkpoint is None and not distributed.restarted())
-    logger = RunLogger(folder, main=distributed.is_main(), tensorboard=args.tensorboard)
-    average = WeightAverage(model, train.ema_decay) if train.ema_decay else None
-    run = Run(config, folder, device, model, dataset, optimizer, scaler, logger, plan, average)
-    try:
+    with (
+        run_folder(folder, emptied=_is_to_be_emptied(folder, checkpoint, args)),
+        contextlib.closing(RunLogger(folder, main=distributed.is_main(), tensorboard=args.tensorboard)) as logger,
+    ):
+        average = WeightAverage(model, train.ema_decay) if train.ema_decay else None
+        run = Run(config, folder, device, model, dataset, optimizer, scaler, logger, plan, average)
+        run.annotations_sha256 = file_sha256(dataset.annotation_file)
         _announce(run)
         for sentence in quick_check(dataset, config) if distributed.is_main() else ():
             logger.write("warning", text=sentence)
             logger.say(f"warning: {sentence}")
         if checkpoint is not None:
             resume(run, checkpoint)
+        write_config(run)
         summary = train_epochs(run, loader, sampler, validation)
         logger.say(f"trained in {format_seconds(time.perf_counter() - started)}; checkpoint {folder / 'last.pth'}")
         if summary is not None:
             show_summary(run, validation, summary)
-    finally:
-        logger.close()
     return 0
+
+
+def _is_to_be_emptied(folder: Path, checkpoint: Path | None, args: argparse.Namespace) -> bool:
+    """--overwrite belongs to the first start of a launch, and never takes the checkpoint it goes on with."""
+    inside = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    return args.overwrite and not inside and not started_again(folder)
 
 
 def _validation(config: Config, dataset: CocoInstances) -> CocoInstances | None:
@@ -267,7 +298,7 @@ def _announce(run: Run) -> None:
         parameters=parameters,
         seed=config.train.seed,
         configuration_sha256=hashlib.sha256(config_text(config).encode()).hexdigest(),
-        annotations_sha256=file_sha256(run.dataset.annotation_file),
+        annotations_sha256=run.annotations_sha256,
         **environment(run.device),
     )
     for line in announcement(config, plan, parameters=parameters, images=len(run.dataset), device=run.device):
@@ -275,8 +306,10 @@ def _announce(run: Run) -> None:
 
 
 def _print_warning(message: Warning | str, *_details: object) -> None:
-    if distributed.is_main():
-        print(f"warning: {message}", file=sys.stderr)
+    """Once for all processes; what a loading process says, of the images it has, is said by each."""
+    if distributed.is_main() or torch.utils.data.get_worker_info() is not None:
+        text = "\n".join(printable(line) for line in str(message).splitlines())
+        print(f"warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

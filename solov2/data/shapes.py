@@ -11,9 +11,9 @@ import functools
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -60,14 +60,14 @@ def generate_shapes(
         return False
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+        unfinished = root.parent / f".{root.name}.{secrets.token_hex(4)}"
+        unfinished.mkdir()
     except OSError as error:
         raise InputError(f"cannot write the generated data set to {root}: {error.strerror}") from error
     try:
         for split, count in zip(SPLITS, (train_images, val_images), strict=True):
             _write_split(unfinished, split, count, size, seed, progress)
         (unfinished / "shapes.json").write_text(json.dumps(recipe))
-        os.chmod(unfinished, 0o755)
         return _publish(unfinished, root, recipe)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

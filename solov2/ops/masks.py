@@ -212,7 +212,8 @@ def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
         lengths = np.asarray(counts, dtype=np.int64) if isinstance(counts, list) else _run_lengths([counts])[0]
     except (ValueError, TypeError, OverflowError):
         raise InputError("the counts of the RLE are not run lengths") from None
-    if lengths.ndim != 1 or lengths.sum() != size[0] * size[1] or lengths.min(initial=0) < 0:
+    area = size[0] * size[1]  # each length is looked at before their sum, which could overflow
+    if lengths.ndim != 1 or not (0 <= lengths).all() or not (lengths <= area).all() or lengths.sum() != area:
         raise InputError(f"the counts of the RLE do not add up to its size {list(size)}")
 
 

@@ -40,7 +40,7 @@ def main() -> int:
     try:
         full = train(words, disk / "run")
         left = {path.name: load_file(path)["step"] for path in step_checkpoints(disk / "run")}
-        hidden = [path.name for path in (disk / "run").glob(".*")]
+        leftovers = [path.name for path in (disk / "run").glob(".*.tmp")]
         newest = load_file(disk / "run" / "last.pth")["step"]
         subprocess.run(["mount", "-o", "remount,size=2g", str(disk)], check=True)
         resumed = train(words, disk / "run", "--resume")
@@ -52,13 +52,13 @@ def main() -> int:
         "exit_code": full.returncode,
         "said": full.stderr.strip().splitlines()[-1],
         "left": left,
-        "hidden": hidden,
+        "leftovers": leftovers,
         "newest": newest,
         "resumed": resumed.returncode,
         "different": different,
     }
     print(json.dumps(report))
-    return bool(not full.returncode or hidden or resumed.returncode or different)
+    return bool(not full.returncode or leftovers or resumed.returncode or different)
 
 
 if __name__ == "__main__":
