@@ -12,7 +12,16 @@ from tiny_runs import random_batch, tiny_config
 from solov2.build import build_criterion, construct
 from solov2.checkpoint import load_file
 from solov2.engine import take_step, train_one_epoch, update_weights
-from solov2.guard import DELAY, FAILED, OVERFLOWED, OVERFLOWS, NonFiniteError, NonFiniteGuard, first_nonfinite, stuck_mask_loss
+from solov2.guard import (
+    DELAY,
+    FAILED,
+    OVERFLOWED,
+    OVERFLOWS,
+    NonFiniteError,
+    NonFiniteGuard,
+    first_nonfinite,
+    stuck_mask_loss,
+)
 from solov2.logger import RunLogger
 from solov2.optim import build_optimizer
 
