@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,15 +21,26 @@ _HOMES = {
     "draw_instances": "solov2.visualize",
     "list_models": "solov2.config",
 }
+# Attribute -> module to import for it; a package comes with the module that its users call.
+_MODULES = {
+    "targets": "solov2.targets",
+    "losses": "solov2.losses",
+    "convert": "solov2.convert",
+    "ops": "solov2.ops.matrix_nms",
+    "models": "solov2.models.solov2",
+    "data": "solov2.data.coco",
+    "evaluation": "solov2.evaluation.coco",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in ("targets", "losses", "convert", "ops", "models", "data", "evaluation"):
-        return importlib.import_module(f"solov2.{name}")
+    if name in _MODULES:
+        importlib.import_module(_MODULES[name])
+        return sys.modules[f"solov2.{name}"]
     raise AttributeError(f"module 'solov2' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, *_MODULES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import urllib.error
 import warnings
@@ -14,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from solov2.checkpoint import is_own, load_file
-from solov2.config import Config, InputError, ModelConfig, load_config, replace_model
+from solov2.config import Config, InputError, ModelConfig, changed_settings, load_config, replace_model
 from solov2.convert import read_weights
 from solov2.losses import SOLOv2Criterion
 from solov2.models.fpn import FPN
@@ -26,6 +27,8 @@ from solov2.models.solov2 import SOLOv2
 from solov2.models.winograd import use_winograd
 from solov2.targets import TargetAssigner
 
+# COCO numbered 91 categories and annotated 80 of them.
+COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 COCO_CLASSES = tuple(
     (
         "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|"
@@ -114,7 +117,32 @@ def build_model(
     model = construct(config, class_names)
     if state is not None:
         load_weights(model, state, str(weights))
+        if name_or_config is not None and is_own(content):
+            _say_what_differs(content, config, str(weights), besides={*TRAITS, *overrides, "num_classes"})
+    model.category_ids = _category_ids(content, class_names)
     return model.to(device or "cpu").eval()
+
+
+def _say_what_differs(content: Mapping[str, Any], config: ModelConfig, source: str, *, besides: set[str]) -> None:
+    """Grids, sizes and thresholds leave no trace in a tensor's shape; weights of other ones would load unnoticed."""
+    carried = content.get("config", {}).get("model", {})
+    now = {key: value for key, value in dataclasses.asdict(config).items() if key not in besides}
+    changed = changed_settings(carried, now)
+    if changed:
+        warnings.warn(
+            f"{source} was trained with other settings than the named model: {', '.join(changed)}; without a named "
+            "model its own hold",
+            stacklevel=3,
+        )
+
+
+def _category_ids(content: Mapping[str, Any] | None, class_names: Sequence[str]) -> list[int]:
+    """The id of each label in annotation files: the training file's, COCO's for COCO's classes, else label + 1."""
+    if content is not None and is_own(content) and len(content.get("category_ids", [])) == len(class_names):
+        return list(content["category_ids"])
+    if list(class_names) == list(COCO_CLASSES):
+        return list(COCO_CATEGORY_IDS)
+    return list(range(1, len(class_names) + 1))
 
 
 def find_weights(

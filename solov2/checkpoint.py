@@ -52,8 +52,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     Args:
         path: target; its folder must exist.
         content: tensors, numbers, strings, lists, dictionaries. "format" is added. Our own files hold "model" (state
-            dict), "config" (nested dict), "class_names", "traits", and for resuming "optimizer", "scaler", "epoch",
-            "step", "best".
+            dict), "config" (nested dict), "class_names", "category_ids", "traits", with averaged weights "averaged" and
+            "updates", and for resuming what `commands.run.Run.content` adds.
 
     Raises:
         OSError: disk full, no permission; the old file stays.
@@ -68,7 +68,12 @@ def write_file(path: str | Path, content: dict[str, Any]) -> None:
         OSError: disk full, no permission; the old file stays.
     """
     with replace_file(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's complaint about the archive hides why it could not be written
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_file(path: str | Path) -> dict[str, Any]:

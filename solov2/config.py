@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import reprlib
 import types
 import typing
@@ -46,18 +47,18 @@ class ModelConfig:
     num_classes: int = 80
     grid_sizes: tuple[int, ...] = (40, 36, 24, 16, 12)
     scale_ranges: tuple[tuple[float, float], ...] = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
-    center_sigma: float = 0.2  # half-size of the centre region as a share of the box
+    center_sigma: float = 0.2  # size of the centre region as a share of the box
     input_scale: tuple[int, int] = (1333, 800)  # (long edge at most, short edge at most) at test time
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     area_thresholds: tuple[float, ...] = (8, 8, 16, 32, 32)  # a mask needs more stride-4 pixels than its level's number
     category_threshold: float = 0.1  # on the category score, before Matrix NMS
     mask_threshold: float = 0.5
-    max_candidates: int = 500  # entering Matrix NMS
+    max_candidates: int = 500  # entering Matrix NMS; 0: all
     nms_kernel: str = "gaussian"  # gaussian, linear
     nms_sigma: float = 2.0
     score_threshold: float = 0.05  # on the final score
-    max_instances: int = 100  # per image
+    max_instances: int = 100  # per image; 0: all
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,17 @@ class Config:
             known = {entry.name for entry in dataclasses.fields(section)}
             kept[name] = {key: value for key, value in (values.get(name) or {}).items() if key in known}
         return cls.from_dict(kept, source)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """'section.key old -> new' of each setting that two nested dictionaries have both and that differs."""
+    changed: list[str] = []
+    for key in sorted(before.keys() & now.keys()):
+        if isinstance(before[key], Mapping) and isinstance(now[key], Mapping):
+            changed += changed_settings(before[key], now[key], f"{prefix}{key}.")
+        elif json.dumps(before[key]) != json.dumps(now[key]):  # as YAML, JSON does not tell tuples from lists
+            changed.append(f"{prefix}{key} {json.dumps(before[key])} -> {json.dumps(now[key])}")
+    return changed
 
 
 def config_folder() -> Path:

@@ -107,22 +107,22 @@ def segment(model: SOLOv2, images: Sequence[Tensor], **settings: Any) -> list[di
     return model.postprocess(model(inputs), sizes, original_sizes, mask_format="rle", **settings)
 
 
-def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], class_names: Sequence[str]) -> list[dict]:
+def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], model: SOLOv2) -> list[dict]:
     """One image's result as JSON-ready entries of COCO results format, with the names of file and class added.
 
     Args:
         image_id: number of the image in this run.
         file_name: path of the image as it was given.
         result: `scores` f32[N], `labels` i64[N], `masks` as N RLE dicts, `boxes` f32[N,4] xyxy.
-        class_names: name of each label; `category_id` is the label + 1, for no annotation file is at hand.
+        model: has the name and the category id of each label.
     """
     rows = zip(*(result[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
     return [
         {
             "image_id": image_id,
             "file_name": file_name,
-            "category_id": label + 1,
-            "category_name": class_names[label],
+            "category_id": model.category_ids[label],
+            "category_name": model.class_names[label],
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "segmentation": rle,
             "score": score,
@@ -163,7 +163,7 @@ def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argpars
                 image, picture = jobs[number]
                 drawn = draw_instances(pixels, result, model.class_names, score_threshold=0.0)
                 drawn.save(picture, quality=95, subsampling=0)  # JPEG's usual half-resolution colour blurs the labels
-                entries += coco_entries(number + 1, str(image), result, model.class_names)
+                entries += coco_entries(number + 1, str(image), result, model)
                 progress.write(_report(image, picture, result["labels"].tolist(), model.class_names, args))
             progress.update(len(batch))
     if args.json is not None:

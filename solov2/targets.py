@@ -52,8 +52,9 @@ class TargetAssigner:
 
         Args:
             instances: per image boxes float32 [N, 4] x1, y1, x2, y2 (of the annotation, in input pixels), labels
-                int64 [N], masks uint8 [N, h, w] of 0 and 1 at the size of the image before padding; optionally extents
-                int64 [N, 4], boxes x1, y1, x2, y2 (maximum exclusive) outside of which the masks are known to be 0.
+                int64 [N], masks uint8 of 0 and 1 or bool [N, h, w] at the size of the image before padding; optionally
+                extents int64 [N, 4], boxes x1, y1, x2, y2 (maximum exclusive) outside of which the masks are known to
+                be 0. All on the CPU.
             padded_size: (H, W) of the batch, multiples of 32.
 
         Returns:

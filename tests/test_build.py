@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.error
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torchvision
 from tiny_runs import tiny_config
 
 from solov2.build import COCO_CLASSES, IMAGENET_WEIGHTS, build_model, construct, load_pretrained_backbone
-from solov2.checkpoint import save_checkpoint
+from solov2.checkpoint import load_file, save_checkpoint
 from solov2.config import InputError
 from solov2.models.resnet import ResNet
 
@@ -35,6 +36,28 @@ def test_own_checkpoint_carries_its_configuration(saved):
     assert loaded.grid_sizes == model.grid_sizes and not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_a_named_model_that_differs_from_the_file_is_said(saved):
+    """No tensor's shape depends on grids, sizes and thresholds."""
+    path, model = saved
+    with pytest.warns(UserWarning, match=r"other settings than the named model: .*grid_sizes \[8.*\] -> \[24") as said:
+        loaded = build_model(tiny_config("model.grid_sizes=[24,16,12,8,6]"), weights=path, score_threshold=0.5)
+    assert loaded.grid_sizes == (24, 16, 12, 8, 6) and "score_threshold" not in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_model(tiny_config(), weights=path)
+
+
+def test_category_ids_come_from_the_file_or_are_cocos(saved, tmp_path):
+    path, model = saved
+    assert build_model(weights=path).category_ids == [1, 2, 3, 4]
+    content = load_file(path)
+    save_checkpoint(tmp_path / "gaps.pth", {**content, "category_ids": [1, 3, 4, 7]})
+    assert build_model(weights=tmp_path / "gaps.pth").optimize().category_ids == [1, 3, 4, 7]
+    coco = build_model("solov2_light_r18_fpn_3x")
+    pairs = dict(zip(coco.class_names, coco.category_ids, strict=True))
+    assert (pairs["person"], pairs["stop sign"], pairs["toothbrush"]) == (1, 13, 90)
 
 
 def test_other_class_count_keeps_everything_else(saved):

@@ -34,6 +34,18 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+def test_more_sizes_than_torch_compiles_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: original(self, backend="eager", **words))
+    model = lively(tiny_model())
+    plain, fast = model.optimize(), model.optimize(compile=True)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for width in (64, 96, 128, 160):
+            images = torch.randn(1, 3, 64, width)
+            for wanted, found in zip(flat(plain(images)), flat(fast(images)), strict=True):
+                torch.testing.assert_close(found, wanted)
+
+
 def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     **dict.fromkeys(FLOOR_2 | FLOOR_3, FLOOR_0),
     "guard": FLOOR_0 | {"checkpoint"},
     "engine": FLOOR_0 | {"logger", "guard"},  # everything else arrives as an argument
-    "errors": {"config"},
+    "errors": {"config", "distributed"},
     "convert": FLOOR_0 | {"checkpoint"} | ERRORS,
     "build": BELOW_EDGES - {"build"} - ERRORS,
     "visualize": BELOW_EDGES,

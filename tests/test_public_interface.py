@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +89,11 @@ def test_names_are_handed_on() -> None:
     assert solov2.targets.TargetAssigner and solov2.losses.SOLOv2Criterion and solov2.ops.matrix_nms.matrix_nms
     with pytest.raises(AttributeError, match="no_such_name"):
         solov2.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["ops.matrix_nms.matrix_nms", "models.solov2.SOLOv2", "evaluation.coco.CocoEvaluator"])
+def test_names_are_there_without_another_import(name: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import solov2; solov2.{name}"], check=True, timeout=100)
 
 
 def test_model_names() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -451,6 +452,22 @@ def test_an_unreadable_image_costs_no_step(data, tmp_path, capsys, monkeypatch):
     assert load_file(tmp_path / "cut" / "last.pth")["step"] == 2
     assert main(["--resume", "--output", str(tmp_path / "cut"), "--device", "cpu"]) == 0
     assert same(*(load_file(tmp_path / name / "last.pth") for name in ("whole", "cut")))
+
+
+def test_a_run_that_fails_between_two_batches_ends(data, finished, tmp_path, repo_root):
+    """Its loading processes would not end by themselves. Files may not grow over 1 MB: as if the disk were full."""
+    command = [sys.executable, "train.py", *arguments(data, tmp_path / "run", *WORDS)]
+    failed = subprocess.run(
+        command,
+        cwd=repo_root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )
+    assert failed.returncode == 2 and "no checkpoint could be written to" in failed.stderr
+    assert "Traceback" not in failed.stderr and not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_ignored_signals_stay_ignored():

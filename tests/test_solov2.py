@@ -90,6 +90,18 @@ def test_predict_in_batches(predictor: SOLOv2) -> None:
         assert torch.allclose(one["scores"], other["scores"], atol=1e-4)
 
 
+def test_what_counts_as_images(predictor: SOLOv2) -> None:
+    given = [picture(64, 96), picture(40, 80, seed=1)]
+    (first, second), (again, last) = predictor.predict(given), predictor.predict(image for image in given)
+    assert torch.equal(first["masks"], again["masks"]) and torch.equal(second["masks"], last["masks"])
+    assert torch.equal(predictor.preprocess(given[0])[0], predictor.preprocess(given[:1])[0])
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+            predictor.predict(given, batch_size=batch_size)
+    with pytest.raises(TypeError, match="not NoneType"):
+        predictor.predict([None])
+
+
 def test_predict_settings(predictor: SOLOv2) -> None:
     (everything,) = predictor.predict(picture(64, 96))
     threshold = everything["scores"][4].item()

@@ -117,6 +117,15 @@ def test_shapes_and_dtypes_without_instances() -> None:
     assert (targets["positives"][:, 0] == 1).all() and (targets["positives"][:, 2] == 0).all()
 
 
+def test_bool_masks_are_masks_too() -> None:
+    """What torchvision and `SOLOv2.predict` call masks."""
+    truth = square(20, 10, 31)
+    wanted = small_assigner()([truth], (64, 96))
+    targets = small_assigner()([{**truth, "masks": truth["masks"].bool()}], (64, 96))
+    assert wanted["masks"].sum() > 0 and len(wanted["positives"]) > 0
+    assert all(torch.equal(targets[name], wanted[name]) for name in ("category", "positives", "masks"))
+
+
 def test_an_instance_without_a_visible_pixel_gets_no_cell() -> None:
     truth = square(20, 10, 12)
     truth["masks"].zero_()

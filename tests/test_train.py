@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,21 @@ def test_oracle_of_the_training_targets(run, tmp_path):
         == 0
     )
     assert 0.2 < json.loads(figures.read_text())["segm"]["AP"] < 1
+
+
+def test_other_classes_of_the_same_number_are_said(run, tmp_path, capsys):
+    """The category layer fits, whatever its classes were called."""
+    data, folder = run
+    root = tmp_path / "renamed"
+    shutil.copytree(data, root)
+    for file in (root / "annotations").glob("*.json"):
+        file.write_text(file.read_text().replace('"disc"', '"plate"'))
+    weights = str(folder / "last.pth")
+    words = ["--epochs", "1", "--weights", weights, "--data-root", str(root), "--set", "data.shapes=false"]
+    assert main([*arguments(root, tmp_path / "tuned"), *words]) == 0
+    assert "trained on other classes" in (said := capsys.readouterr().err) and "disc, plate" in said
+    assert evaluate_main([*words[2:6], "--device", "cpu", "--set", "data.shapes=false"]) == 0
+    assert "label by label they count as the same" in capsys.readouterr().err
 
 
 def test_fine_tuning_on_other_classes_remakes_the_category_layer(run, tmp_path, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from solov2.data.coco import CocoInstances
 from solov2.data.loader import Collate, EvalSampler, TrainBatchSampler, build_loader
 from solov2.data.shapes import generate_shapes
 from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDataset
-from solov2.errors import RunFailed
+from solov2.errors import RunFailed, kill_children
 from solov2.targets import TargetAssigner
 
 CPU = torch.device("cpu")
@@ -218,7 +217,7 @@ def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, An
         reason = next((text for text in LOADER_FAILURES if text in str(error)), None)
         if reason is None:
             raise
-        _kill_loading_processes()
+        kill_children()
         batch = next(itertools.islice(loader.batch_sampler, delivered, None), [])
         indices = [entry if isinstance(entry, int) else entry[0] for entry in batch]
         names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index in indices)
@@ -246,19 +245,6 @@ def _losing_patience(loader: DataLoader) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _kill_loading_processes() -> None:
-    """Those that hang would hold up the end of this process. torch's own handler would call their end an error."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        children = multiprocessing.active_children()
-        for process in children:
-            process.kill()
-        for process in children:
-            process.join(1)
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
 
 
 def validation_loader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from solov2 import distributed
-from solov2.build import build_assigner, build_model, choose_memory_format, construct, find_weights
+from solov2.build import build_assigner, build_model, choose_memory_format, construct, default_class_names, find_weights
 from solov2.checkpoint import is_own, load_file
 from solov2.commands.data import (
     add_data_arguments,
@@ -23,6 +24,7 @@ from solov2.commands.data import (
     watched,
     with_classes,
 )
+from solov2.commands.run import class_difference
 from solov2.config import Config, InputError
 from solov2.data.coco import CocoInstances
 from solov2.engine import Predictor, evaluate, predictor
@@ -144,6 +146,12 @@ def _model_predictor(
             f"{args.weights} has {len(model.class_names)} classes and {dataset.annotation_file} "
             f"{len(dataset.class_names)}; evaluate on the data it was trained for, or fine-tune it with "
             "train.py --weights"
+        )
+    if model.class_names not in (dataset.class_names, default_class_names(len(model.class_names))):
+        warnings.warn(
+            f"{args.weights} was trained on other classes than {dataset.annotation_file} has: "
+            f"{class_difference(model.class_names, dataset.class_names)}; label by label they count as the same",
+            stacklevel=1,
         )
     memory_format = choose_memory_format(config, device)
     model = model.to(memory_format=memory_format)

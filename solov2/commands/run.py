@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from solov2.checkpoint import (
     step_file,
 )
 from solov2.commands.folder import check_agreement
-from solov2.config import Config, InputError, TrainConfig
+from solov2.config import Config, InputError, TrainConfig, changed_settings
 from solov2.data.coco import CocoInstances
 from solov2.errors import RunFailed
 from solov2.logger import RunLogger
@@ -231,17 +230,6 @@ def _check_resumable(run: Run, path: Path, content: dict[str, Any]) -> None:
             "--epochs"
         )
     check_agreement((content["epoch"], content.get("step", 0)), path)
-
-
-def changed_settings(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """'section.key old -> new' of each setting that both configurations have and that differs."""
-    changed: list[str] = []
-    for key in before.keys() & now.keys():
-        if isinstance(before[key], dict) and isinstance(now[key], dict):
-            changed += changed_settings(before[key], now[key], f"{prefix}{key}.")
-        elif json.dumps(before[key]) != json.dumps(now[key]):  # tuples and lists are the same in YAML
-            changed.append(f"{prefix}{key} {json.dumps(before[key])} -> {json.dumps(now[key])}")
-    return sorted(changed)
 
 
 def _make_newest(run: Run) -> None:

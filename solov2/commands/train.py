@@ -53,8 +53,9 @@ from solov2.commands.run import (
 )
 from solov2.commands.stop import INTERRUPTED, Stopped
 from solov2.config import Config, InputError
+from solov2.convert import read_weights
 from solov2.data.coco import CocoInstances
-from solov2.errors import printable, run_command
+from solov2.errors import run_command
 from solov2.logger import RunLogger, format_seconds
 from solov2.models.solov2 import SOLOv2
 from solov2.optim import WeightAverage, build_optimizer
@@ -142,7 +143,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    warnings.showwarning = _print_warning
     # What can be seen to be wrong is said before other processes are started: each of them would say it again.
     config, folder, checkpoint = _configuration(args)
     args.weights = find_weights(args.weights, config)
@@ -279,6 +279,13 @@ def _explain_classes(config: Config, before: Config) -> Config:
 def _initial_model(config: Config, dataset: CocoInstances, weights: str | None, *, from_checkpoint: bool) -> SOLOv2:
     if weights is not None and not from_checkpoint:
         model = build_model(config, weights=weights, num_classes=config.model.num_classes)
+        names = read_weights(load_file(weights), weights)[2]
+        if names is not None and len(names) == len(dataset.class_names) and names != dataset.class_names:
+            warnings.warn(
+                f"{weights} was trained on other classes than {dataset.annotation_file} has: "
+                f"{class_difference(names, dataset.class_names)}; as many, so the category layer is kept",
+                stacklevel=1,
+            )
         model.class_names = dataset.class_names
         return model
     model = construct(config.model, dataset.class_names)
@@ -303,13 +310,6 @@ def _announce(run: Run) -> None:
     )
     for line in announcement(config, plan, parameters=parameters, images=len(run.dataset), device=run.device):
         run.logger.say(line)
-
-
-def _print_warning(message: Warning | str, *_details: object) -> None:
-    """Once for all processes; what a loading process says, of the images it has, is said by each."""
-    if distributed.is_main() or torch.utils.data.get_worker_info() is not None:
-        text = "\n".join(printable(line) for line in str(message).splitlines())
-        print(f"warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

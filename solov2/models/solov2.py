@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class SOLOv2(nn.Module):
 
     Args:
         backbone, fpn, head, mask_feature_head: the four parts.
-        class_names: one name per class, label i is class_names[i].
+        class_names: one name per class, label i is class_names[i]. `category_ids`, an attribute, holds the id of each
+            label in annotation files; label + 1 unless `build_model` knows better.
         settings: post-processing thresholds and limits.
         pixel_mean, pixel_std: per channel, in grey levels, in the order of `channel_order`.
         channel_order: "rgb", or "bgr" for weights trained on BGR input (AdelaiDet).
@@ -55,6 +56,7 @@ class SOLOv2(nn.Module):
         super().__init__()
         self.backbone, self.fpn, self.head, self.mask_feature_head = backbone, fpn, head, mask_feature_head
         self.class_names = list(class_names)
+        self.category_ids = list(range(1, len(self.class_names) + 1))
         self.settings = settings
         self.channel_order = channel_order
         self.input_scale = tuple(input_scale)
@@ -88,7 +90,7 @@ class SOLOv2(nn.Module):
         Args:
             precision: "float32", or "bf16" where the device multiplies it faster.
             compile: also let `torch.compile` make one graph of the forward pass, once per input size (on a CPU this
-                needs a C++ compiler).
+                needs a C++ compiler). Sizes beyond `torch._dynamo.config.recompile_limit` (8) run as they are.
 
         Raises:
             ValueError: unknown precision.
@@ -97,7 +99,7 @@ class SOLOv2(nn.Module):
             raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
         model = optimize_for_inference(self, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         if compile:
-            model.compile(fullgraph=True, dynamic=False)
+            model.compile(dynamic=False)  # with fullgraph, torch makes the ninth size an error
         return model
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
@@ -114,19 +116,21 @@ class SOLOv2(nn.Module):
         inside_columns = columns < sizes[:, 1:]  # [B, W]
         return images * (inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
 
-    def preprocess(self, images: Sequence[ImageLike]) -> tuple[Tensor, Tensor, Tensor]:
+    def preprocess(self, images: Iterable[ImageLike] | ImageLike) -> tuple[Tensor, Tensor, Tensor]:
         """Load, resize to `input_scale`, pad and normalise.
 
         Args:
-            images: paths, PIL images, uint8 HWC (or HW) RGB arrays, uint8 CHW RGB tensors; may be mixed.
+            images: what `predict` takes.
 
         Returns:
             images float [B, 3, H, W] on the model's device, sizes int64 [B, 2] before padding, original_sizes
             int64 [B, 2].
 
         Raises:
-            ValueError: no image, or one that cannot be read or is not of these forms; the sentence names it.
+            ValueError: no image, or one that cannot be read or is of another dtype or shape; the sentence names it.
+            TypeError: an object of another type.
         """
+        images = _as_list(images)
         if not images:
             raise ValueError("preprocess needs at least one image")
         long, short = self.input_scale
@@ -167,7 +171,7 @@ class SOLOv2(nn.Module):
     @torch.no_grad()
     def predict(
         self,
-        images: Sequence[ImageLike] | ImageLike,
+        images: Iterable[ImageLike] | ImageLike,
         *,
         score_threshold: float | None = None,
         max_instances: int | None = None,
@@ -176,10 +180,11 @@ class SOLOv2(nn.Module):
         """Segment the instances of each image.
 
         Args:
-            images: list of paths, PIL images, uint8 HWC RGB arrays or uint8 CHW RGB tensors (one image counts as a list
-                of one).
+            images: paths (turned upright by their EXIF), PIL images (taken as they are: `PIL.ImageOps.exif_transpose`
+                turns them), uint8 arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or grey [H, W], uint8 tensors
+                [3, H, W] in RGB or grey [1, H, W]; may be mixed. One image counts as a list of one.
             score_threshold: least final score; default the model's own (0.05).
-            max_instances: most instances per image; default the model's own (100).
+            max_instances: most instances per image, 0 for all; default the model's own (100).
             batch_size: images per forward pass. Images of one batch share its padding, which shifts the grids a little:
                 1 gives the published behaviour.
 
@@ -188,10 +193,12 @@ class SOLOv2(nn.Module):
             given, boxes float32 [N, 4] x1, y1, x2, y2.
 
         Raises:
-            ValueError: an image that cannot be read or is of an unknown form.
+            ValueError: an image that cannot be read or is of another dtype or shape, or a batch size under 1.
+            TypeError: an object of another type.
         """
-        if isinstance(images, (str, Path, PIL.Image.Image, np.ndarray, Tensor)):
-            images = [images]
+        images = _as_list(images)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         given = {"score_threshold": score_threshold, "max_instances": max_instances}
         settings = {name: value for name, value in given.items() if value is not None}
         was_training = self.training
@@ -204,3 +211,8 @@ class SOLOv2(nn.Module):
         finally:
             self.train(was_training)
         return results
+
+
+def _as_list(images: Iterable[ImageLike] | ImageLike) -> list[ImageLike]:
+    """One image as a list of one; a list, a tuple or a generator of images as a list."""
+    return [images] if isinstance(images, (str, Path, PIL.Image.Image, np.ndarray, Tensor)) else list(images)

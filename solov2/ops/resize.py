@@ -76,7 +76,7 @@ def quarter_masks(masks: Tensor, size: tuple[int, int] | None = None, extents: T
     That is OpenCV's bilinear resize of uint8 by 1/4, which makes the mask targets of mmdetection.
 
     Args:
-        masks: uint8 [N, h, w].
+        masks: uint8 or bool [N, h, w].
         size: (h, w) of the result, zero-padded; ceil(h / 4), ceil(w / 4) where None.
         extents: int64 [N, 4] as x1, y1, x2, y2, maximum exclusive: outside of them the masks are known to be 0. None
             reads everything.
@@ -85,7 +85,8 @@ def quarter_masks(masks: Tensor, size: tuple[int, int] | None = None, extents: T
     quarters = np.zeros((len(masks), *(size or (-(-height // 4), -(-width // 4)))), dtype=np.uint8)
     everywhere = [[0, 0, width, height]] * len(masks)
     boxes = everywhere if extents is None else extents.tolist()
-    for quarter, mask, (x1, y1, x2, y2) in zip(quarters, masks.numpy(), boxes):
+    counted = masks.to(torch.uint8).numpy()  # bool + bool would be "or"
+    for quarter, mask, (x1, y1, x2, y2) in zip(quarters, counted, boxes):
         top, left = y1 // 4, x1 // 4
         pairs = _center_pairs(mask[4 * top : -(-y2 // 4) * 4, 4 * left : -(-x2 // 4) * 4])
         counts = _center_pairs(pairs.T).T
