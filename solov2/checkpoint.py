@@ -203,7 +203,10 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 def newest_loadable(folder: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run folder that can be read, and a sentence for each newer one that cannot."""
     refused: list[str] = []
-    for path in (Path(folder) / "last.pth", *step_checkpoints(folder)):
+    last, steps = Path(folder) / "last.pth", step_checkpoints(folder)
+    # A run that was killed between its step's file and `last.pth` leaves the one before it there.
+    is_behind = bool(steps) and last.is_file() and not last.samefile(steps[0])
+    for path in [*steps, last] if is_behind else [last, *steps]:
         if path.is_file():
             try:
                 load_file(path)

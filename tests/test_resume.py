@@ -470,6 +470,17 @@ def test_a_run_that_fails_between_two_batches_ends(data, finished, tmp_path, rep
     assert "Traceback" not in failed.stderr and not list((tmp_path / "run").glob("*.pth"))
 
 
+def test_the_newest_is_the_newest_step(finished, tmp_path):
+    """Also where a run was killed between its step's file and `last.pth`, or where that file is damaged."""
+    run = copy_of(finished, tmp_path / "run")
+    os.link(run / "step_00000007.pth", run / "link")
+    os.replace(run / "link", run / "last.pth")
+    assert newest_loadable(run) == (run / "step_00000008.pth", [])
+    (run / "step_00000008.pth").write_bytes(b"half a file")
+    path, refused = newest_loadable(run)
+    assert path == run / "step_00000007.pth" and len(refused) == 1 and "step_00000008.pth" in refused[0]
+
+
 def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
