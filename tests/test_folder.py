@@ -49,8 +49,11 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         pass
 
 
-def test_one_process_agrees_with_itself(tmp_path):
+def test_hosts_that_see_different_checkpoints_are_an_error(tmp_path, monkeypatch):
     check_agreement("last.pth", tmp_path)
+    monkeypatch.setattr("solov2.distributed.all_gather_objects", lambda found: [found, None])
+    with pytest.raises(InputError, match=r"different checkpoints in .*: last.pth, None; all hosts need the same"):
+        check_agreement("last.pth", tmp_path)
 
 
 def test_a_restarted_worker_resumes_by_itself(tmp_path, monkeypatch):
