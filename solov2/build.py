@@ -21,7 +21,6 @@ from solov2.losses import SOLOv2Criterion
 from solov2.models.fpn import FPN
 from solov2.models.head import SOLOv2Head
 from solov2.models.mask_feature import MaskFeatureHead
-from solov2.models.postprocess import PostprocessSettings
 from solov2.models.resnet import ResNet
 from solov2.models.solov2 import SOLOv2
 from solov2.models.winograd import use_winograd
@@ -247,16 +246,7 @@ def construct(config: ModelConfig, class_names: Sequence[str]) -> SOLOv2:
                 modulated=config.modulated,
             ),
             class_names=class_names,
-            settings=PostprocessSettings(
-                area_thresholds=config.area_thresholds,
-                category_threshold=config.category_threshold,
-                mask_threshold=config.mask_threshold,
-                max_candidates=config.max_candidates,
-                nms_kernel=config.nms_kernel,
-                nms_sigma=config.nms_sigma,
-                score_threshold=config.score_threshold,
-                max_instances=config.max_instances,
-            ),
+            settings=config.postprocess_settings,
             pixel_mean=config.pixel_mean,
             pixel_std=config.pixel_std,
             channel_order=config.channel_order,

@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(PostprocessSettings):
     """Architecture, preprocessing and post-processing of one model. Sizes in pixels of the network input."""
 
     backbone: str = "resnet50"  # resnet10, resnet18, resnet34, resnet50, resnet101, resnext101_64x4d
@@ -51,14 +51,12 @@ class ModelConfig:
     input_scale: tuple[int, int] = (1333, 800)  # (long edge at most, short edge at most) at test time
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    area_thresholds: tuple[float, ...] = (8, 8, 16, 32, 32)  # a mask needs more stride-4 pixels than its level's number
-    category_threshold: float = 0.1  # on the category score, before Matrix NMS
-    mask_threshold: float = 0.5
-    max_candidates: int = 500  # entering Matrix NMS; 0: all
-    nms_kernel: str = "gaussian"  # gaussian, linear
-    nms_sigma: float = 2.0
-    score_threshold: float = 0.05  # on the final score
-    max_instances: int = 100  # per image; 0: all
+
+    @property
+    def postprocess_settings(self) -> PostprocessSettings:
+        """The thresholds and limits alone."""
+        names = [entry.name for entry in dataclasses.fields(PostprocessSettings)]
+        return PostprocessSettings(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from solov2.config import InputError
 from solov2.distributed import select_device
 from solov2.errors import run_command
 from solov2.models.optimize import fold_batch_norms
-from solov2.models.postprocess import PostprocessSettings, flatten_raw, widen
+from solov2.models.postprocess import flatten_raw, widen
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.matrix_nms import decay_scores
 from solov2.outputs import check_output, replace_file
+from solov2.settings import PostprocessSettings
 
 NUM_CELLS = 512  # photographs seldom have more cells above the category threshold
 FORMATS = (".pt2", ".onnx")

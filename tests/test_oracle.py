@@ -11,9 +11,10 @@ from pycocotools.coco import COCO
 
 from solov2.evaluation.coco import CocoEvaluator
 from solov2.evaluation.oracle import oracle_raw
-from solov2.models.postprocess import PostprocessSettings, postprocess
+from solov2.models.postprocess import postprocess
 from solov2.ops.masks import encode_rle, segmentations_to_masks
 from solov2.ops.resize import padded_size, resize_masks, resized_size
+from solov2.settings import PostprocessSettings
 from solov2.targets import TargetAssigner
 
 GRIDS = (40, 36, 24, 16, 12)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from solov2.data.loader import Collate
 from solov2.data.transforms import EvalTransform, TrainTransform, seeded_generator
 from solov2.losses import SOLOv2Criterion
-from solov2.models.postprocess import PostprocessSettings, postprocess
+from solov2.models.postprocess import postprocess
 from solov2.ops.masks import encode_rle, masks_to_boxes
+from solov2.settings import PostprocessSettings
 from solov2.targets import TargetAssigner
 
 GRIDS, CLASSES, KERNEL = (4, 3, 1), 3, 4

@@ -12,27 +12,10 @@ from torch import Tensor
 
 from solov2.ops.matrix_nms import matrix_nms
 from solov2.ops.resample import MaskResampler
+from solov2.settings import PostprocessSettings
 
 CELLS_AT_ONCE = 512  # dynamic kernels whose masks are alive together
 PIXELS_AT_ONCE = 2048  # of a mask, on a CPU: their probabilities stay in its cache from product to sum
-
-
-@dataclass(frozen=True)
-class PostprocessSettings:
-    """Thresholds and limits; the defaults are the reference's test settings.
-
-    `score_threshold` acts on the final score, `category_threshold` on the category score before Matrix NMS.
-    `area_thresholds` (one per level, in stride-4 pixels) removes masks that are not larger.
-    """
-
-    area_thresholds: tuple[float, ...] = (8, 8, 16, 32, 32)
-    category_threshold: float = 0.1
-    mask_threshold: float = 0.5
-    max_candidates: int = 500
-    nms_kernel: str = "gaussian"
-    nms_sigma: float = 2.0
-    score_threshold: float = 0.05
-    max_instances: int = 100
 
 
 @dataclass

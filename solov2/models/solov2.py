@@ -16,10 +16,11 @@ from solov2.models.fpn import FPN
 from solov2.models.head import SOLOv2Head
 from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.optimize import optimize_for_inference
-from solov2.models.postprocess import PostprocessSettings, postprocess
+from solov2.models.postprocess import postprocess
 from solov2.models.resnet import ResNet
 from solov2.ops.images import to_rgb_tensor
 from solov2.ops.resize import padded_size, resize_image, resized_size
+from solov2.settings import PostprocessSettings
 
 ImageLike = str | Path | PIL.Image.Image | np.ndarray | Tensor
 

@@ -16,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from solov2.models.postprocess import PostprocessSettings, postprocess  # noqa: E402
+from solov2.models.postprocess import postprocess  # noqa: E402
+from solov2.settings import PostprocessSettings  # noqa: E402
 
 GRIDS = (40, 36, 24, 16, 12)
 
