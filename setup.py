@@ -43,19 +43,20 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.9"],
+        "dev": [*TEST, "ruff>=0.9", "import-linter>=2.3", "mypy>=1.15", "types-PyYAML", "types-tqdm"],
         "fast": FAST,
         "tensorboard": ["tensorboard>=2.14"],
         "export": ["onnx>=1.17", "onnxscript>=0.5"],  # ONNX alone; .pt2 needs nothing further
     },
     entry_points={
         "console_scripts": [
+            "solov2 = solov2.__main__:main",
             "solov2-train = solov2.commands.train:main",
             "solov2-eval = solov2.commands.evaluate:main",
             "solov2-benchmark = solov2.commands.benchmark:main",
-            "solov2-predict = solov2.predict:main",
-            "solov2-check-data = solov2.check_data:main",
-            "solov2-export = solov2.export:main",
+            "solov2-predict = solov2.commands.predict:main",
+            "solov2-check-data = solov2.commands.check_data:main",
+            "solov2-export = solov2.commands.export:main",
         ]
     },
 )

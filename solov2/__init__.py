@@ -6,20 +6,24 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from solov2.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from solov2.build import build_model
     from solov2.config import list_models
     from solov2.models.solov2 import SOLOv2
+    from solov2.training.train import TrainResult, train
     from solov2.visualize import draw_instances
 
-__version__ = "0.1.0"
-__all__ = ["SOLOv2", "build_model", "draw_instances", "list_models"]
+__all__ = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "train"]
 
 _HOMES = {
     "SOLOv2": "solov2.models.solov2",
+    "TrainResult": "solov2.training.train",
     "build_model": "solov2.build",
     "draw_instances": "solov2.visualize",
     "list_models": "solov2.config",
+    "train": "solov2.training.train",
 }
 # Attribute -> module to import for it; a package comes with the module that its users call.
 _MODULES = {

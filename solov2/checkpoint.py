@@ -1,19 +1,20 @@
-"""Checkpoint files: written atomically, read safely (`weights_only=True`, no fallback)."""
+"""Checkpoint files: one object, read once and whole or refused, and written atomically."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from solov2.config import InputError
+from solov2.config import Config
+from solov2.errors import InputError
 from solov2.outputs import replace_file
 
 FORMAT = "solov2"  # value of the key "format" in our own files
@@ -46,22 +47,143 @@ class Inert:
         pass
 
 
-def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint of our own with `write_file`.
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs to go on from a checkpoint, beside the configuration.
 
-    Args:
-        path: target; its folder must exist.
-        content: tensors, numbers, strings, lists, dictionaries. "format" is added. Our own files hold "model" (state
-            dict), "config" (nested dict), "class_names", "category_ids", "traits", with averaged weights "averaged" and
-            "updates", and for resuming what `commands.run.Run.content` adds.
-
-    Raises:
-        OSError: disk full, no permission; the old file stays.
+    `weights` are those in training; with averaging they differ from the checkpoint's own.
     """
-    write_file(path, {"format": FORMAT, **content})
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]  # empty unless the run trained in fp16
+    epoch: int  # epochs done
+    step: int  # optimizer steps done of the epoch after them
+    evaluated: int  # epochs done at the last evaluation
+    best: float  # mask AP of the best evaluation so far, -1 before the first
+    global_batch: int  # images per optimizer step
+    annotations_sha256: str  # of the training set
+    random_states: list[dict[str, Tensor]]  # of each process
+    updates: int | None = None  # steps in the averaged weights; None without averaging
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(epochs done, optimizer steps done of the next)."""
+        return self.epoch, self.step
 
 
-def write_file(path: str | Path, content: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a SOLOv2 and what is known of them; the same object for a file of any family.
+
+    `solov2.weights.read_checkpoint` makes one of a file.
+    """
+
+    source: str  # the file, for messages
+    weights: dict[str, Tensor]  # under our names; the averaged ones where a run kept them
+    family: str = FORMAT  # "solov2", "original", "mmdet", "adelaidet"
+    traits: dict[str, Any] = field(default_factory=dict)  # see `solov2.convert.convert_state_dict`
+    class_names: list[str] | None = None
+    category_ids: list[int] | None = None  # of annotation files, one per class
+    config: dict[str, Any] | None = None  # nested, as `Config.to_dict` makes it
+    training: TrainingState | None = None
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any], source: str) -> Checkpoint:
+        """The checkpoint in a file of our own.
+
+        Raises:
+            InputError: entries that are missing or of another type than we write.
+        """
+        _check_entries(content, ENTRIES, source)
+        training = None
+        if "optimizer" in content:
+            _check_entries(content, TRAINING_ENTRIES, source)
+            kept = {entry.name: content[entry.name] for entry in fields(TrainingState) if entry.name in content}
+            training = TrainingState(**{**kept, "weights": content["model"]})
+        return cls(
+            source,
+            content.get("averaged", content["model"]),
+            traits=content.get("traits", {}),
+            class_names=content.get("class_names"),
+            category_ids=content.get("category_ids"),
+            config=content.get("config"),
+            training=training,
+        )
+
+    def content(self) -> dict[str, Any]:
+        """The entries of a file of our own."""
+        known = {name: getattr(self, name) for name in ("config", "traits", "class_names", "category_ids")}
+        content = {"format": FORMAT, "model": self.weights, **{k: v for k, v in known.items() if v is not None}}
+        if self.training is not None:
+            state = {entry.name: getattr(self.training, entry.name) for entry in fields(TrainingState)}
+            content |= {name: value for name, value in state.items() if name not in ("weights", "updates")}
+            content["model"] = self.training.weights
+            if self.training.updates is not None:
+                content |= {"averaged": self.weights, "updates": self.training.updates}
+        return content
+
+    def save(self, path: str | Path) -> None:
+        """Write a file of our own; its folder must exist.
+
+        Raises:
+            OSError: disk full, no permission; the old file stays.
+        """
+        write_file(path, self.content())
+
+    def configuration(self) -> Config | None:
+        """The configuration that the file carries; None where it has none.
+
+        Raises:
+            InputError: its model has keys that this version does not know.
+        """
+        return None if self.config is None else Config.from_checkpoint(self.config, source=self.source)
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _is_a(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+ENTRIES: dict[str, tuple[bool, Callable[[Any], bool]]] = {  # name -> (whether it must be there, whether it is right)
+    "model": (True, _is_weights),
+    "averaged": (False, _is_weights),
+    "updates": (False, _is_a(int)),
+    "traits": (False, _is_a(dict)),
+    "class_names": (False, _is_list_of(str)),
+    "category_ids": (False, _is_list_of(int)),
+    "config": (False, _is_a(dict)),
+}
+TRAINING_ENTRIES: dict[str, tuple[bool, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("config", "optimizer", "scaler"), (True, _is_a(dict))),
+    **dict.fromkeys(("epoch", "step", "evaluated", "global_batch"), (True, _is_a(int))),
+    "best": (True, _is_a(int, float)),
+    "annotations_sha256": (True, _is_a(str)),
+    "class_names": (True, _is_list_of(str)),
+    "category_ids": (True, _is_list_of(int)),
+    "random_states": (True, _is_list_of(dict)),
+}
+
+
+def _check_entries(
+    content: Mapping[str, Any], entries: Mapping[str, tuple[bool, Callable[[Any], bool]]], source: str
+) -> None:
+    for name, (required, is_right) in entries.items():
+        if name not in content and required:
+            raise InputError(f"{source} is no whole checkpoint: its entry '{name}' is missing")
+        if name in content and not is_right(content[name]):
+            kind = type(content[name]).__name__
+            raise InputError(f"{source} is damaged: its entry '{name}' ({kind}) is not what this library writes there")
+
+
+def write_file(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write `content` by `torch.save`, see `outputs.replace_file`.
 
     Raises:
@@ -69,7 +191,7 @@ def write_file(path: str | Path, content: dict[str, Any]) -> None:
     """
     with replace_file(path) as file:
         try:
-            torch.save(content, file)
+            torch.save(dict(content), file)
         except RuntimeError as error:  # torch's complaint about the archive hides why it could not be written
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -77,7 +199,7 @@ def write_file(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of any family onto the CPU.
+    """Read a file of any family onto the CPU; it is opened once.
 
     Raises:
         InputError: the file is missing, truncated, not a checkpoint, wants to run code, or claims more data than it has
@@ -86,10 +208,25 @@ def load_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights file {path} does not exist")
-    _check_archive(path)
+    with path.open("rb") as file:
+        content, size = _load(file, path), os.fstat(file.fileno()).st_size
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
+    for name, tensor in _tensors(content):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
+            raise InputError(
+                f"{path} is refused: its tensor {name} {list(tensor.shape)} is not stored in full in the {size} bytes "
+                "of the file; save it dense and contiguous"
+            )
+    return content
+
+
+def _load(file: BinaryIO, path: Path) -> Any:
+    _check_archive(file, path)
+    file.seek(0)
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in MMENGINE_GLOBALS]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Unsupported" in reason or "GLOBAL" in reason or "weights_only" in reason.lower():
@@ -100,25 +237,14 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a checkpoint file") from error
     except Exception as error:  # bytes that are no pickle make the unpickler raise anything
         raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
-    size = path.stat().st_size
-    for name, tensor in _tensors(content):
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
-            raise InputError(
-                f"{path} is refused: its tensor {name} {list(tensor.shape)} is not stored in full in the {size} bytes "
-                "of the file; save it dense and contiguous"
-            )
-    return content
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(file: BinaryIO, path: Path) -> None:
     """Refuse a zip archive that would grow when it is read: torch stores its records and never compresses them."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return
+    if file.read(4) != b"PK\x03\x04":
+        return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     except Exception as error:  # a damaged directory makes zipfile raise BadZipFile, struct.error, ValueError, ...
         raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
@@ -129,7 +255,7 @@ def _check_archive(path: Path) -> None:
             f"{path} is refused: its record {largest.filename} is compressed ({largest.compress_size} bytes become "
             f"{largest.file_size}), which torch never does; save the checkpoint again with torch.save"
         )
-    claimed, size = sum(record.file_size for record in records), path.stat().st_size
+    claimed, size = sum(record.file_size for record in records), os.fstat(file.fileno()).st_size
     if claimed > size:
         raise InputError(f"{path} is refused: its records claim {claimed} bytes, and the file has {size}")
 
@@ -145,73 +271,3 @@ def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             stack += value.items() if isinstance(value, dict) else ((name, item) for item in value)
-
-
-def is_own(content: dict[str, Any]) -> bool:
-    """Whether a loaded file was written by `save_checkpoint`."""
-    return content.get("format") == FORMAT
-
-
-def save_step(folder: str | Path, step: int, content: dict[str, Any], *, keep: int) -> Path:
-    """Write `step_XXXXXXXX.pth` of a run, let `last.pth` be the same file, and drop all but the newest `keep`.
-
-    At every moment `last.pth` is whole, and so are the files before it.
-
-    Raises:
-        OSError: disk full, no permission; nothing that was there is lost.
-    """
-    folder = Path(folder)
-    path = folder / step_file(step)
-    save_checkpoint(path, content)
-    link = folder / f".last.pth.{os.getpid()}.tmp"
-    link.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, link)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, link)
-        os.replace(link, folder / "last.pth")
-    finally:
-        link.unlink(missing_ok=True)
-    for old in step_checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def step_file(step: int) -> str:
-    """Name of the checkpoint of a step."""
-    return f"step_{step:08d}.pth"
-
-
-def step_checkpoints(folder: str | Path) -> list[Path]:
-    """`step_XXXXXXXX.pth` of a run folder, newest first."""
-    return sorted(Path(folder).glob("step_" + "[0-9]" * 8 + ".pth"), reverse=True)
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files of savings that were killed half-way."""
-    for path in Path(folder).glob(".*.pth.*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """`last.pth` of a run folder, else its newest step's, or None."""
-    paths = [Path(folder) / "last.pth", *step_checkpoints(folder)]
-    return next((path for path in paths if path.is_file()), None)
-
-
-def newest_loadable(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run folder that can be read, and a sentence for each newer one that cannot."""
-    refused: list[str] = []
-    last, steps = Path(folder) / "last.pth", step_checkpoints(folder)
-    # A run that was killed between its step's file and `last.pth` leaves the one before it there.
-    is_behind = bool(steps) and last.is_file() and not last.samefile(steps[0])
-    for path in [*steps, last] if is_behind else [last, *steps]:
-        if path.is_file():
-            try:
-                load_file(path)
-            except InputError as error:
-                refused.append(str(error))
-            else:
-                return path, refused
-    return None, refused

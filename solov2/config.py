@@ -1,7 +1,7 @@
 """Typed configuration: dataclasses filled from YAML, one `base:` level, loud errors.
 
-The defaults of the dataclasses are SOLOv2 R50-FPN, 1x schedule (paper section 4, mmdetection's constants). A YAML file
-names only what differs; unknown keys and wrong types are refused with the nearest match.
+The defaults of the dataclasses are SOLOv2 R50-FPN, 1x schedule (paper section 3.1, constants of mmdetection). A YAML
+file names only what differs; unknown keys and wrong types are refused with the nearest match.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 
 import yaml
 
-
-class InputError(ValueError):
-    """A user's mistake, told in one sentence; the commands print it without a traceback."""
+from solov2.errors import InputError
+from solov2.settings import PostprocessSettings
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,9 @@ class TrainConfig:
     picture_score: float = 0.3
 
 
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+
+
 @dataclass(frozen=True)
 class Config:
     """One resolved configuration; `name` is the model name, which is also the file name."""
@@ -144,11 +146,10 @@ class Config:
         Raises:
             InputError: unknown key (with the nearest match), wrong type, or values that contradict each other.
         """
-        sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-        _check_keys(values, ["name", *sections], source)
+        _check_keys(values, ["name", *SECTIONS], source)
         if not isinstance(values.get("name", ""), (str, int, float)):
             raise InputError(f"{source}: name must be str, got {_shown(values['name'])}")
-        built = {key: _build(sections[key], values.get(key) or {}, f"{source}: {key}") for key in sections}
+        built = {key: _build(SECTIONS[key], values.get(key) or {}, f"{source}: {key}") for key in SECTIONS}
         config = cls(name=str(values.get("name", cls.name)), **built)
         _check_values(config, source)
         return config
@@ -252,17 +253,16 @@ def override_config(config: Config, overrides: Mapping[str, Any] | Sequence[str]
 
     Args:
         config: what to start from.
-        overrides: {"section.key": value} or strings "section.key=value" with the value in YAML.
+        overrides: {"section.key": value}, or {"key": value} since names are unique across sections, or strings
+            "section.key=value" with the value in YAML.
 
     Raises:
         InputError: key, type or value is wrong; the sentence names it.
     """
     values = config.to_dict()
-    for key, value in _override_items(overrides):
-        section, _, entry = key.partition(".")
-        if not entry:
-            raise InputError(f"override '{key}' must be written section.key=value, e.g. train.epochs=24")
-        values = _merge(values, {section: {entry: value}})
+    for key, value in parse_overrides(overrides).items():
+        section, dot, entry = key.partition(".")
+        values = _merge(values, {section: {entry: value}} if dot else {_section_of(key): {key: value}})
     return Config.from_dict(values, source=config.name)
 
 
@@ -300,19 +300,31 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _override_items(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """{"section.key": value} of strings "section.key=value" with the value in YAML; a mapping is returned as it is.
+
+    Raises:
+        InputError: a string of another form.
+    """
     if isinstance(overrides, Mapping):
-        return list(overrides.items())
-    items = []
+        return dict(overrides)
+    items: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals:
+        if not equals or "." not in key:
             raise InputError(f"override '{text}' must be written section.key=value, e.g. train.epochs=24")
         try:
-            items.append((key.strip(), yaml.safe_load(value)))
+            items[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"override '{text}': the value is not valid YAML") from error
     return items
+
+
+def _section_of(key: str) -> str:
+    names = {entry.name: name for name, section in SECTIONS.items() for entry in dataclasses.fields(section)}
+    if key not in names:
+        raise InputError(f"unknown setting '{key}'{did_you_mean(key, names)}")
+    return names[key]
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

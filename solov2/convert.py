@@ -2,26 +2,15 @@
 
 Each family is a table of prefixes, theirs -> ours. A name that no rule knows is reported, never dropped. What a family
 does otherwise (pixel statistics, position of the strides, kind of deformable convolution) travels beside the tensors as
-`traits`, which `solov2.build_model` reads before it constructs the network.
-
-    python -m solov2.convert IN OUT [--to solov2|mmdet]
-"""
+`traits`, which `solov2.build_model` reads before it constructs the network."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-
-from solov2.checkpoint import is_own, load_file, save_checkpoint, write_file
-from solov2.config import InputError
-from solov2.errors import run_command
-from solov2.outputs import check_output
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -148,7 +137,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
         traits[STATISTICS[name]] = tensors.pop(name).flatten().tolist()
     if family != "solov2":
         tensors = _rename(_drop_averages(tensors), PREFIXES[family])
-    return tensors, traits | {"modulated": _is_modulated(tensors)}
+    return tensors, traits | {"modulated": is_modulated(tensors)}
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,29 +167,7 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def read_weights(content: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], dict[str, Any], list[str] | None]:
-    """What `build_model` needs of a loaded checkpoint file of any family.
-
-    Args:
-        content: what `solov2.checkpoint.load_file` returned.
-        source: what to call the file in messages.
-
-    Returns:
-        (state dict under our names, traits, class names or None). Traits of our own files are only those of weights
-        that were converted; averaged weights, where a run kept them, are preferred.
-
-    Raises:
-        InputError: not a SOLOv2 that is known, or names that fit no rule.
-    """
-    if is_own(content):
-        return content.get("averaged") or content["model"], content.get("traits", {}), content.get("class_names")
-    try:
-        return *convert_state_dict(unwrap(content)), _class_names(content)
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _class_names(content: Mapping[str, Any]) -> list[str] | None:
+def class_names_of(content: Mapping[str, Any]) -> list[str] | None:
     """Class names in the meta entry of mmdetection (2.x: CLASSES; 3.x: dataset_meta)."""
     meta = content.get("meta")
     places = [meta, meta.get("dataset_meta")] if isinstance(meta, Mapping) else []
@@ -241,79 +208,10 @@ def _rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[
     return renamed
 
 
-def _is_modulated(tensors: Mapping[str, Tensor]) -> bool:
+def is_modulated(tensors: Mapping[str, Tensor]) -> bool:
     """DCNv2 has three numbers per tap in its offset branches, DCNv1 two."""
     return all(
         len(tensor) == 3 * tensor.shape[-1] * tensor.shape[-2]
         for name, tensor in tensors.items()
         if name.endswith("conv_offset.weight")
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Convert a file; returns the exit code (0 done, 2 a user's mistake, 130 after Ctrl-C)."""
-    return run_command(_run, argv)
-
-
-def _run(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m solov2.convert",
-        description="Convert a SOLOv2 checkpoint of WXinlong/SOLO, mmdetection or AdelaiDet, or one of ours.",
-    )
-    parser.add_argument("source", metavar="IN", help="checkpoint file of any family")
-    parser.add_argument("target", metavar="OUT", help="file to write")
-    parser.add_argument("--to", choices=("solov2", "mmdet"), default="solov2", help="names to write (default: solov2)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    args = parser.parse_args(argv)
-    print(convert_file(args.source, args.target, to=args.to, overwrite=args.overwrite))
-    return 0
-
-
-def convert_file(source: str | Path, target: str | Path, *, to: str = "solov2", overwrite: bool = False) -> str:
-    """Convert a checkpoint file.
-
-    Args:
-        source: a file of any family.
-        target: file to write; folders are made as needed.
-        to: "solov2", which keeps the traits and the class names beside the tensors, or "mmdet".
-        overwrite: replace an existing target.
-
-    Returns:
-        A sentence that says what was found and written.
-
-    Raises:
-        InputError: source unreadable or unknown, target there already or not writable, or a network that mmdetection
-            has no names or no place for its traits.
-    """
-    check_output(target, "OUT", overwrite=overwrite)
-    content = load_file(source)
-    own = is_own(content)
-    state, traits, class_names = read_weights(content, str(source))
-    if to == "mmdet":
-        if traits.get("stride_in_1x1") or traits.get("channel_order", "rgb") != "rgb":
-            raise InputError(f"{source} has an MSRA backbone, for which mmdetection has no SOLOv2 configuration")
-        try:
-            written: dict[str, Any] = {"state_dict": to_mmdet(state), "meta": {"CLASSES": class_names}}
-        except ValueError as error:
-            raise InputError(f"{source}: {error}") from error
-    else:
-        kept = {"config": content["config"]} if own and "config" in content else {}
-        written = {"model": state, "traits": traits, **kept}
-        if class_names is not None:
-            written["class_names"] = class_names
-    try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        (save_checkpoint if to == "solov2" else write_file)(target, written)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
-    kind = "our own" if own else traits["family"]
-    layers = sum(name.endswith("conv_offset.weight") for name in state)
-    return (
-        f"{source}: {kind}, {len(state)} tensors, "
-        + (f"{layers} deformable layers ({'DCNv2' if _is_modulated(state) else 'DCNv1'}), " if layers else "")
-        + f"{traits.get('channel_order', 'rgb')} input, written to {target} under the names of {to}"
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Processes and devices: who am I, whom do I talk to, on what do I compute. Launching itself is torchrun's."""
+"""Process groups, ranks and collectives. Launching itself is torchrun's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from solov2.config import InputError
+from solov2.errors import InputError
 
 NCCL_GRACE = 300  # seconds
 LAUNCHER_SETTINGS = {  # so that a signal for the launcher reaches its workers, and these have time to save
@@ -68,28 +68,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def select_device(name: str | None = None) -> torch.device:
-    """Device of this process: `name` if given, else the accelerator of this process's local rank, else the CPU.
-
-    Raises:
-        InputError: `name` is not a device of this machine.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name is None:
-        if accelerator is None:
-            return torch.device("cpu")
-        return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
-    try:
-        device = torch.device(name)
-        if device.type != "cpu" and device.index is None and accelerator is not None:
-            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
-        raise InputError(f"device '{name}' is not usable here (available: {available})") from error
-    return device
-
-
 @contextlib.contextmanager
 def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[None]:
     """Within it, this process belongs to the group that torchrun prepared; alone it only makes `device` current.
@@ -126,8 +104,8 @@ def fresh_store(store: dist.Store, own_rank: int, size: int, *, timeout: float) 
     """A part of `store` that only the processes living now know.
 
     The launcher's agent keeps one store for all its restarts (torch 2.14, which no longer tells them apart), and a
-    process that finds the address of a dead one there fails or waits for ever. So rank 0 draws a name and tells it to
-    whoever asks under a name of its own, until all have confirmed.
+    process that finds the address of a dead one there fails or waits forever. So rank 0 hands a fresh key prefix to
+    each live rank, and keys left by dead ranks are ignored.
 
     Args:
         store: what all processes reach; may hold what dead ones left.
@@ -180,7 +158,7 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
-def largest(value: Tensor) -> Tensor:
+def all_reduce_max(value: Tensor) -> Tensor:
     """The largest of the processes' scalars (0 to 255), as uint8 on the same device; the host does not wait for it."""
     value = value.to(torch.uint8)
     if world_size() > 1:
@@ -206,7 +184,7 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
     Raises:
         InputError: nproc < 1, a torchrun of another size is already running, or too few devices.
     """
-    if check_nproc(nproc) == nproc:
+    if launched_processes(nproc) == nproc:
         return
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and (device is None or not device.startswith("cpu")):
@@ -236,7 +214,7 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
     os.execvpe(command[0], command, environment)
 
 
-def check_nproc(nproc: int) -> int:
+def launched_processes(nproc: int) -> int:
     """Number of processes that a torchrun has already started, 1 without one.
 
     Raises:

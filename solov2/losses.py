@@ -1,4 +1,7 @@
-"""Focal loss on the categories and dice loss on the masks (paper section 3.3, equations 5 to 7)."""
+"""Focal loss on the categories and dice loss on the masks (Wang et al. 2020, section 2.1.4, equation 2).
+
+Their formulas are those of SOLO (arXiv 1912.04488, "Loss Function").
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ COUNT_EPSILON = torch.finfo(torch.float32).eps  # mmdetection's guard of the foc
 
 
 class SOLOv2Criterion(nn.Module):
-    """Raw outputs and targets -> weighted losses, without a host synchronisation.
+    """Raw outputs and targets -> weighted losses, without a host synchronization.
 
     loss_category: sum of the sigmoid focal loss over all cells and classes / (positive cells + 1).
-    loss_mask: mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. This is mmdetection's
-    normalisation; the authors' code takes the mean over pairs, which differs only where instances share a cell.
-    Half-precision inputs are computed in float32. Without a positive cell loss_mask is a zero that every parameter
-    still takes part in.
+    loss_mask: mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. A cell that instances
+    share counts once, so that both losses count the same cells, as in mmdetection; the authors' code takes the mean
+    over pairs, which differs only there.
+    Half-precision inputs are computed in float32. Without a positive cell loss_mask is a zero connected to the graph
+    (DistributedDataParallel needs every gradient).
 
     Args:
         num_classes: C.
-        mask_weight: weight of the mask loss (the category loss has weight 1).
+        mask_weight: lambda, the weight of the mask loss (the category loss has weight 1).
         focal_gamma, focal_alpha: of the focal loss.
     """
 
@@ -42,17 +46,17 @@ class SOLOv2Criterion(nn.Module):
         Args:
             raw: category_logits list of [B, C, S, S], kernels list of [B, E, S, S], mask_features [B, E, h, w].
             targets: from `TargetAssigner`, on the same device.
-            num_positives: positive cells to normalise by, where that is more than this batch (gradient accumulation or
+            num_positives: positive cells to normalize by, where that is more than this batch (gradient accumulation or
                 all processes); default this batch's own number.
 
         Returns:
             {"loss_category", "loss_mask"}: scalars in at least float32.
         """
-        category = targets["category"]
+        category = targets["category"]  # [B, cells]
         with torch.autocast(category.device.type, enabled=False):
             logits = torch.cat([level.flatten(2) for level in raw["category_logits"]], dim=2)  # [B, C, cells]
-            focal = self._focal(_wide(logits), category)
-            dice = self._dice(raw["kernels"], _wide(raw["mask_features"]), targets)
+            focal = self._focal(_wide(logits), category)  # []
+            dice = self._dice(raw["kernels"], _wide(raw["mask_features"]), targets)  # []
         if num_positives is None:
             num_positives = (category < self.num_classes).sum()  # every positive cell has exactly one category
         elif not isinstance(num_positives, Tensor):  # filled on the device: a copy from the host would wait for it
@@ -64,18 +68,21 @@ class SOLOv2Criterion(nn.Module):
         }
 
     def _focal(self, logits: Tensor, category: Tensor) -> Tensor:
-        """Sum of the sigmoid focal loss; logits [B, C, cells], category [B, cells]."""
+        """Sum of the sigmoid focal loss (Lin et al. 2017); logits [B, C, cells], category [B, cells]."""
         positive = category[:, None] == torch.arange(self.num_classes, device=category.device)[:, None]  # [B, C, cells]
         # With z = +-logit the wrong probability is sigmoid(-z) and the cross entropy softplus(-z).
-        signed = torch.where(positive, -logits, logits)
-        weight = torch.where(positive, self.focal_alpha, 1 - self.focal_alpha)
-        cross_entropy = F.softplus(signed, threshold=40)  # the default, 20, is exact in float32 only
-        return (weight * signed.sigmoid() ** self.focal_gamma * cross_entropy).sum()
+        signed = torch.where(positive, -logits, logits)  # [B, C, cells], -z
+        weight = torch.where(positive, self.focal_alpha, 1 - self.focal_alpha)  # [B, C, cells]
+        cross_entropy = F.softplus(signed, threshold=40)  # [B, C, cells]; the default, 20, is exact in float32 only
+        return (weight * signed.sigmoid() ** self.focal_gamma * cross_entropy).sum()  # []
 
     def _dice(self, kernels: list[Tensor], features: Tensor, targets: dict[str, Any]) -> Tensor:
-        """Sum over (cell, instance) pairs of 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)), over the whole padded map."""
+        """Sum over (cell, instance) pairs of 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)), over the whole padded map.
+
+        Only the kernels of positive cells are applied (section 2.1): all cells' masks would take 1 GB per image.
+        """
         flat_kernels = torch.cat([level.flatten(2) for level in kernels], dim=2).transpose(1, 2)  # [B, cells, E]
-        image, cell, instance = targets["positives"].unbind(1)
+        image, cell, instance = targets["positives"].unbind(1)  # [P] each
         # One index tensor on the flattened rows: its backward is repeatable, that of two index tensors is not on a CPU.
         chosen = flat_kernels.flatten(0, 1).index_select(0, image * flat_kernels.shape[1] + cell)  # [P, E]
         pairs, instances = _per_image(targets)
@@ -88,13 +95,14 @@ class SOLOv2Criterion(nn.Module):
             features,
             strict=True,
         ):
-            # The dynamic convolution as one matrix product, [P_i, E] x [E, h w].
-            probability = (own_kernels.to(feature.dtype) @ feature.flatten(1)).sigmoid()
+            # The dynamic convolution (equation 1) as one matrix product, [P_i, E] x [E, h w].
+            probability = (own_kernels.to(feature.dtype) @ feature.flatten(1)).sigmoid()  # [P_i, h w]
             truth = own_masks.to(probability.dtype)  # [N_i, h w], one plane per instance
-            own_instance = own_instance - first
-            overlap = (probability @ truth.T).gather(1, own_instance[:, None])[:, 0]
-            area = truth.sum(1, dtype=torch.float32).index_select(0, own_instance)  # float32 in the reference, too
-            squares = probability.square().sum(1)
+            own_instance = own_instance - first  # [P_i], into own_masks
+            # With all instances as one product: a plane per pair would be several times the memory.
+            overlap = (probability @ truth.T).gather(1, own_instance[:, None])[:, 0]  # [P_i]
+            area = truth.sum(1, dtype=torch.float32).index_select(0, own_instance)  # [P_i], float32 in the reference
+            squares = probability.square().sum(1)  # [P_i]
             total = total + (1 - 2 * overlap / ((squares + DICE_EPSILON) + (area + DICE_EPSILON))).sum()
             first += len(own_masks)
         return total
@@ -103,8 +111,8 @@ class SOLOv2Criterion(nn.Module):
 def _per_image(targets: dict[str, Any]) -> tuple[list[int], list[int]]:
     """(pairs, instances) of each image on the host.
 
-    `TargetAssigner` hands both over; they are counted from the triples where a caller left them out (which on an
-    accelerator waits for the device).
+    `TargetAssigner` returns both; where a caller left them out they are counted from the triples, which on an
+    accelerator waits for the device.
     """
     if "positives_per_image" in targets:
         return targets["positives_per_image"], targets["instances_per_image"]
@@ -119,5 +127,5 @@ def _per_image(targets: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Half types as float32; float32 and float64 as they are."""
+    """Half-precision types as float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

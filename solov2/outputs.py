@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from solov2.config import InputError
+from solov2.errors import InputError
 
 
 def check_output(path: str | Path | None, flag: str, *, overwrite: bool) -> None:

@@ -1,4 +1,7 @@
-"""Ground truth -> category map, positive (image, cell, instance) triples and stride-4 masks (paper section 3.3)."""
+"""Ground truth -> category map, positive (image, cell, instance) triples and stride-4 masks.
+
+SOLOv2 (Wang et al. 2020, section 2.1.4) keeps the label assignment of SOLO (arXiv 1912.04488, "Label Assignment").
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ from solov2.ops.resize import quarter_masks
 class TargetAssigner:
     """Assigns instances to grid cells as the reference does, in float32.
 
-    An instance belongs to every level whose scale range holds sqrt(box area), bounds included. There it takes the cells
-    of its centre region (box scaled by `center_sigma` around the centre of mass of the mask), at most one cell away
-    from the centre's own cell. A later instance overwrites the category of a shared cell; both keep their mask entry.
+    An instance belongs to every level whose scale range holds sqrt(box area), bounds included; the ranges overlap, so
+    usually to two. There it takes the cells of its center region (box scaled by `center_sigma` around the center of
+    mass of the mask), at most one cell away from the center's own cell. A later instance overwrites the category of a
+    shared cell; both keep their mask entry.
 
     Args:
         grid_sizes: S of each level, finest first.
         scale_ranges: (lowest, highest) sqrt(box area) of each level, in input pixels.
         num_classes: C; the background has index C.
-        center_sigma: size of the centre region as a share of the box.
+        center_sigma: size of the center region as a fraction of the box.
 
     Raises:
         ValueError: grid_sizes and scale_ranges differ in length.
@@ -60,7 +64,7 @@ class TargetAssigner:
         Returns:
             category: int64 [B, cells], background = num_classes, cells of all levels one after another, row-major.
             positives: int64 [P, 3] = (image, cell, instance); sorted by image, then level, then instance, then cell.
-                The instance counts through the whole batch.
+                Instances are numbered through the whole batch.
             masks: uint8 [sum N, H / 4, W / 4].
             positives_per_image, instances_per_image: lists of B integers, on the host.
         """
@@ -68,17 +72,17 @@ class TargetAssigner:
         categories, positives, masks, offset = [], [], [], 0
         for image, truth in enumerate(instances):
             extents = truth.get("extents")
-            centers = centers_of_mass(truth["masks"], extents)
-            category, pairs = self._assign(truth["boxes"], truth["labels"], centers, padded_size)
+            centers = centers_of_mass(truth["masks"], extents)  # y, x, area, each [N]
+            category, pairs = self._assign(truth["boxes"], truth["labels"], centers, padded_size)  # [cells], [P_i, 2]
             categories.append(category)
-            images = torch.full_like(pairs[:, :1], image)
-            positives.append(torch.cat([images, pairs + torch.tensor([0, offset])], dim=1))
-            masks.append(quarter_masks(truth["masks"], quarter, extents))
+            images = torch.full_like(pairs[:, :1], image)  # [P_i, 1]
+            positives.append(torch.cat([images, pairs + torch.tensor([0, offset])], dim=1))  # [P_i, 3]
+            masks.append(quarter_masks(truth["masks"], quarter, extents))  # [N, H / 4, W / 4]
             offset += len(truth["labels"])
         return {
-            "category": torch.stack(categories),
-            "positives": torch.cat(positives),
-            "masks": torch.cat(masks),
+            "category": torch.stack(categories),  # [B, cells]
+            "positives": torch.cat(positives),  # [P, 3]
+            "masks": torch.cat(masks),  # [sum N, H / 4, W / 4]
             "positives_per_image": [len(pairs) for pairs in positives],
             "instances_per_image": [len(truth["labels"]) for truth in instances],
         }
@@ -91,36 +95,38 @@ class TargetAssigner:
         padded_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         """One image: category int64 [cells] and (cell, instance) pairs int64 [P, 2]."""
-        center_y, center_x, area = centers
-        width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-        scale = (width * height).clamp(min=0).sqrt()
-        low, high = torch.tensor(self.scale_ranges).reshape(-1, 2, 1).unbind(1)  # [levels, 1]
-        level, chosen = ((scale >= low) & (scale <= high) & (area > 0)).nonzero(as_tuple=True)  # [n], by level
+        center_y, center_x, area = centers  # [N] each
+        width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]  # [N] each
+        scale = (width * height).clamp(min=0).sqrt()  # [N], of the box as in the reference, not of the mask
+        low, high = torch.tensor(self.scale_ranges).reshape(-1, 2, 1).unbind(1)  # [levels, 1] each
+        # An empty mask has no center of mass and takes no cell.
+        level, chosen = ((scale >= low) & (scale <= high) & (area > 0)).nonzero(as_tuple=True)  # [n] each, by level
 
-        sizes = torch.tensor(self.grid_sizes)
-        size, first_cell = sizes[level], (sizes.square().cumsum(0) - sizes.square())[level]
-        center = torch.stack((center_y, center_x))[:, chosen]  # [2, n]: y and x
-        half = 0.5 * torch.stack((height, width))[:, chosen] * self.center_sigma
-        extent = torch.tensor(padded_size, dtype=torch.float32)[:, None]
-        first, own, last = _cell(torch.stack((center - half, center, center + half)), extent, size)
-        first = torch.maximum(first, own - 1).clamp(min=0)
-        last = torch.minimum(last, own + 1).minimum(size - 1)
-        indices = first[..., None] + torch.arange(3)  # [2, n, 3]
-        in_rows, in_columns = indices <= last[..., None]
-        which, row, column = (in_rows[:, :, None] & in_columns[:, None, :]).nonzero(as_tuple=True)  # of [n, 3, 3]
-        cells = first_cell[which] + indices[0, which, row] * size[which] + indices[1, which, column]
-        pairs = torch.stack([cells, chosen[which]], dim=1)
+        sizes = torch.tensor(self.grid_sizes)  # [levels]
+        size, first_cell = sizes[level], (sizes.square().cumsum(0) - sizes.square())[level]  # [n] each
+        center = torch.stack((center_y, center_x))[:, chosen]  # [2, n], y and x
+        half = 0.5 * torch.stack((height, width))[:, chosen] * self.center_sigma  # [2, n]
+        extent = torch.tensor(padded_size, dtype=torch.float32)[:, None]  # [2, 1]
+        first, own, last = _cell(torch.stack((center - half, center, center + half)), extent, size)  # [2, n] each
+        first = torch.maximum(first, own - 1).clamp(min=0)  # [2, n]
+        last = torch.minimum(last, own + 1).minimum(size - 1)  # [2, n]
 
-        category = torch.full((self.num_cells,), self.num_classes, dtype=torch.int64)
-        last = torch.full((self.num_cells,), -1).scatter_reduce(0, pairs[:, 0], pairs[:, 1], "amax")
-        category[last >= 0] = labels[last[last >= 0]]
+        indices = first[..., None] + torch.arange(3)  # [2, n, 3], rows and columns of at most 3 x 3 cells
+        in_rows, in_columns = indices <= last[..., None]  # [n, 3] each
+        which, row, column = (in_rows[:, :, None] & in_columns[:, None, :]).nonzero(as_tuple=True)  # [P] each
+        cells = first_cell[which] + indices[0, which, row] * size[which] + indices[1, which, column]  # [P]
+        pairs = torch.stack([cells, chosen[which]], dim=1)  # [P, 2]
+
+        category = torch.full((self.num_cells,), self.num_classes, dtype=torch.int64)  # [cells], all background
+        latest = torch.full((self.num_cells,), -1).scatter_reduce(0, pairs[:, 0], pairs[:, 1], "amax")  # [cells], or -1
+        category[latest >= 0] = labels[latest[latest >= 0]]
         return category, pairs
 
 
 def _cell(position: Tensor, extent: Tensor, size: Tensor) -> Tensor:
     """Grid index of positions: trunc((position / extent) / (1 / S)) in float32, 1 / S rounded to float32 first.
 
-    Not the same as floor(position * S / extent) at and near cell borders; this is what the reference trains with.
+    Not the same as floor(position * S / extent) at and near cell borders; mmdetection trains with this.
     """
-    step = (1 / size.double()).float()
-    return torch.trunc(position / extent / step).long()
+    step = (1 / size.double()).float()  # [n]
+    return torch.trunc(position / extent / step).long()  # [3, 2, n]

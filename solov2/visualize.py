@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.ops.images import to_rgb_tensor
 from solov2.ops.masks import decode_rle
 

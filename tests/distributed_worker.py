@@ -9,14 +9,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_runs import random_batch, tiny_config  # noqa: E402
+from tiny_runs import flat_plan, random_batch, tiny_config  # noqa: E402
 
 from solov2 import distributed  # noqa: E402
 from solov2.build import build_criterion, construct  # noqa: E402
-from solov2.commands.epochs import wrap  # noqa: E402
-from solov2.engine import train_one_epoch  # noqa: E402
-from solov2.guard import NonFiniteGuard  # noqa: E402
-from solov2.logger import RunLogger  # noqa: E402
+from solov2.compute import Compute  # noqa: E402
+from solov2.training.epochs import train_one_epoch  # noqa: E402
+from solov2.training.guard import NonFiniteGuard  # noqa: E402
+from solov2.training.run import wrap  # noqa: E402
 
 STEPS = 20
 RATE = 0.02
@@ -43,22 +43,13 @@ def main(folder: str) -> None:
         rank = distributed.rank()
         config, model = tiny_config(), fresh_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-        logger = RunLogger(folder, main=rank == 0)
-        train_one_epoch(
-            wrap(model, device),
-            build_criterion(config.model),
-            batches_of(rank),
-            optimizer,
-            lambda step: 1.0,
-            learning_rate=RATE,
-            device=device,
-            epoch=0,
-            steps_per_epoch=STEPS,
-            total_steps=STEPS,
-            logger=logger,
-            guard=NonFiniteGuard(Path(folder)),
-            clip_norm=1.0,
-            log_every=STEPS,
+        plan = flat_plan(STEPS, RATE, log_every=STEPS, clip_norm=1.0)
+        compute, guard = Compute(device), NonFiniteGuard(Path(folder))
+        criterion, batches = build_criterion(config.model), batches_of(rank)
+        list(
+            train_one_epoch(
+                wrap(model, device), criterion, batches, optimizer, compute.scaler(), compute, plan, guard, epoch=0
+            )
         )
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         distributed.broadcast_buffers(model)

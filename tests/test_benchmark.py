@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import solov2
-from solov2.commands import machine, measure_data, measure_results
+from solov2.benchmarking import machine, measure_data, measure_results
+from solov2.benchmarking.measure_network import count_candidates, staged_postprocess
+from solov2.benchmarking.synthetic import ellipses, synthetic_instances, synthetic_raw
 from solov2.commands.benchmark import main
-from solov2.commands.measure_network import count_candidates, staged_postprocess
-from solov2.commands.synthetic import ellipses, synthetic_instances, synthetic_raw
 
 TINY = (
     "--config",
@@ -43,7 +43,7 @@ INFERENCE = ["preprocess", "backbone", "FPN", "heads", "mask features", *POSTPRO
 STAGES = {
     "inference": INFERENCE,
     "inference_optimized": INFERENCE,
-    "training": ["targets", "forward", "loss", "backward", "optimiser step", "total"],
+    "training": ["targets", "forward", "loss", "backward", "optimizer step", "total"],
     "loading": ["decode", "masks", "resize and flip", "collate and targets", "total"],
     "nms_coco_classes": ["matrix NMS", "total"],
     "nms_one_class": ["matrix NMS", "total"],
@@ -58,7 +58,7 @@ def small_sizes() -> Iterator[None]:
     """The sizes that do not follow from the flags are those of real images; these are not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "CONVOLUTIONS", ((1, 8, 8), (3, 8, 16)))
-        patch.setattr(machine, "LEAST_SECONDS", 0.0)
+        patch.setattr(machine, "MIN_SECONDS", 0.0)
         patch.setattr(measure_data, "GENERATED_IMAGES", 8)
         patch.setattr(measure_results, "NMS_SIZE", (40, 60))
         patch.setattr(measure_results, "PLANE_SIZE", (48, 64))
@@ -171,11 +171,12 @@ def test_nproc_starts_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def replace_process(_file: str, command: list[str], _environment: dict[str, str]) -> None:
         started.append(command)
-        raise KeyboardInterrupt
+        raise SystemExit
 
     monkeypatch.setattr(os, "execvpe", replace_process)
     monkeypatch.setattr(sys, "argv", ["benchmark.py"])
-    assert main([*TINY, "--nproc", "2"]) == 130
+    with pytest.raises(SystemExit):
+        main([*TINY, "--nproc", "2"])
     assert started[0][1:] == [*LAUNCHER[1:], "benchmark.py", *TINY]
 
 

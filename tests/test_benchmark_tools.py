@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from solov2.commands import machine, sweep
-from solov2.commands.benchmark import main, parse_arguments
-from solov2.commands.compare import compare
-from solov2.commands.machine import added_memory, convolution_peak, environment, git_commit
-from solov2.commands.measure import Stopwatch, milliseconds
-from solov2.commands.roofline import Lap, count_flops
-from solov2.config import InputError
+from solov2.benchmarking import machine, sweep
+from solov2.benchmarking.compare import compare
+from solov2.benchmarking.machine import added_memory, convolution_peak
+from solov2.benchmarking.measure import Stopwatch, milliseconds
+from solov2.benchmarking.roofline import Lap, count_flops
+from solov2.commands.benchmark import main, parse_arguments, settings_of
+from solov2.errors import InputError
 from solov2.models.layers import DeformConv2d
+from solov2.training.environment import environment, git_commit
 
 CPU = torch.device("cpu")
 
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The convolutions of the peak are of the size that the real network has; this is not."""
     monkeypatch.setattr(machine, "CONVOLUTIONS", ((3, 8, 16),))
-    monkeypatch.setattr(machine, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "MIN_SECONDS", 0.0)
 
 
 def test_stopwatch_splits_or_takes_the_whole() -> None:
@@ -162,7 +164,7 @@ def test_units_of_a_sweep(
     mode = "train" if over == "instances" else "infer"
     assert main(sweep_arguments("--mode", mode, "--sweep", over, *values)) == 0
     rows, reports = sweep.run_sweep(
-        parse_arguments(sweep_arguments("--mode", mode, "--sweep", over, *values)), None, lambda _: None
+        settings_of(parse_arguments(sweep_arguments("--mode", mode, "--sweep", over, *values))), None, lambda _: None
     )
     assert [row["ms_per_unit"] for row in rows] == [value and pytest.approx(value) for value in per_unit]
     assert len(reports) == 2 and [row["step_memory_mib"] for row in rows] == [10, 10]
@@ -196,7 +198,7 @@ def test_processes_that_end_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return Executor
 
-    args = parse_arguments(sweep_arguments())
+    args = settings_of(parse_arguments(sweep_arguments()))
     for error, text in ((InputError("does not fit"), "does not fit"), (sweep.BrokenProcessPool(), "want of memory")):
         monkeypatch.setattr(sweep, "ProcessPoolExecutor", fail(error))
         report, reason = sweep.measure_apart("quickstart", args, None)
@@ -206,8 +208,8 @@ def test_processes_that_end_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def old(tmp_path: Path) -> dict[str, Any]:
     """A report as `--json` writes it."""
-    args = parse_arguments(sweep_arguments())
-    return {"environment": environment(CPU), "settings": vars(args), "reports": [report_of(args, 100.0)]}
+    args = settings_of(parse_arguments(sweep_arguments()))
+    return {"environment": environment(CPU), "settings": dataclasses.asdict(args), "reports": [report_of(args, 100.0)]}
 
 
 def test_comparison(old: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,15 @@ import warnings
 import pytest
 import torch
 import torchvision
+from tiny_models import save_content
 from tiny_runs import tiny_config
 
-from solov2.build import COCO_CLASSES, IMAGENET_WEIGHTS, build_model, construct, load_pretrained_backbone
-from solov2.checkpoint import load_file, save_checkpoint
-from solov2.config import InputError
+from solov2.build import build_model, construct
+from solov2.checkpoint import load_file
+from solov2.data.categories import COCO_CLASSES
+from solov2.errors import InputError
 from solov2.models.resnet import ResNet
+from solov2.weights import IMAGENET_WEIGHTS, load_pretrained_backbone
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def saved(tmp_path):
     torch.manual_seed(0)
     config = tiny_config()
     model = construct(config.model, ["a", "b", "c", "d"])
-    save_checkpoint(
+    save_content(
         tmp_path / "tiny.pth",
         {"model": model.state_dict(), "config": config.to_dict(), "class_names": model.class_names},
     )
@@ -53,7 +56,7 @@ def test_category_ids_come_from_the_file_or_are_cocos(saved, tmp_path):
     path, model = saved
     assert build_model(weights=path).category_ids == [1, 2, 3, 4]
     content = load_file(path)
-    save_checkpoint(tmp_path / "gaps.pth", {**content, "category_ids": [1, 3, 4, 7]})
+    save_content(tmp_path / "gaps.pth", {**content, "category_ids": [1, 3, 4, 7]})
     assert build_model(weights=tmp_path / "gaps.pth").optimize().category_ids == [1, 3, 4, 7]
     coco = build_model("solov2_light_r18_fpn_3x")
     pairs = dict(zip(coco.class_names, coco.category_ids, strict=True))
@@ -62,7 +65,7 @@ def test_category_ids_come_from_the_file_or_are_cocos(saved, tmp_path):
 
 def test_other_class_count_keeps_everything_else(saved):
     path, model = saved
-    with pytest.warns(UserWarning, match="category layer starts anew"):
+    with pytest.warns(UserWarning, match="category layer is re-initialized"):
         loaded = build_model(weights=path, num_classes=7)
     assert loaded.class_names == [f"class {i}" for i in range(7)]
     for name, value in loaded.state_dict().items():
@@ -75,9 +78,7 @@ def test_files_that_do_not_fit_are_refused_by_name(saved, tmp_path):
     state = model.state_dict()
     odd = {**state, "extra.weight": torch.zeros(1), "fpn.lateral.0.bias": torch.zeros(3)}
     del odd["fpn.lateral.1.bias"]
-    save_checkpoint(
-        tmp_path / "odd.pth", {"model": odd, "config": tiny_config().to_dict(), "class_names": list("abcd")}
-    )
+    save_content(tmp_path / "odd.pth", {"model": odd, "config": tiny_config().to_dict(), "class_names": list("abcd")})
     with pytest.raises(InputError) as error:
         build_model(weights=tmp_path / "odd.pth")
     message = str(error.value)

@@ -15,12 +15,14 @@ import yaml
 from PIL import Image
 from test_malformed import Tree, annotation, polygon
 
-from solov2.check_data import check_data, main, quick_check
+from solov2.commands.check_data import main
 from solov2.config import Config, load_config
 from solov2.data.annotations import load_json, shift_of_categories
-from solov2.data.check import SEVERITIES
 from solov2.data.coco import CocoInstances
-from solov2.data.statistics import PUBLISHED_BORDERS, crowded_share, suggest_grids
+from solov2.data_check.check import check_data
+from solov2.data_check.findings import SEVERITIES
+from solov2.data_check.quick import quick_check
+from solov2.data_check.statistics import PUBLISHED_BORDERS, crowded_share, suggest_grids
 
 
 def config_of(*settings: str) -> Config:
@@ -265,7 +267,7 @@ def test_quick_check(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     [unseen] = sentences("model.scale_ranges=[[1, 25], [1, 25], [1, 25], [1, 25], [1, 25]]")
     assert unseen.startswith("1 of 6 instances (16.7%) are of a size in no entry of model.scale_ranges")
     tree.content["categories"].append({"id": 9, "name": "van"})
-    assert sentences() == ["1 of 3 classes have no instance and cannot be learnt: van"]
+    assert sentences() == ["1 of 3 classes have no instance and cannot be learned: van"]
     tree.content["categories"].pop()
     for entry in tree.content["annotations"]:
         entry["category_id"] -= 1

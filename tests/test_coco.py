@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
-from solov2.config import InputError
 from solov2.data.coco import CocoInstances
+from solov2.errors import InputError
 
 HEIGHT, WIDTH = 48, 64
 

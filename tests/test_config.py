@@ -9,7 +9,6 @@ import pytest
 from solov2.config import (
     Config,
     DataConfig,
-    InputError,
     ModelConfig,
     TrainConfig,
     find_config,
@@ -18,6 +17,7 @@ from solov2.config import (
     override_config,
     replace_model,
 )
+from solov2.errors import InputError
 
 PUBLISHED = {
     "solov2_r50_fpn_1x", "solov2_r50_fpn_3x", "solov2_r101_fpn_3x", "solov2_r101_dcn_fpn_3x", "solov2_x101_dcn_fpn_3x",

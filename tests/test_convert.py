@@ -28,11 +28,14 @@ from test_models import assert_outputs, run
 from tiny_models import TINY, lively, tiny_model
 from torch import Tensor
 
-from solov2.build import PUBLISHED_WEIGHTS, build_model, official_weights
+from solov2.build import build_model
 from solov2.checkpoint import load_file
-from solov2.config import InputError, list_models
-from solov2.convert import PREFIXES, convert_file, convert_state_dict, main, to_mmdet, unwrap
+from solov2.commands.convert import main
+from solov2.config import list_models
+from solov2.convert import PREFIXES, convert_state_dict, to_mmdet, unwrap
+from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
+from solov2.weights import PUBLISHED_WEIGHTS, convert_file, official_weights
 
 KEYS = load("keys.json.gz")  # family -> network -> name -> shape, as the families' own code lists them
 FORWARD = load("forward.json.gz")

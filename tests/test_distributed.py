@@ -17,7 +17,8 @@ from tiny_runs import arguments, tiny_config
 
 from solov2 import distributed
 from solov2.build import build_criterion
-from solov2.config import InputError
+from solov2.compute import select_device
+from solov2.errors import InputError
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -132,9 +133,9 @@ def test_relaunch_refuses_what_cannot_be(monkeypatch):
 
 
 def test_devices():
-    assert distributed.select_device("cpu") == torch.device("cpu")
+    assert select_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="device 'warp9'"):
-        distributed.select_device("warp9")
+        select_device("warp9")
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
 
 

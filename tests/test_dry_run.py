@@ -14,14 +14,15 @@ from tiny_models import TINY, VARIANTS
 from tiny_runs import arguments, tiny_config
 
 from solov2 import distributed
-from solov2.build import build_assigner, build_criterion, choose_memory_format, construct, default_class_names
-from solov2.commands import dry_run
-from solov2.commands.data import prepare_data, training_dataset, training_loader
-from solov2.commands.run import plan_run
+from solov2.build import build_assigner, build_compute, build_criterion, construct
 from solov2.commands.train import main
 from solov2.config import list_models, load_config, replace_model
-from solov2.engine import backward
-from solov2.optim import make_schedule
+from solov2.data.build import prepare_data, training_dataset, training_loader
+from solov2.data.categories import default_class_names
+from solov2.training import dry_run
+from solov2.training.optim import make_schedule
+from solov2.training.plan import Plan
+from solov2.training.step import backward
 
 CPU = torch.device("cpu")
 STEP = ("train.schedule=step", "train.step_epochs=[2, 3]", "train.epochs=4", "train.learning_rate=0.01",
@@ -93,7 +94,7 @@ def test_everything_that_a_run_would_do(data, tmp_path, capsys):
         step_epochs=(2, 3),
     )
     wanted = sorted({0, 1, 2, 2 * steps - 1, 2 * steps, 3 * steps - 1, 3 * steps, 4 * steps - 1})
-    plan = plan_run(config.train, images=len(dataset), batches=steps, processes=1)
+    plan = Plan.of(config.train, images=len(dataset), batches=steps, processes=1)
     assert dry_run.learning_rates(config.train, plan) == [
         (str(step + 1), str(step // steps + 1), 0.01 * 4 / 8 * schedule(step)) for step in wanted
     ]
@@ -119,7 +120,7 @@ def test_log_of_a_run_has_the_same_rates(data, tmp_path, capsys):
 
 def test_cosine_has_its_quarters(capsys):
     config = tiny_config("train.epochs=8")
-    rows = dry_run.learning_rates(config.train, plan_run(config.train, images=40, batches=10, processes=1))
+    rows = dry_run.learning_rates(config.train, Plan.of(config.train, images=40, batches=10, processes=1))
     assert [row[:2] for row in rows] == [("1", "1"), ("2", "1"), ("21", "3"), ("41", "5"), ("61", "7"), ("80", "8")]
 
 
@@ -199,12 +200,14 @@ def deformable_config():
 @pytest.mark.parametrize("make_config", [lambda: tiny_config("train.batch_size=2"), deformable_config])
 def test_imagined_memory_is_that_of_real_tensors(make_config):
     config, size = make_config(), (64, 96)
-    imagined = dry_run.imagined_bytes(config, size, CPU)
-    assert imagined == dry_run.kept_bytes(config, size, CPU) == bytes_of_a_step(config, size)
+    imagined = dry_run.estimate_activation_bytes(config, size, CPU)
+    assert imagined == dry_run.saved_activation_bytes(config, size, CPU) == bytes_of_a_step(config, size)
     # Statistics of a norm may have another type than imagined there; that is a few numbers per channel.
     half = replace(config, train=replace(config.train, precision="bf16"))
-    assert dry_run.imagined_bytes(half, size, CPU) == pytest.approx(dry_run.kept_bytes(half, size, CPU), rel=0.01)
-    assert dry_run.imagined_bytes(half, size, CPU) != imagined
+    assert dry_run.estimate_activation_bytes(half, size, CPU) == pytest.approx(
+        dry_run.saved_activation_bytes(half, size, CPU), rel=0.01
+    )
+    assert dry_run.estimate_activation_bytes(half, size, CPU) != imagined
 
 
 def bytes_of_a_step(config, size):
@@ -231,9 +234,7 @@ def bytes_of_a_step(config, size):
             build_criterion(config.model),
             [batch],
             scaler,
-            device=CPU,
-            precision=config.train.precision,
-            memory_format=choose_memory_format(config, torch.device("cpu")),
+            build_compute(config, CPU),
         )
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -261,7 +262,7 @@ def test_what_cannot_be_counted_is_said(monkeypatch):
     def fail(*_):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(dry_run, "imagined_bytes", fail)
+    monkeypatch.setattr(dry_run, "estimate_activation_bytes", fail)
     config = tiny_config()
     lines = dry_run.memory_lines(config, dry_run.empty_model(config.model), CPU)
     assert any("not counted (RuntimeError: no kernel)" in line for line in lines)

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from solov2.config import InputError
-from solov2.errors import RunFailed, printable, run_command, sentence
+from solov2.commands.exit import own_command, run_command, sentence
+from solov2.errors import InputError, RunFailed, printable
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,9 @@ from solov2.errors import RunFailed, printable, run_command, sentence
         (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 2, "No space left on device: 'a.pth'"),
         (PermissionError(errno.EACCES, "Permission denied", "b"), 2, "Permission denied: 'b'"),
         (RunFailed("process 0 waited for the others"), 1, "error: process 0 waited"),
-        (FloatingPointError("step 3 is not finite"), 1, "error: step 3 is not finite"),
+        (RunFailed("step 3 is not finite"), 1, "error: step 3 is not finite"),
         (ImportError("TensorBoard is not installed"), 1, "error: TensorBoard is not installed"),
         (TimeoutError("processes [1] did not join within 60 seconds"), 1, "error: processes [1] did not join"),
-        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_a_failure_is_one_sentence_and_a_code(error, code, said, capsys):
@@ -30,6 +29,32 @@ def test_a_failure_is_one_sentence_and_a_code(error, code, said, capsys):
     assert run_command(body, []) == code
     out, err = capsys.readouterr()
     assert out == "" and said in err and len(err.splitlines()) == 1
+
+
+def test_an_interruption_is_a_code_for_the_shell_and_an_exception_for_python(capsys, monkeypatch):
+    def interrupted(_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for body in (interrupted, lambda _arguments: 130):
+        assert run_command(body, None) == 130
+        with pytest.raises(KeyboardInterrupt):
+            run_command(body, [])
+    assert capsys.readouterr().err == "interrupted\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("train.py", ["train.py"]),
+        ("/env/bin/solov2-train", ["/env/bin/solov2-train"]),
+        ("/env/bin/solov2", ["/env/bin/solov2", "train"]),
+        ("/env/solov2/__main__.py", ["-m", "solov2", "train"]),
+    ],
+)
+def test_a_command_knows_how_to_start_itself_again(script, words, monkeypatch):
+    monkeypatch.setattr("sys.argv", [script, "--nproc", "2"])
+    assert own_command("train") == words
 
 
 def test_what_nobody_expected_keeps_its_traceback():

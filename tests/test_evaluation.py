@@ -16,7 +16,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.evaluation.coco import BACKENDS, FIGURES, CocoEvaluator, format_table
 from solov2.ops.masks import encode_rle, masks_to_boxes, segmentation_to_mask
 from solov2.outputs import write_json

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from parity import load, raw_outputs
 from test_postprocess import settings_of
-from tiny_models import VARIANTS, lively, tiny_model
+from tiny_models import VARIANTS, lively, save_content, tiny_model
 from tiny_runs import tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from solov2 import export
 from solov2.build import build_model, construct
-from solov2.checkpoint import save_checkpoint
-from solov2.export import ExportedSOLOv2, export_program, main, select_instances
+from solov2.commands.export import main
+from solov2.export import ExportedSOLOv2, export_program, select_instances
 from solov2.models.postprocess import flatten_raw, postprocess
 
 CASES = {case["name"]: case for case in load("postprocess.json.gz")["cases"]}
@@ -77,7 +77,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config("model.max_instances=20")
     model = lively(construct(config.model, NAMES))
     path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    save_checkpoint(path, {"model": model.state_dict(), "config": config.to_dict(), "class_names": NAMES})
+    save_content(path, {"model": model.state_dict(), "config": config.to_dict(), "class_names": NAMES})
     return path
 
 

@@ -6,17 +6,17 @@ import subprocess
 import sys
 
 import pytest
+from tiny_models import numbered
 
-from solov2.checkpoint import save_step
-from solov2.commands.folder import LAUNCH, check_agreement, check_folder, run_folder
-from solov2.config import InputError
+from solov2.errors import InputError
+from solov2.training.folder import LAUNCH, check_agreement, check_folder, run_folder, save_step
 
 
 def test_a_new_folder_is_anybodys(tmp_path):
-    assert check_folder(tmp_path / "runs" / "new", None, False) is None
+    assert check_folder(tmp_path / "runs" / "new", False, False) is None
     with run_folder(tmp_path / "runs" / "new", emptied=False):
         pass
-    assert check_folder(tmp_path / "runs" / "new", None, False) is None  # ended before it wrote anything
+    assert check_folder(tmp_path / "runs" / "new", False, False) is None  # ended before it wrote anything
 
 
 def test_what_overwriting_takes(tmp_path):
@@ -33,7 +33,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     """A lock of the kernel: another process holds it, and it is gone with that process, however it ends."""
     script = (
         "import sys, pathlib\n"
-        "from solov2.commands.folder import run_folder\n"
+        "from solov2.training.folder import run_folder\n"
         "with run_folder(pathlib.Path(sys.argv[1]), emptied=False):\n"
         "    print('open', flush=True)\n"
         "    sys.stdin.read()\n"
@@ -63,24 +63,26 @@ def test_a_restarted_worker_resumes_by_itself(tmp_path, monkeypatch):
     (folder / LAUNCH).write_text("this one")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this one")
     with pytest.raises(InputError, match="already holds files"):
-        check_folder(folder, None, False)
+        check_folder(folder, False, False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert check_folder(folder, None, False) is None  # killed before its first checkpoint
+    assert check_folder(folder, False, False) is None  # killed before its first checkpoint
     other = tmp_path / "other.pth"
-    assert check_folder(folder, str(other), False) == other
-    save_step(folder, 3, {"step": 3}, keep=2)
-    assert check_folder(folder, None, True) == folder / "last.pth"  # --overwrite belongs to the first start
-    assert check_folder(folder, str(other), False) == folder / "last.pth"  # and so does the file it started from
+    numbered(7).save(other)
+    assert check_folder(folder, str(other), False).source == str(other)
+    save_step(folder, 3, numbered(3), keep=2)
+    last = str(folder / "last.pth")
+    assert check_folder(folder, False, True).source == last  # --overwrite belongs to the first start
+    assert check_folder(folder, str(other), False).source == last  # and so does the file it started from
 
 
 @pytest.mark.parametrize("name", ["another one", "none"])
 def test_a_restart_leaves_the_run_of_another_launch_alone(tmp_path, monkeypatch, name):
     """torchrun starts its workers again after a refusal, too."""
-    save_step(tmp_path, 3, {"step": 3}, keep=2)
+    save_step(tmp_path, 3, numbered(3), keep=2)
     (tmp_path / "log.jsonl").touch()
     (tmp_path / LAUNCH).write_text("none of process 1" if name == "none" else name)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if name == "none" else "this one")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(InputError, match="already holds files"):
-        check_folder(tmp_path, None, False)
-    assert check_folder(tmp_path, None, True) is None
+        check_folder(tmp_path, False, False)
+    assert check_folder(tmp_path, False, True) is None

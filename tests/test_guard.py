@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
-from tiny_runs import random_batch, tiny_config
+from tiny_runs import flat_plan, random_batch, tiny_config
 
 from solov2.build import build_criterion, construct
 from solov2.checkpoint import load_file
-from solov2.engine import take_step, train_one_epoch, update_weights
-from solov2.guard import (
+from solov2.compute import Compute
+from solov2.training.epochs import train_one_epoch
+from solov2.training.guard import (
     DELAY,
     FAILED,
     OVERFLOWED,
@@ -22,11 +22,11 @@ from solov2.guard import (
     first_nonfinite,
     stuck_mask_loss,
 )
-from solov2.logger import RunLogger
-from solov2.optim import build_optimizer
+from solov2.training.optim import build_optimizer
+from solov2.training.step import take_step, update_weights
 
 CPU = torch.device("cpu")
-OPTIONS = {"device": CPU, "precision": "float32", "memory_format": torch.contiguous_format}
+COMPUTE = Compute(CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -52,36 +52,29 @@ def broken(batch):
 
 def train(tmp_path, batches, *, skip, kind="adamw"):
     config, model, criterion, optimizer = parts(kind)
-    logger = RunLogger(tmp_path, main=True)
     guard = NonFiniteGuard(tmp_path, skip=skip, file_name=lambda image_id: f"photo{image_id}.jpg")
-    try:
-        train_one_epoch(
-            model, criterion, batches, optimizer, lambda step: 1.0, learning_rate=1e-3, device=CPU, epoch=0,
-            steps_per_epoch=len(batches), total_steps=len(batches), logger=logger, guard=guard, clip_norm=35.0,
-            log_every=100,
-        )  # fmt: skip
-    finally:
-        logger.close()
-    return model, guard
+    plan = flat_plan(len(batches), 1e-3, log_every=100, clip_norm=35.0)
+    steps = train_one_epoch(model, criterion, batches, optimizer, COMPUTE.scaler(), COMPUTE, plan, guard, epoch=0)
+    return model, guard, list(steps)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "plain"])
 def test_a_failed_step_changes_nothing(kind):
     config, model, criterion, optimizer = parts("sgd" if kind == "plain" else kind)
-    if kind == "plain":  # an optimiser that is not fused: the gradients become zero instead
+    if kind == "plain":  # an optimizer that is not fused: the gradients become zero instead
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = random_batch(config, seed=0)
-    take_step(model, criterion, [batch], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
     state, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
-    losses, failed = take_step(model, criterion, [broken(batch)], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    losses, failed = take_step(model, criterion, [broken(batch)], optimizer, scaler, COMPUTE, clip_norm=35.0)
     assert failed.item() == FAILED and not any(loss.isfinite() for loss in losses.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]) or "num_batches" in name, name
     for key, entry in optimizer.state_dict()["state"].items():
         for name, value in entry.items():
             assert value is None or torch.equal(value, moments[key][name]), name
-    _, failed = take_step(model, criterion, [batch], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    _, failed = take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
     assert not failed.item() and any(not torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
@@ -129,9 +122,9 @@ def test_fp16_overflow_is_told_apart_from_failure():
     batch = random_batch(config, seed=0)
     for parameter in model.parameters():  # float32 gradients of a huge loss: infinite once scaled
         parameter.register_hook(lambda gradient: gradient * 2.0**100)
-    _, wrong = take_step(model, criterion, [batch], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    _, wrong = take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
     assert wrong.item() == OVERFLOWED
-    _, wrong = take_step(model, criterion, [broken(batch)], optimizer, scaler, clip_norm=35.0, **OPTIONS)
+    _, wrong = take_step(model, criterion, [broken(batch)], optimizer, scaler, COMPUTE, clip_norm=35.0)
     assert wrong.item() == FAILED
 
 
@@ -141,13 +134,12 @@ def test_skipped_steps_are_counted_and_leave_no_trace(tmp_path):
     for name in ("with", "without"):
         (tmp_path / name).mkdir()
     # One more at the end, so that both runs end with the same step: SGD has no step counter.
-    model, guard = train(tmp_path / "with", [*good[:2], broken(good[0]), *good[2:]], skip=True, kind="sgd")
-    other, _ = train(tmp_path / "without", good, skip=True, kind="sgd")
+    model, guard, steps = train(tmp_path / "with", [*good[:2], broken(good[0]), *good[2:]], skip=True, kind="sgd")
+    other, *_ = train(tmp_path / "without", good, skip=True, kind="sgd")
     assert guard.skipped == 1
     for (name, one), two in zip(model.state_dict().items(), other.state_dict().values()):
         assert torch.equal(one, two) or "num_batches" in name, name
-    row = json.loads((tmp_path / "with" / "log.jsonl").read_text().splitlines()[-1])
-    assert row["skipped"] == 1 and 0 < row["loss"] < 100
+    assert 0 < steps[-1].figures["loss"] < 100
 
 
 def test_the_first_culprit_is_named():

@@ -15,11 +15,12 @@ import pytest
 import torch
 from test_malformed import Tree, png_header, polygon
 
-from solov2 import build
-from solov2.check_data import main, printable
+from solov2 import weights as published_weights
 from solov2.checkpoint import load_file
-from solov2.config import InputError, load_config
+from solov2.commands.check_data import main
+from solov2.config import load_config
 from solov2.data.coco import CocoInstances
+from solov2.errors import InputError, printable
 from solov2.ops.images import read_header, read_image
 
 HUGE = 10**12
@@ -224,11 +225,11 @@ def test_downloads_are_checked_by_hash(tmp_path: Path, monkeypatch: pytest.Monke
     digest = hashlib.sha256(content).hexdigest()[:8] if honest else "00000000"
     published = tmp_path / f"solov2-{digest}.pth"
     published.write_bytes(content)
-    monkeypatch.setitem(build.PUBLISHED_WEIGHTS, "solov2_r50_fpn_1x", published.as_uri())
+    monkeypatch.setitem(published_weights.PUBLISHED_WEIGHTS, "solov2_r50_fpn_1x", published.as_uri())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     if honest:
-        assert build.official_weights("solov2_r50_fpn_1x").read_bytes() == content
+        assert published_weights.official_weights("solov2_r50_fpn_1x").read_bytes() == content
         return
     with pytest.raises(InputError, match="could not be downloaded from file:.*invalid hash value"):
-        build.official_weights("solov2_r50_fpn_1x")
+        published_weights.official_weights("solov2_r50_fpn_1x")
     assert os.listdir(tmp_path / "hub" / "checkpoints") == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.ops.images import pil_to_tensor, read_image, to_rgb_tensor
 
 HEIGHT, WIDTH = 6, 9

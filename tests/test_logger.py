@@ -6,7 +6,7 @@ import json
 import sys
 from types import SimpleNamespace
 
-from solov2.logger import RunLogger, format_seconds
+from solov2.training.logger import RunLogger, format_seconds
 
 
 def test_lines_for_machines_and_people(tmp_path, capsys):

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from solov2.check_data import UNUSABLE_FILES, check_data, main
-from solov2.config import Config, InputError, load_config
+from solov2.commands.check_data import UNUSABLE_FILES, main
+from solov2.config import Config, load_config
 from solov2.data.annotations import load_json
-from solov2.data.check import REPAIRABLE
 from solov2.data.coco import CocoInstances
-from solov2.data.repair import repair
+from solov2.data_check.check import check_data
+from solov2.data_check.findings import REPAIRABLE
+from solov2.data_check.repair import repair
+from solov2.errors import InputError
 
 HEIGHT, WIDTH = 48, 64
 SETTINGS = ("data.train_scales=[48]", "data.train_long_edge=64")

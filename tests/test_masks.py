@@ -9,7 +9,7 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.ops.masks import (
     _first_and_last,
     _span,

@@ -1,4 +1,4 @@
-"""Learning rates follow the reference's to the last digit; groups, optimisers, the scaling rule."""
+"""Learning rates follow the reference's to the last digit; groups, optimizers, the scaling rule."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 
 from solov2.build import build_model
 from solov2.config import load_config
-from solov2.engine import update_weights
-from solov2.optim import WeightAverage, build_optimizer, make_schedule, parameter_groups, scaled_learning_rate
+from solov2.training.optim import WeightAverage, build_optimizer, make_schedule, parameter_groups, scaled_learning_rate
+from solov2.training.step import update_weights
 
 SCHEDULES = {stored["name"]: stored for stored in load("schedule.json")["schedules"]}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.outputs import check_output, write_json
 
 

@@ -110,7 +110,7 @@ def test_entry_points_and_requirements(wheel: Path) -> None:
         modules = set(archive.namelist())
     scripts = dict(parser["console_scripts"])
     assert set(scripts) == {
-        "solov2-train", "solov2-eval", "solov2-benchmark", "solov2-predict", "solov2-export",
+        "solov2", "solov2-train", "solov2-eval", "solov2-benchmark", "solov2-predict", "solov2-export",
         "solov2-check-data",
     }  # fmt: skip
     for target in scripts.values():

@@ -20,7 +20,7 @@ from solov2.models.postprocess import (
     flatten_raw,
     postprocess,
     select_candidates,
-    suppress_neighbours,
+    suppress_neighbors,
 )
 from solov2.ops.masks import decode_rle
 
@@ -235,7 +235,7 @@ def test_points_nms() -> None:
     """A score survives unless its upper, left or upper-left neighbour is higher; ties survive."""
     scores = torch.tensor([[0.5, 0.5, 0.4], [0.6, 0.5, 0.7], [0.1, 0.6, 0.7]])
     kept = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1]])
-    assert torch.equal(suppress_neighbours(scores[None, None])[0, 0], scores * kept)
+    assert torch.equal(suppress_neighbors(scores[None, None])[0, 0], scores * kept)
 
 
 def test_raw_outputs_are_left_untouched() -> None:

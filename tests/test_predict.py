@@ -1,4 +1,4 @@
-"""The command `python -m solov2.predict`: outputs beside inputs, nothing overwritten, bad files named."""
+"""The command `solov2 predict`: outputs beside inputs, nothing overwritten, bad files named."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import save_content
 
 from solov2.build import build_model
-from solov2.checkpoint import save_checkpoint
-from solov2.config import InputError, load_config
+from solov2.commands.predict import find_images, main, plan_outputs
+from solov2.config import load_config
+from solov2.errors import InputError
 from solov2.ops.masks import decode_rle, encode_rle
-from solov2.predict import find_images, main, plan_outputs
 
 NAMES = ["disc", "ring", "square", "star"]
 
@@ -31,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.head.kernel_predictor.weight, std=6.0)
     path = tmp_path_factory.mktemp("weights") / "small.pth"
     config = load_config("quickstart").to_dict()
-    save_checkpoint(path, {"model": model.state_dict(), "config": config, "class_names": NAMES, "traits": {}})
+    save_content(path, {"model": model.state_dict(), "config": config, "class_names": NAMES, "traits": {}})
     return path
 
 
@@ -191,7 +192,8 @@ def test_the_module_runs(weights: Path, photos: Path, tmp_path: Path, repo_root:
     command = [
         sys.executable,
         "-m",
-        "solov2.predict",
+        "solov2",
+        "predict",
         str(photos / "b.png"),
         "--weights",
         str(weights),

@@ -33,7 +33,7 @@ SIGNATURES = {
     ("solov2.losses", "SOLOv2Criterion.forward"): "(raw, targets, num_positives=None)",
     ("solov2.ops.matrix_nms", "matrix_nms"): "(masks, labels, scores, *, kernel='gaussian', sigma=2.0)",
     ("solov2.convert", "convert_state_dict"): "(state_dict)",
-    ("solov2.predict", "main"): "(argv=None)",
+    ("solov2.commands.predict", "main"): "(argv=None)",
     ("solov2.commands.train", "main"): "(argv=None)",
     ("solov2.commands.evaluate", "main"): "(argv=None)",
     ("solov2.commands.benchmark", "main"): "(argv=None)",

@@ -8,7 +8,7 @@ import torch
 
 from solov2.build import build_assigner, build_criterion, build_model
 from solov2.config import list_models, load_config, replace_model
-from solov2.optim import build_optimizer
+from solov2.training.optim import build_optimizer
 
 FULL_SCALES, LIGHT_SCALES = (800, 768, 736, 704, 672, 640), (512, 480, 448, 416, 384, 352)
 # epochs, epochs of decay, warm-up start, training short edges, training long edge, test (long, short)

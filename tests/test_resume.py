@@ -16,19 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import number_of, numbered
 from tiny_runs import arguments
 from torch import nn
 
 from solov2.build import build_model
-from solov2.checkpoint import latest_checkpoint, load_file, newest_loadable, save_step, step_checkpoints
+from solov2.checkpoint import load_file
 from solov2.commands.evaluate import main as evaluate_main
-from solov2.commands.run import determinism, match_layout
-from solov2.commands.stop import STOPPED, StopSignal
 from solov2.commands.train import main
-from solov2.config import InputError
 from solov2.data.loader import TrainBatchSampler
+from solov2.errors import InputError
 from solov2.ops.images import read_image
-from solov2.optim import build_optimizer
+from solov2.training.folder import latest_checkpoint, newest_loadable, save_step, step_checkpoints
+from solov2.training.optim import build_optimizer
+from solov2.training.randomness import determinism
+from solov2.training.resume import match_layout
+from solov2.training.signals import STOPPED, StopSignal
 
 WORDS = [
     word
@@ -116,12 +119,12 @@ def test_stopped_in_an_evaluation_the_epoch_before_it_is_kept(data, tmp_path, mo
     """Also where checkpoints are rarer than evaluations; resumed, the run evaluates first."""
     words = arguments(data, tmp_path / "run", *WORDS, "--evaluate-every", "1", "--set", "train.checkpoint_every=100")
 
-    def told_to_stop(predict, loader, *_evaluator, **_options):
+    def told_to_stop(_predictor, loader, *_evaluator, **_options):
         os.kill(os.getpid(), signal.SIGTERM)
         list(loader)
 
     with monkeypatch.context() as patch:
-        patch.setattr("solov2.commands.epochs.evaluate", told_to_stop)
+        patch.setattr("solov2.training.epochs.evaluate", told_to_stop)
         assert main(words) == STOPPED
     content = load_file(tmp_path / "run" / "last.pth")
     assert (content["epoch"], content["step"], content["evaluated"]) == (1, 0, 0)
@@ -148,12 +151,13 @@ def test_a_truncated_checkpoint_is_passed_over(data, tmp_path, capsys):
 
 def test_checkpoints_are_kept_and_dropped(tmp_path):
     for step in (5, 10, 15):
-        save_step(tmp_path, step, {"step": step}, keep=2)
+        save_step(tmp_path, step, numbered(step), keep=2)
     assert [path.name for path in step_checkpoints(tmp_path)] == ["step_00000015.pth", "step_00000010.pth"]
-    assert load_file(latest_checkpoint(tmp_path))["step"] == 15
+    assert number_of(latest_checkpoint(tmp_path)) == 15
     (tmp_path / "last.pth").unlink()
     assert latest_checkpoint(tmp_path) == step_checkpoints(tmp_path)[0]
-    assert newest_loadable(tmp_path) == (step_checkpoints(tmp_path)[0], [])
+    newest, refused = newest_loadable(tmp_path)
+    assert newest.source == str(step_checkpoints(tmp_path)[0]) and refused == []
     assert not list(tmp_path.glob(".*"))
 
 
@@ -162,12 +166,12 @@ def test_without_links_the_last_checkpoint_is_a_copy(tmp_path, monkeypatch):
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    save_step(tmp_path, 1, {"step": 1}, keep=1)
-    assert load_file(tmp_path / "last.pth")["step"] == 1 and not list(tmp_path.glob(".*"))
+    save_step(tmp_path, 1, numbered(1), keep=1)
+    assert number_of(tmp_path / "last.pth") == 1 and not list(tmp_path.glob(".*"))
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    save_step(tmp_path, 1, {"step": 1}, keep=2)
+    save_step(tmp_path, 1, numbered(1), keep=2)
 
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")
@@ -175,15 +179,15 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(OSError, match="No space left"):
-            save_step(tmp_path, 2, {"step": 2}, keep=2)
-    assert load_file(tmp_path / "last.pth")["step"] == 1 and len(list(tmp_path.iterdir())) == 2
+            save_step(tmp_path, 2, numbered(2), keep=2)
+    assert number_of(tmp_path / "last.pth") == 1 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_that_meets_a_full_disk_says_so(data, tmp_path, capsys, monkeypatch):
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("solov2.commands.run.save_step", full)
+    monkeypatch.setattr("solov2.training.run.save_step", full)
     assert main(arguments(data, tmp_path / "run", *WORDS, "--evaluate-every", "0")) == 2
     errors = capsys.readouterr().err
     assert (
@@ -212,7 +216,7 @@ def test_averaged_weights_are_what_a_checkpoint_gives(data, tmp_path):
 
 def test_a_signal_is_received_once_and_handlers_come_back():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    with StopSignal(60) as stop:
+    with StopSignal(60, Path()) as stop:
         assert stop.poll() == 0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.poll() == signal.SIGUSR1
@@ -475,20 +479,21 @@ def test_the_newest_is_the_newest_step(finished, tmp_path):
     run = copy_of(finished, tmp_path / "run")
     os.link(run / "step_00000007.pth", run / "link")
     os.replace(run / "link", run / "last.pth")
-    assert newest_loadable(run) == (run / "step_00000008.pth", [])
+    newest, refused = newest_loadable(run)
+    assert newest.source == str(run / "step_00000008.pth") and refused == []
     (run / "step_00000008.pth").write_bytes(b"half a file")
-    path, refused = newest_loadable(run)
-    assert path == run / "step_00000007.pth" and len(refused) == 1 and "step_00000008.pth" in refused[0]
+    newest, refused = newest_loadable(run)
+    assert newest.source == str(run / "step_00000007.pth") and len(refused) == 1 and "step_00000008.pth" in refused[0]
 
 
 def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with StopSignal(60) as stop:
+        with StopSignal(60, Path()) as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.poll() == 0
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with StopSignal(60) as stop:
+        with StopSignal(60, Path()) as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.poll() == signal.SIGHUP
     finally:

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from solov2.config import InputError
 from solov2.data import shapes as shapes_module
 from solov2.data.coco import CocoInstances
 from solov2.data.shapes import CLASSES, draw_scene, generate_shapes
+from solov2.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_fine_tuning_on_other_classes_remakes_the_category_layer(run, tmp_path, 
         main(arguments(data, tmp_path / "tuned", "--epochs", "1", "--weights", str(folder / "last.pth"), *paths)) == 0
     )
     captured = capsys.readouterr()
-    assert "category layer starts anew" in captured.err and "2 classes" in captured.out
+    assert "category layer is re-initialized" in captured.err and "2 classes" in captured.out
     tuned = load_file(tmp_path / "tuned" / "last.pth")
     assert tuned["class_names"] == ["disc", "square"]
     assert tuned["model"]["head.category_predictor.bias"].shape == (2,)

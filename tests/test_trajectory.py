@@ -11,8 +11,8 @@ from parity import GRIDS, instances, load, mmdet_name, network_input, reference_
 
 from solov2.losses import SOLOv2Criterion
 from solov2.models.solov2 import SOLOv2
-from solov2.optim import build_optimizer
 from solov2.targets import TargetAssigner
+from solov2.training.optim import build_optimizer
 
 TRAJECTORIES = load("trajectories.json.gz")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.ops.masks import encode_rle
 from solov2.visualize import contact_sheet, draw_instances, instance_color, side_by_side
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import lively
 from torch import Tensor, nn
 
-from solov2.build import build_assigner, build_criterion, build_model, prepare_for_training
+from solov2.build import build_assigner, build_compute, build_criterion, build_model, prepare_for_training
 from solov2.config import load_config
 from solov2.models import winograd
-from solov2.models.winograd import LEAST_TILES, LEAST_TRAINED_TILES, WinogradConv2d, on_every_level, transforms
+from solov2.models.head import SOLOv2Head
+from solov2.models.optimize import use_winograd
+from solov2.models.winograd import MIN_TILES, MIN_TRAINED_TILES, WinogradConv2d, on_every_level, transforms
 
 SIZES = [(16, 16), (13, 22), (40, 9), (5, 70), (8, 8)]
 
@@ -36,7 +41,7 @@ def test_transforms_filter_exactly() -> None:
 def small_maps_gain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small maps take this way too, so that the tests are quick; but for the test of where it begins."""
     if "stay_plain" not in request.node.name:
-        monkeypatch.setattr(winograd, "LEAST_TRAINED_TILES", LEAST_TILES)
+        monkeypatch.setattr(winograd, "MIN_TRAINED_TILES", MIN_TILES)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -86,13 +91,13 @@ def test_small_maps_evaluation_and_other_convolutions_stay_plain() -> None:
         x = torch.randn(1, 64, 4, 4 * tiles)
         return not torch.equal(own(x), conv(x))
 
-    assert computes_its_own_way(LEAST_TRAINED_TILES) and not computes_its_own_way(LEAST_TRAINED_TILES - 1)
+    assert computes_its_own_way(MIN_TRAINED_TILES) and not computes_its_own_way(MIN_TRAINED_TILES - 1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not computes_its_own_way(LEAST_TRAINED_TILES)
+        assert not computes_its_own_way(MIN_TRAINED_TILES)
     own.eval()
-    assert not computes_its_own_way(LEAST_TRAINED_TILES)
+    assert not computes_its_own_way(MIN_TRAINED_TILES)
     own.prepare()
-    assert computes_its_own_way(LEAST_TILES) and not computes_its_own_way(LEAST_TILES - 1)
+    assert computes_its_own_way(MIN_TILES) and not computes_its_own_way(MIN_TILES - 1)
     assert own(torch.randn(1, 64, 16, 16)).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -132,7 +137,7 @@ def test_a_training_step_is_the_plain_networks() -> None:
 
     expected, plain_gradients = step(plain)
     names = list(plain.state_dict())
-    fast = prepare_for_training(plain, config, torch.device("cpu"))
+    fast = prepare_for_training(plain, config, build_compute(config, torch.device("cpu")))
     assert sum(isinstance(module, WinogradConv2d) for module in fast.modules()) > 15
     assert list(fast.state_dict()) == names
     losses, fast_gradients = step(fast)
@@ -144,5 +149,29 @@ def test_a_training_step_is_the_plain_networks() -> None:
 def test_only_where_it_pays() -> None:
     for overrides in ({"train.winograd": False}, {"train.precision": "bf16"}):
         config = load_config("solov2_light_r18_fpn_3x", overrides)
-        model = prepare_for_training(build_model(config, weights=None), config, torch.device("cpu"))
+        model = build_model(config, weights=None)
+        model = prepare_for_training(model, config, build_compute(config, torch.device("cpu")))
         assert not any(isinstance(module, WinogradConv2d) for module in model.modules())
+        assert model.head.convolve is SOLOv2Head.convolve
+
+
+def test_a_head_takes_all_its_levels_in_one_product() -> None:
+    """Also in a copy and out of a pickle, with the very parameters it had; other heads convolve level by level."""
+    model = build_model("solov2_light_r18_fpn_3x", num_classes=5)
+    parameters = list(model.parameters())
+    use_winograd(model)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    for head in (model.head, copy.deepcopy(model).head, pickle.loads(pickle.dumps(model)).head):
+        assert head.convolve is on_every_level
+    assert SOLOv2Head.convolve is not on_every_level
+
+    # Alone, the coarsest level is too small to gain; together it is not, which shows in its rounding.
+    torch.manual_seed(0)
+    head = model.head.train()
+    grids = [torch.randn(1, 256, side, side) for side in (40, 36, 24, 16, 12)]
+    with torch.no_grad():
+        together = head.convolve(head.category_tower[0].conv, grids)
+        alone = SOLOv2Head.convolve(head.category_tower[0].conv, grids)
+    assert not torch.equal(together[-1], alone[-1])
+    for one, other in zip(together, alone, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.std()

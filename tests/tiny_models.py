@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from solov2.build import build_model
+from solov2.checkpoint import FORMAT, Checkpoint, load_file, write_file
 from solov2.models.solov2 import SOLOv2
 
 TINY = {
@@ -47,3 +49,18 @@ def lively(model: SOLOv2) -> SOLOv2:
             part.weight.mul_(30)
         model.head.category_predictor.bias.fill_(-2.0)
     return model
+
+
+def save_content(path: Path, content: dict[str, Any]) -> None:
+    """A file of our own format with these entries and no others, right or wrong."""
+    write_file(path, {"format": FORMAT, **content})
+
+
+def numbered(number: int) -> Checkpoint:
+    """A checkpoint that can be told from others, see `number_of`."""
+    return Checkpoint("a test", {"number": torch.tensor(number)})
+
+
+def number_of(path: Path) -> int:
+    """The number of a saved `numbered` checkpoint."""
+    return int(load_file(path)["model"]["number"])

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from solov2.build import build_assigner
-from solov2.config import Config, load_config
+from solov2.config import Config, TrainConfig, load_config
+from solov2.training.plan import Plan
 
 SETTINGS = (
     "data.shapes_train=16", "data.shapes_val=6", "data.shapes_size=64", "data.train_scales=[64]",
@@ -49,3 +50,13 @@ def random_batch(config: Config, *, seed: int, images: int = 2, instances: int =
         "sizes": sizes, "original_sizes": sizes.clone(), "image_ids": list(range(images)),
         "targets": build_assigner(config.model)(truths, (size, size)),
     }  # fmt: skip
+
+
+def flat_plan(steps: int, rate: float, *, log_every: int = 1, **train: float) -> Plan:
+    """One epoch of `steps` at one learning rate; `train` are further fields of the recipe, such as accumulate."""
+    images = int(train.get("accumulate", 1))
+    recipe = TrainConfig(
+        epochs=1, batch_size=1, reference_batch_size=images, learning_rate=rate, warmup_steps=0, step_epochs=(),
+        log_every=log_every, **{"clip_norm": 0.0, **train},
+    )  # fmt: skip
+    return Plan(recipe, processes=1, steps_per_epoch=steps)

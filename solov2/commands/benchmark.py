@@ -8,6 +8,7 @@ types that hold about `--candidates` candidates and ellipses as masks.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,18 +17,21 @@ from typing import Any
 import torch
 
 from solov2 import distributed
-from solov2.commands.compare import compare, read_report
-from solov2.commands.machine import convolution_peak, environment
-from solov2.commands.suite import MODES, make_workload, measure_workload
-from solov2.commands.sweep import SWEEPS, points, run_sweep
-from solov2.commands.tables import format_machine, format_peak, format_sweep
-from solov2.config import InputError
-from solov2.engine import HALF_TYPES
-from solov2.errors import run_command
+from solov2.benchmarking.compare import compare, read_report
+from solov2.benchmarking.machine import convolution_peak
+from solov2.benchmarking.measure import BenchmarkSettings
+from solov2.benchmarking.suite import MODES, make_workload, measure_workload
+from solov2.benchmarking.sweep import SWEEPS, points, run_sweep
+from solov2.benchmarking.tables import format_machine, format_peak, format_sweep
+from solov2.commands.arguments import add_shared_arguments
+from solov2.commands.exit import own_command, run_command
+from solov2.compute import select_device
+from solov2.errors import InputError
 from solov2.outputs import check_output, write_json
+from solov2.training.environment import environment
 
 DEFAULT_CONFIGS = ("solov2_r50_fpn_1x", "solov2_light_r50_fpn_3x")
-LEAST = {  # smallest value of each number
+MINIMA = {  # smallest value of each number
     "batch_size": 1,
     "threads": 1,
     "iterations": 1,
@@ -72,7 +76,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar=("OLD.json", "NEW.json"),
         help="then print the ratios to an earlier report; with two reports, compare them and measure nothing",
     )
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine that train together")
     parser.add_argument(
         "--size",
         nargs=2,
@@ -81,9 +84,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="network input in pixels, multiples of "
         "32 from 64 on (default: 800 1216 or 448 768, by the test scale of the model)",
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="images per process")
-    parser.add_argument("--precision", choices=tuple(HALF_TYPES), default="float32")
-    parser.add_argument("--device", help="e.g. cpu (default: the accelerator, if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
     parser.add_argument(
         "--iterations", type=int, help="measured ones (default: 3 on a CPU, 50 elsewhere; data and nms: at least 20)"
@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=500,
         help="(cell, class) pairs per image prepared to pass the category threshold in inference, where direct "
-        "neighbours of one class suppress each other; masks given to Matrix NMS in --mode nms",
+        "neighbors of one class suppress each other; masks given to Matrix NMS in --mode nms",
     )
     parser.add_argument("--images", type=int, default=20, help="images of 100 results each in --mode eval")
     parser.add_argument(
@@ -109,8 +109,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="load from this COCO tree instead of generated shapes; --mode train loads too",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report as one JSON object")
-    parser.add_argument("--overwrite", action="store_true", help="replace the report of an earlier run")
+    add_shared_arguments(parser, "--nproc", "--device", "--precision", "--batch-size", "--overwrite")
+    parser.set_defaults(batch_size=1, precision="float32")
     return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace) -> BenchmarkSettings:
+    """The part of the command line that says what to measure."""
+    return BenchmarkSettings(
+        **{entry.name: getattr(args, entry.name) for entry in dataclasses.fields(BenchmarkSettings)}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,14 +135,14 @@ def _run(argv: Sequence[str]) -> int:
         if new:
             print(compare(old, new[0]))
             return 0
-    _check_workloads(args)
+    _check_workloads(settings_of(args))
     if args.nproc is not None:
-        distributed.relaunch(args.nproc, [sys.argv[0], *distributed.without_nproc(argv)], args.device)
-    device = distributed.select_device(args.device)
+        distributed.relaunch(args.nproc, [*own_command("benchmark"), *distributed.without_nproc(argv)], args.device)
+    device = select_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     with distributed.process_group(device):
-        content = _measure(args, device, _say if distributed.is_main() else _say_nothing)
+        content = _measure(settings_of(args), device, _say if distributed.is_main() else _say_nothing)
         if distributed.is_main():
             if args.json is not None:
                 write_json(args.json, content, indent=1, allow_nan=False)
@@ -151,21 +159,21 @@ def _say_nothing(text: str) -> None:
     pass
 
 
-def _measure(args: argparse.Namespace, device: torch.device, show: Callable[[str], None]) -> dict[str, Any]:
+def _measure(settings: BenchmarkSettings, device: torch.device, show: Callable[[str], None]) -> dict[str, Any]:
     """Everything that was asked for; the content of the JSON file."""
-    content: dict[str, Any] = {"environment": environment(device), "settings": vars(args)}
+    content: dict[str, Any] = {"environment": environment(device), "settings": dataclasses.asdict(settings)}
     show(format_machine(content["environment"]))
     show("synthetic images and masks, random weights; median and 90th percentile of (measured after unmeasured) steps")
     peak = None
-    if args.mode not in ("data", "eval"):  # which multiply nothing
-        content["peak"] = peak = convolution_peak(device, args.precision)
+    if settings.mode not in ("data", "eval"):  # which multiply nothing
+        content["peak"] = peak = convolution_peak(device, settings.precision)
         show(format_peak(peak))
-    if args.sweep is not None:
-        rows, reports = run_sweep(args, peak, show)
-        show(format_sweep(args.sweep[0], rows))
+    if settings.sweep is not None:
+        rows, reports = run_sweep(settings, peak, show)
+        show(format_sweep(settings.sweep[0], rows))
         return {**content, "sweep": rows, "reports": reports}
-    workloads = [make_workload(name, args, device) for name in args.config]
-    return {**content, "reports": [measure_workload(workload, args, peak, show) for workload in workloads]}
+    workloads = [make_workload(name, settings, device) for name in settings.config]
+    return {**content, "reports": [measure_workload(workload, settings, peak, show) for workload in workloads]}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -174,7 +182,7 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         InputError: a number out of range, or flags that exclude each other.
     """
-    _check_numbers(args)
+    _check_numbers(settings_of(args))
     if args.data_root is not None and args.mode not in ("data", "train", "all"):
         raise InputError("--data-root measures the loading of training data; use it with --mode data, train or all")
     if args.compare is not None and len(args.compare) > 2:
@@ -182,7 +190,7 @@ def _check(args: argparse.Namespace) -> None:
     check_output(args.json, "--json", overwrite=args.overwrite)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.nproc is not None:
-        distributed.check_nproc(args.nproc)
+        distributed.launched_processes(args.nproc)
         processes = args.nproc
     if processes > 1 and args.mode not in ("train", "all"):
         raise InputError(f"several processes measure the training step only; use --mode train, not {args.mode}")
@@ -192,21 +200,21 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--data-root measures one process; leave out --nproc and torchrun")
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in LEAST.items():
-        value = getattr(args, name)
+def _check_numbers(settings: BenchmarkSettings) -> None:
+    for name, least in MINIMA.items():
+        value = getattr(settings, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if args.size is not None and (min(args.size) < 64 or any(side % 32 for side in args.size)):
-        raise InputError(f"--size must be two multiples of 32, at least 64, got {args.size[0]} {args.size[1]}")
+    if settings.size is not None and (min(settings.size) < 64 or any(side % 32 for side in settings.size)):
+        raise InputError(f"--size must be two multiples of 32, at least 64, got {settings.size[0]} {settings.size[1]}")
 
 
-def _check_workloads(args: argparse.Namespace) -> None:
+def _check_workloads(settings: BenchmarkSettings) -> None:
     """Every configuration at every value of a sweep, before anything is measured: names and numbers may be wrong."""
-    settings = [args] if args.sweep is None else [settings for _, settings in points(args)]
-    for each in settings:
+    every = [settings] if settings.sweep is None else [each for _, each in points(settings)]
+    for each in every:
         _check_numbers(each)
-        for name in args.config:
+        for name in settings.config:
             make_workload(name, each, torch.device("cpu"))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.ops.images import MAX_PIXELS
 from solov2.ops.masks import check_segmentation
 

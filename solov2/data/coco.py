@@ -23,7 +23,6 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from solov2.config import InputError
 from solov2.data.annotations import (
     ImageRecord,
     read_annotations,
@@ -31,6 +30,7 @@ from solov2.data.annotations import (
     segmentation_fault,
     short_polygons,
 )
+from solov2.errors import InputError
 from solov2.ops.images import read_image
 from solov2.ops.masks import segmentations_to_masks
 
@@ -215,7 +215,7 @@ class CocoInstances(Dataset):
         for what, whom in altered.items():
             warnings.warn(
                 f"{len(whom)} annotations of {self.annotation_file} {what}, the first is annotation {whom[0]} "
-                "(python -m solov2.check_data lists all)",
+                "(solov2 check-data lists all)",
                 stacklevel=3,
             )
         return instances

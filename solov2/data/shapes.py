@@ -25,7 +25,7 @@ import PIL.Image
 from pycocotools import mask as mask_api
 from tqdm import tqdm
 
-from solov2.config import InputError
+from solov2.errors import InputError
 
 CLASSES = {"disc": 1, "square": 3, "triangle": 4, "star": 7}  # name -> category id; with gaps, as in COCO
 SPLITS = ("train2017", "val2017")

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from solov2.config import InputError
+from solov2.errors import InputError
 from solov2.ops.masks import encode_rle
 
 FIGURES = (

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from solov2.models.postprocess import postprocess
+from solov2.settings import PostprocessSettings
+
 LOGIT = 20.0  # sigmoid(20) is 1 in float32, so scores are 1 and masks are the targets
+
+
+class Oracle:
+    """Predicts the training targets of a batch, as if a network had: `launch` and `collect` as of a `Predictor`.
+
+    Args:
+        grid_sizes: S of each level.
+        num_classes: C.
+        settings: of post-processing.
+    """
+
+    def __init__(self, grid_sizes: Sequence[int], num_classes: int, settings: PostprocessSettings) -> None:
+        self.grid_sizes, self.num_classes, self.settings = tuple(grid_sizes), num_classes, settings
+        self._launched: deque[dict[str, Any]] = deque()
+
+    def launch(self, batch: dict[str, Any]) -> None:
+        """Take a batch with `targets`."""
+        self._launched.append(batch)
+
+    def collect(self) -> list[dict[str, Any]]:
+        """Results of the oldest batch, with RLE masks."""
+        batch = self._launched.popleft()
+        sizes, original_sizes = batch["sizes"], batch["original_sizes"]
+        raw = oracle_raw(
+            batch["targets"], batch_size=len(sizes), grid_sizes=self.grid_sizes, num_classes=self.num_classes
+        )
+        return postprocess(raw, sizes, original_sizes, self.settings, mask_format="rle")
 
 
 def oracle_raw(

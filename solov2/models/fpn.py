@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 
 class FPN(nn.Module):
-    """C2..C5 -> P2..P6: lateral 1x1, nearest top-down path, output 3x3, all with bias and without norm.
+    """C2..C5 -> P2..P6: lateral 1x1, nearest top-down path, output 3x3, all with bias and without norm or activation.
 
-    P6 is P5 subsampled by 2. Weights start Xavier uniform, biases zero.
+    Weights start Xavier uniform, biases zero.
+
+    Args:
+        in_channels: of C2..C5.
+        channels: D, of every level of the pyramid.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
@@ -23,9 +27,11 @@ class FPN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """[C2..C5] -> [P2..P6], each [B, channels, H / stride, W / stride] with strides 4, 8, 16, 32, 64."""
-        levels = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
-        for i in range(len(levels) - 1, 0, -1):
-            levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], size=levels[i - 1].shape[-2:], mode="nearest")
-        pyramid = [output(level) for output, level in zip(self.output, levels, strict=True)]
-        return [*pyramid, pyramid[-1][..., ::2, ::2]]
+        """[C2..C5] -> [P2..P6], each [B, D, H / s, W / s] with strides s = 4, 8, 16, 32, 64 (P6 rounded up)."""
+        levels = [lateral(c) for lateral, c in zip(self.lateral, features, strict=True)]  # [B, D, H / s, W / s]
+        for i in range(len(levels) - 1, 0, -1):  # top-down, from C5 to C2
+            coarse = F.interpolate(levels[i], size=levels[i - 1].shape[-2:], mode="nearest")  # [B, D, 2 h, 2 w]
+            levels[i - 1] = levels[i - 1] + coarse  # [B, D, 2 h, 2 w]
+        pyramid = [output(level) for output, level in zip(self.output, levels, strict=True)]  # [B, D, H / s, W / s]
+        p6 = pyramid[-1][..., ::2, ::2]  # [B, D, H / 64, W / 64]: the reference's max pooling of size 1 and stride 2
+        return [*pyramid, p6]

@@ -1,27 +1,29 @@
-"""The SOLOv2 head: category branch and kernel branch on S x S grids (paper section 3.2, figure 2)."""
+"""The SOLOv2 head: category and mask kernel of every grid cell (Wang et al. 2020, section 2.1.1 and figure 2b)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solov2.models.layers import ConvNormReLU
-from solov2.models.winograd import on_every_level
 from solov2.ops.coords import coordinate_channels
 
 
 class SOLOv2Head(nn.Module):
-    """P2..P6 -> category logits and dynamic kernels of every grid cell; weights are shared between the levels.
+    """P2..P6 -> category logits and a dynamic kernel of every grid cell; the levels share all weights.
+
+    Letters of the shapes: B images, D channels of the pyramid, T of the towers, C classes, E numbers of a kernel, S
+    cells along each side of a level's grid.
 
     Args:
-        in_channels: of the pyramid.
-        tower_channels, tower_depth: width and number of 3x3 steps of each of the two towers.
+        in_channels: D.
+        tower_channels, tower_depth: T, and the number of 3x3 steps of each of the two towers.
         num_classes: C, foreground classes only.
-        kernel_channels: E, the numbers of one dynamic 1x1 kernel (it has no bias).
+        kernel_channels: E, the numbers of one dynamic 1x1 kernel, which has no bias.
         grid_sizes: S of each of the five levels.
         norm: "group" (reference) or "batch".
         deformable_convs: how many convolutions of each tower are deformable, counted from its end.
@@ -69,44 +71,67 @@ class SOLOv2Head(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """[P2..P6] -> (category logits: list of [B, C, S, S], kernels: list of [B, E, S, S])."""
-        p2, p3, p4, p5, p6 = pyramid
-        p2 = F.interpolate(p2, scale_factor=0.5, mode="bilinear", align_corners=False)
-        p6 = F.interpolate(p6, size=p5.shape[-2:], mode="bilinear", align_corners=False)
-        grids, grids_with_coordinates = [], []
-        for feature, size in zip((p2, p3, p4, p5, p6), self.grid_sizes, strict=True):
-            grid, coordinates = self._to_grid(feature, size)
-            grids.append(grid)
-            grids_with_coordinates.append(torch.cat([grid, coordinates], dim=1))
-        category_logits = on_every_level(self.category_predictor, apply_tower(self.category_tower, grids))
-        kernels = on_every_level(self.kernel_predictor, apply_tower(self.kernel_tower, grids_with_coordinates))
+        levels = even_strides(pyramid)  # five of [B, D, H / s, W / s], s = 8, 8, 16, 32, 32
+        grids = [resize(x, (S, S)) for x, S in zip(levels, self.grid_sizes, strict=True)]  # [B, D, S, S]
+        # Equal objects in two places share a class but not a mask: only the kernel branch sees coordinates (3.1.2).
+        coordinates = [grid_coordinates(x, S) for x, S in zip(levels, self.grid_sizes)]  # [B, 2, S, S]
+        located_grids = [torch.cat(pair, dim=1) for pair in zip(grids, coordinates)]  # [B, D + 2, S, S]
+
+        features = apply_tower(self.category_tower, grids, self.convolve)  # [B, T, S, S]
+        category_logits = self.convolve(self.category_predictor, features)  # [B, C, S, S]
+        features = apply_tower(self.kernel_tower, located_grids, self.convolve)  # [B, T, S, S]
+        kernels = self.convolve(self.kernel_predictor, features)  # [B, E, S, S]
         return category_logits, kernels
 
     @staticmethod
-    def _to_grid(feature: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Feature map and its coordinates, both resized to S x S: [B, C, S, S] and [B, 2, S, S].
+    def convolve(conv: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
+        """One convolution on every level, list of [B, D, S, S] -> list of [B, D', S, S].
 
-        The reference resizes their concatenation; the resize works per channel, so this is the same without the copy.
+        `solov2.models.optimize` gives a head another function that computes the same.
         """
-        coordinates = coordinate_channels(*feature.shape[-2:], dtype=feature.dtype, device=feature.device)
-        grid, coordinates = (
-            F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False) for x in (feature, coordinates)
-        )
-        return grid, coordinates.expand(grid.shape[0], -1, -1, -1)
+        return [conv(level) for level in levels]
 
 
-def apply_tower(tower: nn.Sequential, levels: Sequence[Tensor]) -> list[Tensor]:
-    """A tower of `ConvNormReLU` steps on every level: list of [B, C, S, S] -> list of [B, C', S, S].
+def even_strides(pyramid: Sequence[Tensor]) -> list[Tensor]:
+    """P2 halved and P6 enlarged to the size of P5, as in the authors' code; the paper does not mention it."""
+    p2, p3, p4, p5, p6 = pyramid  # [B, D, H / s, W / s], s = 4, 8, 16, 32, 64
+    p2 = F.interpolate(p2, scale_factor=0.5, mode="bilinear", align_corners=False)  # [B, D, H / 8, W / 8]
+    p6 = resize(p6, p5.shape[-2:])  # [B, D, H / 32, W / 32]
+    return [p2, p3, p4, p5, p6]
 
-    Batch norm in training takes its statistics over the cells of all levels together: one per level would leave running
-    statistics that belong to none of them. Group norm works per level, as in the reference.
+
+def grid_coordinates(level: Tensor, size: int) -> Tensor:
+    """Coordinates of a level [B, D, H, W], x then y, on its grid: [B, 2, S, S].
+
+    The reference appends them to the level and resizes both together; a resize works per channel, so this is the same
+    without the copy.
+    """
+    coordinates = coordinate_channels(*level.shape[-2:], dtype=level.dtype, device=level.device)  # [1, 2, H, W]
+    return resize(coordinates, (size, size)).expand(level.shape[0], -1, -1, -1)  # [B, 2, S, S]
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, without aligned corners and antialiasing: [B, D, H, W] -> [B, D, *size]."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def apply_tower(
+    tower: nn.Sequential,
+    levels: Sequence[Tensor],
+    convolve: Callable[[nn.Module, Sequence[Tensor]], list[Tensor]] = SOLOv2Head.convolve,
+) -> list[Tensor]:
+    """A tower of `ConvNormReLU` steps on every level: list of [B, D, S, S] -> list of [B, T, S, S].
+
+    Group norm works per level, as in the reference. Batch norm in training takes its statistics over the cells of all
+    levels together: one set per level would leave running statistics that belong to none of them.
     """
     for step in tower:
-        maps = on_every_level(step.conv, levels)
+        maps = convolve(step.conv, levels)  # [B, T, S, S]
         if isinstance(step.norm, nn.BatchNorm2d) and step.norm.training:
-            cells = torch.cat([x.flatten(2) for x in maps], dim=2)  # [B, C', cells of all levels]
-            cells = step.relu(step.norm(cells[..., None]))[..., 0]
-            parts = cells.split([x.shape[-2] * x.shape[-1] for x in maps], dim=2)
-            levels = [part.unflatten(2, x.shape[-2:]) for part, x in zip(parts, maps)]
+            cells = torch.cat([x.flatten(2) for x in maps], dim=2)  # [B, T, cells of all levels]
+            cells = step.relu(step.norm(cells[..., None]))[..., 0]  # [B, T, cells of all levels]
+            parts = cells.split([x.shape[-2] * x.shape[-1] for x in maps], dim=2)  # [B, T, S * S]
+            levels = [part.unflatten(2, x.shape[-2:]) for part, x in zip(parts, maps)]  # [B, T, S, S]
         else:
-            levels = [step.relu(step.norm(x)) for x in maps]
+            levels = [step.relu(step.norm(x)) for x in maps]  # [B, T, S, S]
     return list(levels)

@@ -53,15 +53,15 @@ class DeformConv2d(nn.Module):
             raise RuntimeError(f"deformable convolutions have no deterministic backward pass on {x.device.type}")
         weight = self.weight if weight is None else weight
         bias = self.bias if bias is None else bias
-        offsets = self.conv_offset(x)
+        offsets = self.conv_offset(x)  # [B, 3 k k, H', W'], DCNv1: [B, 2 k k, H', W']
         result_dtype = offsets.dtype
-        # deform_conv2d has no half kernels on a CPU and sampling positions deserve more than 8 bits anyway.
+        # deform_conv2d has no half-precision kernels on a CPU, and sampling positions need more than 8 bits anyway.
         wide = torch.promote_types(result_dtype, torch.float32)
         offsets = offsets.to(wide)
         mask = None
         if self.modulated:
-            first, second, mask = offsets.chunk(3, dim=1)
-            offsets, mask = torch.cat([first, second], dim=1), mask.sigmoid()
+            first, second, mask = offsets.chunk(3, dim=1)  # [B, k k, H', W'] each
+            offsets, mask = torch.cat([first, second], dim=1), mask.sigmoid()  # [B, 2 k k, H', W'], [B, k k, H', W']
         with torch.autocast(x.device.type, enabled=False):
             y = deform_conv2d(
                 x.to(wide),
@@ -71,7 +71,7 @@ class DeformConv2d(nn.Module):
                 stride=self.stride,
                 padding=self.padding,
                 mask=mask,
-            )
+            )  # [B, out_channels, H', W']
         return y.to(result_dtype)
 
 
@@ -81,12 +81,13 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     A batch norm with fixed statistics is a scale and a shift per channel. In training it therefore goes into the
     convolution's weight and bias: the same function and gradients, one pass over memory less in each direction,
     and the activation between the two need not be kept. In evaluation the plain form stays, which rounds as the
-    reference does; `SOLOv2.optimize` folds once and for all.
+    reference does; `SOLOv2.optimize` folds permanently.
     """
     if not isinstance(norm, nn.BatchNorm2d) or norm.training or not conv.training:
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # [C']
+    weight = conv.weight * scale[:, None, None, None]  # [C', C, k, k]
+    bias = norm.bias - norm.running_mean * scale  # [C']
     if isinstance(conv, DeformConv2d):
         return conv(x, weight, bias)
     return conv._conv_forward(x, weight, bias)

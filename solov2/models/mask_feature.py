@@ -1,4 +1,4 @@
-"""The unified mask feature (paper section 3.2, figure 3)."""
+"""The unified mask feature (Wang et al. 2020, section 2.1.2 and figure 5)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from solov2.ops.coords import coordinate_channels
 class MaskFeatureHead(nn.Module):
     """P2..P5 -> one map at stride 4 that every dynamic kernel is applied to.
 
-    Level i of the pyramid passes max(1, i) steps of conv 3x3, norm, ReLU, each but P2's followed by bilinear x2; the
-    four results are summed and a 1x1 step makes the features, which are therefore never negative. P5 alone sees
-    coordinates.
+    P2 passes one step of conv 3x3, norm, ReLU; P3, P4, P5 pass one, two, three, each followed by bilinear x2. The four
+    results are summed and a 1x1 step makes the features, which are therefore never negative.
+
+    Letters of the shapes: B images, D channels of the pyramid, M of the hidden maps, E of the mask features.
+
+    Args:
+        in_channels, hidden_channels, out_channels: D, M, E.
+        norm: "group" (reference) or "batch".
+        deformable: all convolutions are, the 1x1 included.
+        modulated: DCNv2 if true, DCNv1 if false.
     """
 
     def __init__(
@@ -44,13 +51,14 @@ class MaskFeatureHead(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """[P2, P3, P4, P5] -> mask features [B, E, H / 4, W / 4]."""
-        fused = self.levels[0][0](pyramid[0])
-        for i in (1, 2, 3):
-            x = pyramid[i]
-            if i == 3:
-                coordinates = coordinate_channels(*x.shape[-2:], dtype=x.dtype, device=x.device)
-                x = torch.cat([x, coordinates.expand(x.shape[0], -1, -1, -1)], dim=1)
+        p2, p3, p4, p5 = pyramid  # [B, D, H / s, W / s], s = 4, 8, 16, 32
+        # Kernels depend on the position, so features must as well (section 3.1.2); P5, the deepest level, brings it in.
+        coordinates = coordinate_channels(*p5.shape[-2:], dtype=p5.dtype, device=p5.device)  # [1, 2, H / 32, W / 32]
+        p5 = torch.cat([p5, coordinates.expand(p5.shape[0], -1, -1, -1)], dim=1)  # [B, D + 2, H / 32, W / 32]
+
+        fused = self.levels[0][0](p2)  # [B, M, H / 4, W / 4]
+        for i, x in enumerate((p3, p4, p5), 1):
             for step in self.levels[i]:
-                x = F.interpolate(step(x), scale_factor=2, mode="bilinear", align_corners=False)
-            fused = fused + x
-        return self.predictor(fused)
+                x = F.interpolate(step(x), scale_factor=2, mode="bilinear", align_corners=False)  # [B, M, 2 h, 2 w]
+            fused = fused + x  # [B, M, H / 4, W / 4]
+        return self.predictor(fused)  # [B, E, H / 4, W / 4]

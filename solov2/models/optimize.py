@@ -1,4 +1,4 @@
-"""The prepared form of a model for inference: norms folded into convolutions, a fast layout, fewer multiplications."""
+"""A model made faster from outside: norms folded into convolutions, channels last, Winograd convolutions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
+from solov2.models.head import SOLOv2Head
 from solov2.models.layers import DeformConv2d
-from solov2.models.winograd import WinogradConv2d, use_winograd
+from solov2.models.winograd import WinogradConv2d, on_every_level
 
 
 def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -33,6 +34,19 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype = torch.float
     for part in model.children():  # not the model itself: its pixel statistics stay float32
         part.to(dtype=dtype, memory_format=torch.channels_last)
     return model
+
+
+def use_winograd(model: nn.Module) -> None:
+    """Let every convolution of a model that gains from it compute by F(4x4, 3x3), in place; parameters and names stay.
+
+    A head convolves all its levels in one product, since the maps of the coarse ones are too small to gain alone.
+    """
+    for parent in list(model.modules()):
+        for name, conv in list(parent.named_children()):
+            if WinogradConv2d.pays_for(conv) and not isinstance(conv, WinogradConv2d):
+                setattr(parent, name, WinogradConv2d.of(conv))
+        if isinstance(parent, SOLOv2Head):
+            parent.convolve = on_every_level
 
 
 def fold_batch_norms(model: nn.Module) -> None:

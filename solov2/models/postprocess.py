@@ -1,4 +1,7 @@
-"""Raw network outputs -> instances (paper section 3.4; the order of steps and every threshold as in mmdetection)."""
+"""Raw outputs -> instances (Wang et al. 2020, sections 2.1.3, 2.1.4, 2.2; steps and thresholds are mmdetection's).
+
+Points NMS, category threshold, masks, score, Matrix NMS, score threshold, masks at the original size.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from solov2.ops.matrix_nms import matrix_nms
 from solov2.ops.resample import MaskResampler
 from solov2.settings import PostprocessSettings
 
-CELLS_AT_ONCE = 512  # dynamic kernels whose masks are alive together
+CELLS_AT_ONCE = 512  # kernels whose masks exist together: of all 3872 cells, 800 x 1344 pixels, they would fill 1 GB
 PIXELS_AT_ONCE = 2048  # of a mask, on a CPU: their probabilities stay in its cache from product to sum
 
 
@@ -22,7 +25,8 @@ PIXELS_AT_ONCE = 2048  # of a mask, on a CPU: their probabilities stay in its ca
 class Candidates:
     """(cell, class) pairs of one image, sorted by descending score.
 
-    scores float [n], labels int64 [n], cells int64 [n] (index into the concatenated levels), masks bool [n, h, w].
+    scores float32 [n] (float64 from a float64 network), labels int64 [n], cells int64 [n] (index into the concatenated
+    levels), masks bool [n, h, w] at stride 4.
     """
 
     scores: Tensor
@@ -43,15 +47,15 @@ def postprocess(
     """Instances of every image of a batch.
 
     Args:
-        raw: category_logits, kernels (lists over levels of [B, C, S, S], [B, E, S, S]) and mask_features [B, E, h, w].
-            Half types are computed in float32, also under autocast.
+        raw: category_logits, kernels (lists over levels of [B, C, S, S], [B, E, S, S]) and mask_features [B, E, h, w],
+            with h = H / 4 and w = W / 4. Half-precision types are computed in float32, also under autocast.
         sizes: int64 [B, 2], (height, width) of each image inside the padded input, in input pixels.
-        original_sizes: int64 [B, 2], the size the masks are wanted at.
+        original_sizes: int64 [B, 2], (height, width) of the masks to return.
         settings: thresholds and limits.
-        mask_format: "bool" for planes [N, H, W], "rle" for a list of COCO run-length dictionaries.
+        mask_format: "bool" for masks bool [N, H, W], "rle" for a list of N COCO RLEs.
 
     Returns:
-        Per image: scores float [N] descending, labels int64 [N], masks, boxes float32 [N, 4] (x1, y1, x2, y2 of the
+        Per image: scores float32 [N] descending, labels int64 [N], masks, boxes float32 [N, 4] (x1, y1, x2, y2 of the
         mask, maximum exclusive; zeros for an empty mask). N = 0 keeps shapes, dtypes and device.
 
     Raises:
@@ -61,14 +65,14 @@ def postprocess(
         raise ValueError(f"mask_format must be 'bool' or 'rle', got {mask_format!r}")
     results = []
     with torch.autocast(raw["mask_features"].device.type, enabled=False):
-        category_scores, kernels, area_thresholds = flatten_raw(raw, settings)
+        category_scores, kernels, area_thresholds = flatten_raw(raw, settings)  # [B, cells, C], [B, cells, E], [cells]
         for i, (size, original_size) in enumerate(zip(_pairs(sizes), _pairs(original_sizes), strict=True)):
             features = widen(raw["mask_features"][i])  # [E, h, w]
-            candidates = select_candidates(category_scores[i], kernels[i], features, area_thresholds, settings)
-            kept = suppress(candidates, settings)
+            candidates = select_candidates(category_scores[i], kernels[i], features, area_thresholds, settings)  # n
+            kept = suppress(candidates, settings)  # N of them
             masks, boxes = final_masks(
                 kept.cells, kernels[i], features, size, original_size, settings.mask_threshold, mask_format
-            )
+            )  # [N, H, W], [N, 4]
             results.append({"scores": kept.scores, "labels": kept.labels, "masks": masks, "boxes": boxes})
     return results
 
@@ -77,21 +81,21 @@ def flatten_raw(raw: dict[str, Any], settings: PostprocessSettings) -> tuple[Ten
     """Levels of a batch joined, cells row-major: what `select_candidates` takes per image.
 
     Returns:
-        category scores after points NMS [B, cells, C] (float32 for half types), kernels [B, cells, E], area thresholds
-        float32 [cells].
+        category scores after points NMS [B, cells, C] (float32 for half-precision types), kernels [B, cells, E], area
+        thresholds float32 [cells].
     """
-    logits = raw["category_logits"]
-    category_scores = [flatten_level(suppress_neighbours(widen(level).sigmoid())) for level in logits]
-    kernels = [flatten_level(level) for level in raw["kernels"]]
+    logits = raw["category_logits"]  # [B, C, S, S]
+    category_scores = [flatten_level(suppress_neighbors(widen(level).sigmoid())) for level in logits]  # [B, S * S, C]
+    kernels = [flatten_level(level) for level in raw["kernels"]]  # [B, S * S, E]
     area_thresholds = [
         torch.full((level.shape[2:].numel(),), float(threshold), device=level.device)
         for level, threshold in zip(logits, settings.area_thresholds, strict=True)
-    ]
+    ]  # [S * S]
     return torch.cat(category_scores, dim=1), torch.cat(kernels, dim=1), torch.cat(area_thresholds)
 
 
 def widen(x: Tensor) -> Tensor:
-    """Half types as float32; float32 and float64 as they are."""
+    """Half-precision types as float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -100,22 +104,27 @@ def flatten_level(level: Tensor) -> Tensor:
     return level.flatten(2).transpose(1, 2)
 
 
-def suppress_neighbours(scores: Tensor) -> Tensor:
-    """Points NMS: keep a score that is not below its upper, left and upper-left neighbour of the same class, else 0.
+def suppress_neighbors(scores: Tensor) -> Tensor:
+    """Points NMS: keep a score that is not below its upper, left and upper-left neighbor of the same class, else 0.
+
+    Adjacent cells tend to predict the same object, and one of them is enough: dropping the others here saves their
+    masks. As in the authors' code; the paper does not mention it.
 
     [B, C, S, S] -> [B, C, S, S]; ties survive.
     """
-    highest = F.max_pool2d(scores, kernel_size=2, stride=1, padding=1)[:, :, :-1, :-1]
-    return scores * (scores == highest)
+    highest = F.max_pool2d(scores, kernel_size=2, stride=1, padding=1)[:, :, :-1, :-1]  # [B, C, S, S]
+    return scores * (scores == highest)  # [B, C, S, S]
 
 
 def apply_kernels(kernels: Tensor, features: Tensor) -> Tensor:
-    """Dynamic convolution: 1x1 kernels [n, E] on mask features [E, h, w] -> mask probabilities [n, h * w]."""
+    """Dynamic convolution (equation 1): 1x1 kernels [n, E], mask features [E, h, w] -> probabilities [n, h * w]."""
     return (kernels.to(features.dtype) @ features.flatten(1)).sigmoid()
 
 
 def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary masks of some cells and the mean probability inside them; the probabilities are never all there.
+    """Binary masks of some cells and the mean probability inside each, which is SOLO's "maskness".
+
+    Chunked by pixels on a CPU, so that full probability maps are never materialized.
 
     Args:
         kernels: [n, E].
@@ -125,16 +134,16 @@ def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Te
     Returns:
         masks bool [n, h, w], areas [n] in pixels, mean probabilities [n] (0 for an empty mask).
     """
-    size, features = features.shape[1:], features.flatten(1)
+    size, features = features.shape[1:], features.flatten(1)  # [E, h * w]
     kernels = kernels.to(features.dtype)
     pixels = PIXELS_AT_ONCE if features.device.type == "cpu" else max(1, features.shape[1])
-    masks = torch.empty(len(kernels), features.shape[1], dtype=torch.bool, device=features.device)
-    areas, totals = features.new_zeros(2, len(kernels))
+    masks = torch.empty(len(kernels), features.shape[1], dtype=torch.bool, device=features.device)  # [n, h * w]
+    areas, totals = features.new_zeros(2, len(kernels))  # [n] each
     for part, mask in zip(features.split(pixels, dim=1), masks.split(pixels, dim=1)):
-        soft = (kernels @ part).sigmoid_()
+        soft = (kernels @ part).sigmoid_()  # [n, pixels]
         torch.gt(soft, threshold, out=mask)
-        areas += mask.sum(1, dtype=areas.dtype)
-        totals += soft.mul_(mask).sum(1)
+        areas += mask.sum(1, dtype=areas.dtype)  # [n]
+        totals += soft.mul_(mask).sum(1)  # [n]
     return masks.unflatten(1, size), areas, totals / areas.clamp(min=1)
 
 
@@ -143,8 +152,9 @@ def select_candidates(
 ) -> Candidates:
     """The best `max_candidates` (cell, class) pairs of one image, scored by category score times mean mask probability.
 
-    A score never exceeds its category score, so cells are worked through from the best category score down and the rest
-    is skipped once enough candidates lie above it: the same result, with one mask per cell and bounded memory.
+    The reference makes the masks of all pairs at once. A score never exceeds its category score, so going through the
+    cells from the best category score down and stopping once enough candidates lie above the next one gives the same
+    result, with one mask per cell and bounded memory.
 
     Args:
         category_scores: [cells, C] after points NMS.
@@ -153,14 +163,14 @@ def select_candidates(
         area_thresholds: [cells].
         settings: category_threshold, mask_threshold, max_candidates.
     """
-    pair_cells, pair_labels = (category_scores > settings.category_threshold).nonzero(as_tuple=True)
-    pair_scores = category_scores[pair_cells, pair_labels]
+    pair_cells, pair_labels = (category_scores > settings.category_threshold).nonzero(as_tuple=True)  # [pairs] each
+    pair_scores = category_scores[pair_cells, pair_labels]  # [pairs]
     best = category_scores.amax(1) if category_scores.numel() else category_scores.new_zeros(len(category_scores))
     cells = (best > settings.category_threshold).nonzero()[:, 0]
-    cells = cells[best[cells].argsort(descending=True, stable=True)]
+    cells = cells[best[cells].argsort(descending=True, stable=True)]  # cells with a pair, best first
     limit = settings.max_candidates if settings.max_candidates > 0 else len(pair_cells)
 
-    slot_of_cell = torch.full_like(best, -1, dtype=torch.int64)  # where a cell's mask lies in the chunk
+    slot_of_cell = torch.full_like(best, -1, dtype=torch.int64)  # [cells], where a cell's mask lies in the chunk
     found = Candidates(
         pair_scores[:0],
         pair_labels[:0],
@@ -170,17 +180,17 @@ def select_candidates(
     for chunk in cells.split(CELLS_AT_ONCE):
         if 0 < limit == len(found.scores) and found.scores[-1] >= best[chunk[0]]:
             break
-        masks, areas, mask_scores = score_masks(kernels[chunk], features, settings.mask_threshold)
-        mask_scores = torch.where(areas > area_thresholds[chunk], mask_scores, -1.0)
+        masks, areas, maskness = score_masks(kernels[chunk], features, settings.mask_threshold)  # [m, h, w], [m], [m]
+        maskness = torch.where(areas > area_thresholds[chunk], maskness, -1.0)  # [m], -1 for tiny masks
         slot_of_cell.fill_(-1)
         slot_of_cell[chunk] = torch.arange(len(chunk), device=chunk.device)
-        slots = slot_of_cell[pair_cells]
-        usable = ((slots >= 0) & (mask_scores[slots] > 0)).nonzero()[:, 0]
+        slots = slot_of_cell[pair_cells]  # [pairs], -1 outside the chunk
+        usable = ((slots >= 0) & (maskness[slots] > 0)).nonzero()[:, 0]  # pairs of the chunk with a mask
         slots = slots[usable]
         found = _best(
             limit,
             found,
-            Candidates(pair_scores[usable] * mask_scores[slots], pair_labels[usable], pair_cells[usable], masks),
+            Candidates(pair_scores[usable] * maskness[slots], pair_labels[usable], pair_cells[usable], masks),
             slots,
         )
     return found
@@ -189,9 +199,9 @@ def select_candidates(
 def _best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Candidates:
     """The `limit` best of both; `new.masks` holds one mask per cell and `slots` says which belongs to which pair."""
     scores = torch.cat([found.scores, new.scores])
-    order = scores.argsort(descending=True, stable=True)[:limit]
+    order = scores.argsort(descending=True, stable=True)[:limit]  # [n]
     old_count = len(found.scores)
-    masks = torch.empty(len(order), *new.masks.shape[1:], dtype=torch.bool, device=scores.device)
+    masks = torch.empty(len(order), *new.masks.shape[1:], dtype=torch.bool, device=scores.device)  # [n, h, w]
     is_old = order < old_count
     masks[is_old] = found.masks[order[is_old]]
     masks[~is_old] = new.masks[slots[order[~is_old] - old_count]]
@@ -201,10 +211,10 @@ def _best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Cand
 
 
 def suppress(candidates: Candidates, settings: PostprocessSettings) -> Candidates:
-    """Matrix NMS, then the final score threshold and the limit per image."""
+    """Matrix NMS (section 2.2), then the final score threshold and the limit per image."""
     scores = matrix_nms(
         candidates.masks, candidates.labels, candidates.scores, kernel=settings.nms_kernel, sigma=settings.nms_sigma
-    )
+    )  # [n], decayed and no longer in descending order
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] >= settings.score_threshold]
     if settings.max_instances > 0:
@@ -223,9 +233,9 @@ def final_masks(
 ) -> tuple[Tensor | list[dict[str, Any]], Tensor]:
     """Masks of the kept cells at the original size, and their tight boxes.
 
-    Probabilities go bilinearly to the padded input size, are cropped to the image, go bilinearly to the original size
-    and are cut at the threshold (align_corners false both times); scores are not recomputed. `MaskResampler` does it
-    where a pixel can be set; run lengths are made without ever holding a full plane.
+    Probabilities are resized bilinearly to the padded input, cropped to the image, resized bilinearly to the original
+    size (both without aligned corners) and compared with the threshold; scores are not recomputed. `MaskResampler`
+    computes this only where a pixel can be set; an RLE is made without ever holding a full plane.
 
     Args:
         cells: int64 [N].
@@ -236,7 +246,7 @@ def final_masks(
         mask_format: "bool" or "rle".
 
     Returns:
-        (masks, boxes): bool [N, H, W] or N run-length dictionaries; float32 [N, 4].
+        (masks, boxes): bool [N, H, W] or a list of N RLEs; float32 [N, 4].
     """
     resampler = MaskResampler(
         features.shape[-2:], size, original_size, threshold, dtype=features.dtype, device=features.device
@@ -244,7 +254,7 @@ def final_masks(
     resample = resampler.run_lengths if mask_format == "rle" else resampler.planes
     parts = []
     for chunk in cells.split(CELLS_AT_ONCE) if len(cells) else [cells]:
-        soft = apply_kernels(kernels[chunk], features)
+        soft = apply_kernels(kernels[chunk], features)  # [m, h * w]
         parts.append(resample(soft.view(len(chunk), *features.shape[-2:])))
     if len(parts) == 1:
         return parts[0]

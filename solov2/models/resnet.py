@@ -23,8 +23,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, planes, H / stride, W / stride]."""
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
-        out = conv_norm(self.conv2, self.bn2, out)
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, planes, H / stride, W / stride]
+        out = conv_norm(self.conv2, self.bn2, out)  # [B, planes, H / stride, W / stride]
         return self.relu(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
 
 
@@ -64,9 +64,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 4 planes, H / stride, W / stride]."""
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
-        out = self.relu(conv_norm(self.conv2, self.bn2, out))
-        out = conv_norm(self.conv3, self.bn3, out)
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, width, H, W], strided with stride_in_1x1
+        out = self.relu(conv_norm(self.conv2, self.bn2, out))  # [B, width, H / stride, W / stride]
+        out = conv_norm(self.conv3, self.bn3, out)  # [B, 4 planes, H / stride, W / stride]
         return self.relu(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
 
 
@@ -94,7 +94,8 @@ class ResNet(nn.Module):
         name: a key of `ARCHITECTURES`.
         width: channels of the stem; C2 has `width` (basic blocks) or 4 `width` channels, doubling per stage.
         frozen_stages: 0 trains everything, 1 freezes the stem and layer1 (the reference), n also layer2..layer n.
-        frozen_batch_norm: running statistics are used and kept also in training; the affine of unfrozen stages trains.
+        frozen_batch_norm: running statistics are used and kept also in training, as in the reference, since batches of
+            large images are too small for their own; the affine of unfrozen stages trains.
         deformable: every 3x3 of layer2..layer4 is deformable (bottleneck networks only).
         modulated: DCNv2 if true, DCNv1 if false.
         stride_in_1x1: stride on the first 1x1 of a bottleneck, as in MSRA's (detectron2's) weights.
@@ -145,11 +146,11 @@ class ResNet(nn.Module):
                 )
                 in_channels = planes * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-        self._initialise()
+        self._initialize()
         for module in self._frozen_modules():
             module.requires_grad_(False)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -169,10 +170,11 @@ class ResNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] -> four maps [B, out_channels[i], H / 4 / 2^i, W / 4 / 2^i]."""
-        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, images)))
+        """[B, 3, H, W] -> [C2..C5], each [B, out_channels[i], H / s, W / s] with strides s = 4, 8, 16, 32."""
+        x = self.relu(conv_norm(self.conv1, self.bn1, images))  # [B, width, H / 2, W / 2]
+        x = self.maxpool(x)  # [B, width, H / 4, W / 4]
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = stage(x)  # [B, out_channels[i], H / s, W / s]
             features.append(x)
         return features

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from solov2.compute import Compute
 from solov2.models.fpn import FPN
 from solov2.models.head import SOLOv2Head
 from solov2.models.mask_feature import MaskFeatureHead
@@ -20,6 +21,7 @@ from solov2.models.postprocess import postprocess
 from solov2.models.resnet import ResNet
 from solov2.ops.images import to_rgb_tensor
 from solov2.ops.resize import padded_size, resize_image, resized_size
+from solov2.predict import Predictor
 from solov2.settings import PostprocessSettings
 
 ImageLike = str | Path | PIL.Image.Image | np.ndarray | Tensor
@@ -33,7 +35,7 @@ class SOLOv2(nn.Module):
         class_names: one name per class, label i is class_names[i]. `category_ids`, an attribute, holds the id of each
             label in annotation files; label + 1 unless `build_model` knows better.
         settings: post-processing thresholds and limits.
-        pixel_mean, pixel_std: per channel, in grey levels, in the order of `channel_order`.
+        pixel_mean, pixel_std: per channel, in gray levels, in the order of `channel_order`.
         channel_order: "rgb", or "bgr" for weights trained on BGR input (AdelaiDet).
         input_scale: (long edge at most, short edge at most) that `preprocess` resizes to.
     """
@@ -65,6 +67,11 @@ class SOLOv2(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1), persistent=False)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.pixel_mean.device
+
+    @property
     def grid_sizes(self) -> tuple[int, ...]:
         """S of each level, finest first."""
         return self.head.grid_sizes
@@ -73,7 +80,7 @@ class SOLOv2(nn.Module):
         """Raw outputs, the same in training and evaluation mode.
 
         Args:
-            images: float [B, 3, H, W], normalised and zero-padded; H and W multiples of 32.
+            images: float [B, 3, H, W], normalized and zero-padded; H and W multiples of 32.
 
         Returns:
             category_logits: list of [B, C, S, S] (before the sigmoid); kernels: list of [B, E, S, S];
@@ -104,9 +111,9 @@ class SOLOv2(nn.Module):
         return model
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] RGB -> float [B, 3, H, W], normalised and zero outside `sizes` (int64 [B, 2], h and w).
+        """uint8 [B, 3, H, W] RGB -> float [B, 3, H, W], normalized and zero outside `sizes` (int64 [B, 2], h and w).
 
-        Runs on the device of `pixels` without synchronising with the host.
+        Runs on the device of `pixels` without synchronizing with the host.
         """
         if self.channel_order == "bgr":
             pixels = pixels.flip(1)
@@ -118,7 +125,7 @@ class SOLOv2(nn.Module):
         return images * (inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
 
     def preprocess(self, images: Iterable[ImageLike] | ImageLike) -> tuple[Tensor, Tensor, Tensor]:
-        """Load, resize to `input_scale`, pad and normalise.
+        """Load, resize to `input_scale`, pad and normalize.
 
         Args:
             images: what `predict` takes.
@@ -131,6 +138,22 @@ class SOLOv2(nn.Module):
             ValueError: no image, or one that cannot be read or is of another dtype or shape; the sentence names it.
             TypeError: an object of another type.
         """
+        batch = self.load_batch(images)
+        sizes, original_sizes = batch["sizes"].to(self.device), batch["original_sizes"].to(self.device)
+        return self.normalize(batch["pixels"].to(self.device), sizes), sizes, original_sizes
+
+    def load_batch(self, images: Iterable[ImageLike] | ImageLike) -> dict[str, Tensor]:
+        """Load images, resize them to `input_scale` and pad them: a batch on the host, as `Predictor` takes it.
+
+        Args:
+            images: what `predict` takes.
+
+        Returns:
+            pixels uint8 [B, 3, H, W] in RGB, sizes int64 [B, 2] before padding, original_sizes int64 [B, 2].
+
+        Raises:
+            ValueError, TypeError: as of `preprocess`.
+        """
         images = _as_list(images)
         if not images:
             raise ValueError("preprocess needs at least one image")
@@ -141,14 +164,12 @@ class SOLOv2(nn.Module):
             resize_image(image, resized_size(size, long=long, short=short))
             for image, size in zip(loaded, original_sizes, strict=True)
         ]
-        largest = max(image.shape[-2] for image in resized), max(image.shape[-1] for image in resized)
-        height, width = padded_size(largest, self.divisor)
+        sizes = torch.tensor([tuple(image.shape[-2:]) for image in resized])
+        height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
         pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8)
         for target, image in zip(pixels, resized, strict=True):
             target[:, : image.shape[-2], : image.shape[-1]] = image
-        device = self.pixel_mean.device
-        sizes = torch.tensor([tuple(image.shape[-2:]) for image in resized], device=device)
-        return self.normalize(pixels.to(device), sizes), sizes, torch.tensor(original_sizes, device=device)
+        return {"pixels": pixels, "sizes": sizes, "original_sizes": torch.tensor(original_sizes)}
 
     def postprocess(
         self,
@@ -169,7 +190,6 @@ class SOLOv2(nn.Module):
         """
         return postprocess(raw, sizes, original_sizes, replace(self.settings, **settings), mask_format=mask_format)
 
-    @torch.no_grad()
     def predict(
         self,
         images: Iterable[ImageLike] | ImageLike,
@@ -177,38 +197,45 @@ class SOLOv2(nn.Module):
         score_threshold: float | None = None,
         max_instances: int | None = None,
         batch_size: int = 1,
+        mask_format: str = "bool",
     ) -> list[dict[str, Any]]:
         """Segment the instances of each image.
 
         Args:
             images: paths (turned upright by their EXIF), PIL images (taken as they are: `PIL.ImageOps.exif_transpose`
-                turns them), uint8 arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or grey [H, W], uint8 tensors
-                [3, H, W] in RGB or grey [1, H, W]; may be mixed. One image counts as a list of one.
-            score_threshold: least final score; default the model's own (0.05).
-            max_instances: most instances per image, 0 for all; default the model's own (100).
+                turns them), uint8 arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or gray [H, W], uint8 tensors
+                [3, H, W] in RGB or gray [1, H, W]; may be mixed. One image counts as a list of one.
+            score_threshold: minimum final score; default the model's own (0.05).
+            max_instances: maximum number of instances per image, 0 for all; default the model's own (100).
             batch_size: images per forward pass. Images of one batch share its padding, which shifts the grids a little:
-                1 gives the published behaviour.
+                1 gives the published behavior.
+            mask_format: "bool" for planes; "rle" for COCO's run lengths, which never make the planes (100 masks of a
+                12-megapixel photograph are 1.2 GB).
 
         Returns:
             Per image: scores float [N] descending, labels int64 [N], masks bool [N, H, W] at the size of the image
-            given, boxes float32 [N, 4] x1, y1, x2, y2.
+            given (or N RLE), boxes float32 [N, 4] x1, y1, x2, y2.
 
         Raises:
-            ValueError: an image that cannot be read or is of another dtype or shape, or a batch size under 1.
+            ValueError: an image that cannot be read or is of another dtype or shape, a batch size under 1, or another
+                mask_format.
             TypeError: an object of another type.
         """
         images = _as_list(images)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        given = {"score_threshold": score_threshold, "max_instances": max_instances}
-        settings = {name: value for name, value in given.items() if value is not None}
-        was_training = self.training
-        self.eval()
+        was_training, results = self.training, []
+        predictor = Predictor(
+            self,
+            Compute(self.device),
+            mask_format=mask_format,
+            score_threshold=score_threshold,
+            max_instances=max_instances,
+        )
         try:
-            results = []
             for start in range(0, len(images), batch_size):
-                inputs, sizes, original_sizes = self.preprocess(images[start : start + batch_size])
-                results.extend(self.postprocess(self(inputs), sizes, original_sizes, **settings))
+                predictor.launch(self.load_batch(images[start : start + batch_size]))
+                results.extend(predictor.collect())
         finally:
             self.train(was_training)
         return results

@@ -21,9 +21,9 @@ TILE = 4  # outputs per tile and axis
 WINDOW = TILE + 2  # inputs per tile and axis
 # Points at which the polynomials of the transform are evaluated; these keep its rounding errors small.
 POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2), math.inf)
-LEAST_CHANNELS = 64  # below, the transforms cost more than the multiplications they save
-LEAST_TILES = 12  # with fewer, reading the transformed weights does
-LEAST_TRAINED_TILES = 96  # the same in training, which transforms weights and their gradients in every step
+MIN_CHANNELS = 64  # below, the transforms cost more than the multiplications they save
+MIN_TILES = 12  # with fewer, reading the transformed weights does
+MIN_TRAINED_TILES = 96  # the same in training, which transforms weights and their gradients in every step
 VALUES_AT_ONCE = 2**21  # of the transformed input: they stay in the processor's cache
 VALUES_PER_GRADIENT = 2**22  # the same in the weight gradient, where each piece is added to 36 C O numbers
 
@@ -31,8 +31,8 @@ VALUES_PER_GRADIENT = 2**22  # the same in the weight gradient, where each piece
 class WinogradConv2d(nn.Conv2d):
     """`nn.Conv2d` (3x3, stride 1, padding 1) with the same parameters that computes by F(4x4, 3x3).
 
-    In training in float32 only, unless `prepare` was called: evaluation rounds as the plain convolution does. Maps too
-    small to gain take the plain convolution, too. Results lie channels last.
+    Unless `prepare` was called it does so in float32 training only, so that evaluation rounds as the plain convolution
+    does. Maps too small to gain take the plain convolution, too. Results are channels last.
     """
 
     def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
@@ -52,11 +52,11 @@ class WinogradConv2d(nn.Conv2d):
         if not isinstance(conv, nn.Conv2d):
             return False
         kind = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        wide = min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS
+        wide = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
         return kind == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and wide
 
     def prepare(self) -> None:
-        """Transform the weight once and for all, for a network that is not trained any more."""
+        """Transform the weight permanently, for a network that is not trained any more."""
         self.prepared = transform_weight(self.weight.detach().double()).to(self.weight.dtype)
 
     def on_levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -69,9 +69,9 @@ class WinogradConv2d(nn.Conv2d):
     def _convolve(self, maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
         tiles = sum(len(x) * math.prod(tile_counts(*x.shape[2:])) for x in maps)
         if self.prepared is not None:
-            if tiles >= LEAST_TILES:
+            if tiles >= MIN_TILES:
                 return convolve(maps, self.prepared, bias)
-        elif self.training and tiles >= LEAST_TRAINED_TILES and not torch.is_autocast_enabled(weight.device.type):
+        elif self.training and tiles >= MIN_TRAINED_TILES and not torch.is_autocast_enabled(weight.device.type):
             return list(Convolution.apply(weight, bias, *maps))
         return [super(WinogradConv2d, self)._conv_forward(x, weight, bias) for x in maps]
 
@@ -99,14 +99,6 @@ class Convolution(torch.autograd.Function):
         return of_weight, of_bias, *of_maps
 
 
-def use_winograd(model: nn.Module) -> None:
-    """Let the convolutions of a model that gain from it compute this way, in place; parameters and names stay."""
-    for parent in list(model.modules()):
-        for name, conv in list(parent.named_children()):
-            if WinogradConv2d.pays_for(conv) and not isinstance(conv, WinogradConv2d):
-                setattr(parent, name, WinogradConv2d.of(conv))
-
-
 def on_every_level(conv: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     """A convolution of several maps [B, C, H, W], in one product where it can: list of [B, O, H, W]."""
     return conv.on_levels(maps) if isinstance(conv, WinogradConv2d) else [conv(x) for x in maps]
@@ -123,15 +115,15 @@ def convolve(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> lis
         results.append(torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
         tiled.append(results[-1].permute(0, 2, 3, 1).view(len(x), rows, TILE, columns, TILE, out_channels))
     for pieces in in_pieces(maps, VALUES_AT_ONCE):
-        transformed = [to_input @ windows(maps[i], start, stop) for i, start, stop in pieces]
-        products = torch.bmm(_joined(transformed).view(WINDOW**2, -1, channels), weight)
-        outputs = (to_output @ products.view(WINDOW**2, -1)).view(TILE, TILE, -1, out_channels)
+        transformed = [to_input @ windows(maps[i], start, stop) for i, start, stop in pieces]  # [36, B tiles C]
+        products = torch.bmm(_joined(transformed).view(WINDOW**2, -1, channels), weight)  # [36, tiles of all maps, O]
+        outputs = (to_output @ products.view(WINDOW**2, -1)).view(TILE, TILE, -1, out_channels)  # [4, 4, tiles, O]
         counts = [len(maps[i]) * (stop - start) * tiled[i].shape[3] for i, start, stop in pieces]
         for (i, start, stop), tiles in zip(pieces, outputs.split(counts, dim=2)):
             target = tiled[i][:, start:stop].permute(2, 4, 0, 1, 3, 5)  # [4, 4, B, rows, columns, O]
             tiles = tiles.reshape(target.shape)
             target.copy_(tiles if bias is None else tiles + bias)
-    # No views are handed out: autograd forbids writing into those of a function of one's own.
+    # No views are returned: autograd forbids in-place changes of the views of a custom function.
     return [
         y if y.shape[2:] == x.shape[2:] else y[..., : x.shape[2], : x.shape[3]].clone(memory_format=torch.channels_last)
         for x, y in zip(maps, results)

@@ -1,4 +1,4 @@
-"""Coordinate channels (paper section 3.1, CoordConv)."""
+"""Coordinate channels (paper section 2.1.1, CoordConv)."""
 
 from __future__ import annotations
 

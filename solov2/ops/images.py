@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from solov2.config import InputError
+from solov2.errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb: 512 MiB of RGB
 

@@ -15,7 +15,7 @@ import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
-from solov2.config import InputError
+from solov2.errors import InputError
 
 FARTHEST = 16  # image sides; a polygon with a point beyond is a mistake, not an object at the border
 

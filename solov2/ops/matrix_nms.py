@@ -1,4 +1,4 @@
-"""Matrix NMS (paper section 3.4)."""
+"""Matrix NMS (paper section 2.2)."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from peer_worker import forget_peak, resident  # noqa: E402
 
+from solov2.benchmarking.synthetic import synthetic_raw  # noqa: E402
 from solov2.build import (  # noqa: E402
     build_assigner,
     build_criterion,
@@ -39,16 +40,15 @@ from solov2.build import (  # noqa: E402
     prepare_for_training,
 )
 from solov2.checkpoint import load_file  # noqa: E402
-from solov2.commands.data import prepare_data, validation_dataset, validation_loader  # noqa: E402
-from solov2.commands.synthetic import synthetic_raw  # noqa: E402
 from solov2.config import Config, load_config  # noqa: E402
+from solov2.data.build import prepare_data, validation_dataset, validation_loader  # noqa: E402
 from solov2.data.coco import CocoInstances  # noqa: E402
 from solov2.data.loader import Collate  # noqa: E402
 from solov2.data.transforms import TrainTransform, TransformedDataset  # noqa: E402
 from solov2.models.solov2 import SOLOv2  # noqa: E402
 from solov2.ops.matrix_nms import matrix_nms  # noqa: E402
-from solov2.optim import build_optimizer  # noqa: E402
 from solov2.targets import TargetAssigner  # noqa: E402
+from solov2.training.optim import build_optimizer  # noqa: E402
 
 CASES = {"solov2_r50": (800, 1216), "solov2_light_r50": (448, 768)}  # network -> input
 PHOTOGRAPHS = ((480, 640), (3000, 4000))  # (height, width) that masks are brought to

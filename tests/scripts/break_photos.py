@@ -1,8 +1,8 @@
-"""Break a copy of a COCO data set: one fault of each kind that solov2.check_data knows, and a list of where they are.
+"""Break a copy of a COCO data set: one fault of each kind that `solov2 check-data` knows, and a list of where they are.
 
 python tests/scripts/break_photos.py ANNOTATIONS IMAGES OUT
 writes OUT/instances.json, OUT/images/ and OUT/planted.json: [[kind, image id, annotation id], ...].
-Then `python -m solov2.check_data OUT/instances.json --images OUT/images` must find these and no others.
+Then `solov2 check-data OUT/instances.json --images OUT/images` must find these and no others.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from solov2.build import build_model  # noqa: E402
-from solov2.distributed import select_device  # noqa: E402
+from solov2.compute import select_device  # noqa: E402
 from solov2.models.solov2 import SOLOv2  # noqa: E402
 
 

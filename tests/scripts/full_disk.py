@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
 
 from kill_runs import differences, tiny_words  # noqa: E402
 
-from solov2.checkpoint import load_file, step_checkpoints  # noqa: E402
+from solov2.checkpoint import load_file  # noqa: E402
+from solov2.training.folder import step_checkpoints  # noqa: E402
 
 
 def train(words: list[str], output: Path, *more: str) -> subprocess.CompletedProcess:

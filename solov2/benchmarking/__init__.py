@@ -1,0 +1,1 @@
+"""The benchmark: the real step and the real post-processing, stage by stage."""

@@ -1,0 +1,1 @@
+"""Checking a COCO data set before training, and repairing it."""

@@ -1,0 +1,185 @@
+"""How a data set fits a configuration: instance sizes against scale ranges and grids, and what would fit better.
+
+Sizes are sqrt(box area) in pixels of the resized image, as in `solov2.targets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from solov2.config import Config, DataConfig, ModelConfig
+from solov2.data_check.findings import ImageCheck, Instances
+
+PERCENTILES = (1, 10, 50, 90, 99)
+# The suggestion keeps the proportions of the published model: on photographs of COCO at a short edge of 800 a tenth of
+# the instances is below 24 px, and the middles of the overlaps of the published ranges lie at these quantiles.
+SMALL, SMALL_QUANTILE = 24, 0.10
+BORDER_QUANTILES = (0.44, 0.65, 0.83, 0.96)
+PUBLISHED_BORDERS = (68, 136, 272, 543)
+PUBLISHED_CELLS = (800 / 40, 800 / 36, 800 / 24, 800 / 16, 800 / 12)  # px
+LEAST_INSTANCES = 20  # for a suggestion
+CROWDED = 0.06  # share of instances whose centre cells are all shared; the published grids leave 3 to 5 % there
+
+
+def join(checks: Sequence[ImageCheck]) -> tuple[Instances, np.ndarray]:
+    """The instances of all images one after another, and the index of each one's image, i64[N]."""
+    parts = [check.instances for check in checks]
+    images = np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts])
+    if not parts:
+        empty = np.zeros(0)
+        return Instances(np.zeros((0, 2)), empty, empty, empty, np.zeros((0, 2)), empty, empty), images
+    return Instances(*(np.concatenate(columns) for columns in zip(*parts))), images
+
+
+def summarize(
+    checks: Sequence[ImageCheck], image_ids: Sequence[int], class_names: Sequence[str], config: Config
+) -> dict[str, Any]:
+    """Figures of a checked data set, plain JSON types.
+
+    Args:
+        checks: one per image.
+        image_ids: of the same images.
+        class_names: in order of the label.
+        config: what the images were checked against.
+    """
+    instances, images = join(checks)
+    scales, shared = instances.scales, np.array([check.shared_cells for check in checks], dtype=np.int64)
+    counts = np.bincount(instances.labels.astype(np.int64), minlength=len(class_names)).tolist()
+    ranges = config.model.scale_ranges
+    return {
+        "images": len(checks),
+        "instances": len(scales),
+        "size_percentiles": dict(zip(map(str, PERCENTILES), _round(np.percentile(scales, PERCENTILES))))
+        if len(scales)
+        else {},
+        "instances_per_level": [int(((scales >= low) & (scales <= high)).sum()) for low, high in ranges],
+        "unseen_instances": [int(x) for x in instances.ids[instances.cells == 0]],
+        "hidden_instances": [int(x) for x in instances.ids[instances.hidden.astype(bool)]],
+        "shared_cells": int(shared.sum()),
+        "shared_cells_by_image": {
+            str(image_ids[i]): int(shared[i]) for i in np.argsort(-shared, kind="stable") if shared[i]
+        },
+        "instances_by_class": dict(zip(class_names, counts)),
+        "suggestion": suggest(instances, images, config),
+    }
+
+
+def suggest(instances: Instances, images: np.ndarray, config: Config) -> dict[str, Any] | None:
+    """Input size, scale ranges and grids that are to these instances what the published ones are to COCO's.
+
+    Args:
+        instances: of all images, at the largest training size of `config`.
+        images: i64[N], index of the image of each instance.
+        config: says at which size they were measured.
+
+    Returns:
+        {"model": {...}, "data": {...}} with keys of the configuration, or None for too few instances.
+    """
+    if len(instances.scales) < LEAST_INSTANCES:
+        return None
+    sizes = instances.image_size.astype(np.float64)
+    data = config.data
+    factors = np.minimum(data.train_long_edge / sizes.max(1), max(data.train_scales) / sizes.min(1))
+    relative = instances.scales / (factors * sizes.min(1))  # to the short edge
+    native, aspect = np.median(sizes.min(1)), np.percentile(sizes.max(1) / sizes.min(1), 95)
+    wanted = SMALL / max(np.quantile(relative, SMALL_QUANTILE), 1e-6)
+    short = _multiple_of_32(np.clip(wanted, min(256, 2 * native), min(1024, 2 * native)))
+    if abs(short / max(data.train_scales) - 1) <= 0.25:  # not worth another size
+        short, long = max(data.train_scales), data.train_long_edge
+    else:
+        long = _multiple_of_32(short * np.clip(aspect, 1, 2.5))
+    scales = relative * np.minimum(short * np.ones(len(sizes)), long * sizes.min(1) / sizes.max(1))
+    borders = [max(4.0, float(np.quantile(scales, quantile))) for quantile in BORDER_QUANTILES]
+    for level in range(1, len(borders)):
+        borders[level] = max(borders[level], 1.25 * borders[level - 1])
+    low = [1, *(round(border / 2**0.5) for border in borders)]
+    high = [*(round(border * 2**0.5) for border in borders), max(2048, long)]
+    ranges = [list(pair) for pair in zip(low, high)]
+    grids = suggest_grids(scales, instances.centers, images, short, borders, ranges)
+    scaled = sorted(
+        {_multiple_of_32(edge * short / max(data.train_scales)) for edge in data.train_scales}, reverse=True
+    )
+    return {
+        "model": {"grid_sizes": grids, "scale_ranges": ranges, "input_scale": [int(long), int(short)]},
+        "data": {"train_scales": scaled if short != max(data.train_scales) else list(data.train_scales),
+                 "train_long_edge": int(long)},
+    }  # fmt: skip
+
+
+def suggest_grids(
+    scales: np.ndarray,
+    centers: np.ndarray,
+    images: np.ndarray,
+    short: float,
+    borders: Sequence[float],
+    ranges: Sequence[Sequence[float]],
+) -> list[int]:
+    """Grids whose cells are to the instances what the published ones are to COCO's; finer where instances crowd.
+
+    Args:
+        scales: f64[N], centers: f64[N, 2] as in `Instances`, images: i64[N].
+        short: short edge of the input.
+        borders: middles of the overlaps of neighbouring ranges.
+        ranges: (low, high) per level.
+    """
+    ratios = [borders[0] / PUBLISHED_BORDERS[0], *(new / old for new, old in zip(borders, PUBLISHED_BORDERS))]
+    cells = [cell * ratio for cell, ratio in zip(PUBLISHED_CELLS, ratios)]
+    grids: list[int] = []
+    for finer in (1, 1.25, 1.5, 2):
+        grids = [int(np.clip(round(finer * short / cell), 4, max(4, short // 8))) for cell in cells]
+        grids = np.minimum.accumulate(grids).tolist()
+        if crowded_share(scales, centers, images, grids, ranges) <= CROWDED:
+            break
+    return grids
+
+
+def crowded_share(
+    scales: np.ndarray,
+    centers: np.ndarray,
+    images: np.ndarray,
+    grids: Sequence[int],
+    ranges: Sequence[Sequence[float]],
+) -> float:
+    """Share of instances whose centre shares its cell with another's on every level that sees them."""
+    alone, seen = np.zeros(len(scales), dtype=bool), np.zeros(len(scales), dtype=bool)
+    for grid, (low, high) in zip(grids, ranges):
+        chosen = np.flatnonzero((scales >= low) & (scales <= high))
+        row, column = (np.minimum((centers[chosen] * grid).astype(np.int64), grid - 1)).T
+        _, which, counts = np.unique(
+            (images[chosen] * grid + row) * grid + column, return_inverse=True, return_counts=True
+        )
+        seen[chosen] = True
+        alone[chosen] |= counts[which] == 1
+    return float((seen & ~alone).sum() / max(1, seen.sum()))
+
+
+def unseen_by_range(boxes: np.ndarray, image_sizes: np.ndarray, model: ModelConfig, data: DataConfig) -> np.ndarray:
+    """Instances whose size lies in no scale range at any training size, bool [N].
+
+    Args:
+        boxes: f64[N, 4] xyxy in pixels of the image.
+        image_sizes: i64[N, 2], (h, w) of the image of each.
+        model: its scale ranges.
+        data: its training sizes.
+    """
+    limits = np.tile(image_sizes[:, ::-1], 2)
+    clipped = np.clip(boxes, 0, limits)
+    areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
+    seen = np.zeros(len(boxes), dtype=bool)
+    for short in data.train_scales:
+        factors = np.minimum(data.train_long_edge / image_sizes.max(1), short / image_sizes.min(1))
+        scales = np.sqrt(areas) * factors
+        for low, high in model.scale_ranges:
+            seen |= (scales >= low) & (scales <= high)
+    return ~seen
+
+
+def _multiple_of_32(value: float) -> int:
+    return max(32, 32 * round(float(value) / 32))
+
+
+def _round(values: np.ndarray) -> list[float]:
+    return [round(float(value), 1) for value in values]

@@ -1,0 +1,1 @@
+"""Training: one step, the epochs, the run, and what survives its end."""

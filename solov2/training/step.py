@@ -1,0 +1,149 @@
+"""One optimizer step: forward, losses, backward, update. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from solov2 import distributed
+from solov2.compute import Compute
+from solov2.training.guard import FAILED, OVERFLOWED
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def take_step(
+    model: nn.Module,
+    criterion: nn.Module,
+    batches: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    compute: Compute,
+    *,
+    clip_norm: float,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimizer step; where it is not finite, neither weights nor running statistics change.
+
+    Args:
+        model: SOLOv2, possibly in DistributedDataParallel, on its device.
+        criterion: (raw, targets, num_positives) -> dict of losses.
+        batches: on the host, with targets; their gradients add up.
+        optimizer: over the model's parameters.
+        scaler: of `Compute.scaler`.
+        compute: device, precision and layout.
+        clip_norm: L2 norm that the gradients are clipped to, 0 for none.
+
+    Returns:
+        (losses, what is wrong with the step in any process: 0, OVERFLOWED or FAILED), both on the device. A gradient
+        that overflows under fp16 is no failure yet, the scaler answers it with a smaller scale.
+    """
+    statistics = [
+        buffer
+        for module in unwrap(model).modules()
+        if isinstance(module, nn.BatchNorm2d) and module.training
+        for buffer in (module.running_mean, module.running_var)
+    ]
+    before = [buffer.clone() for buffer in statistics]
+    losses = backward(model, criterion, batches, scaler, compute)
+    finite = torch.stack(list(losses.values())).isfinite().all()
+    for buffer, old in zip(statistics, before, strict=True):
+        buffer.copy_(torch.where(finite, buffer, old))
+    norm = update_weights(optimizer, scaler, clip_norm=clip_norm)
+    overflow = norm.isfinite().logical_not() * (OVERFLOWED if scaler.is_enabled() else FAILED)
+    return losses, distributed.all_reduce_max(torch.where(finite, overflow, FAILED))
+
+
+def backward(
+    model: nn.Module,
+    criterion: nn.Module,
+    batches: list[dict[str, Any]],
+    scaler: torch.amp.GradScaler,
+    compute: Compute,
+) -> dict[str, Tensor]:
+    """Forward and backward of the batches of one optimizer step; gradients add up in the parameters.
+
+    The losses are normalized by the positive cells of all batches, so that accumulation equals the large batch.
+    Processes exchange gradients once, in the last batch.
+
+    Returns:
+        The losses of the step, detached, on the device.
+    """
+    num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
+    total: dict[str, Tensor] = {}
+    for j, batch in enumerate(batches):
+        exchange = unwrap(model) is model or j == len(batches) - 1
+        with contextlib.nullcontext() if exchange else model.no_sync():
+            losses = forward(model, criterion, batch, num_positives, compute)
+            scaler.scale(sum(losses.values())).backward()
+        total = {name: loss.detach() + total.get(name, 0) for name, loss in losses.items()}
+    return total
+
+
+def forward(
+    model: nn.Module, criterion: nn.Module, batch: dict[str, Any], num_positives: int | None, compute: Compute
+) -> dict[str, Tensor]:
+    """Losses of a batch that is still on the host."""
+    batch = compute.move(batch)
+    images = compute.images(unwrap(model), batch)  # float32 [B, 3, H, W]
+    with compute.autocast():
+        raw = model(images)
+    return criterion(raw, batch["targets"], num_positives)
+
+
+def repeat_forward(
+    model: nn.Module, criterion: nn.Module, batches: list[dict[str, Any]], compute: Compute
+) -> dict[str, Tensor]:
+    """Losses of the batches of one step by "name of batch j", without an exchange between processes."""
+    num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
+    return {
+        f"{name} of batch {j + 1}": loss
+        for j, batch in enumerate(batches)
+        for name, loss in forward(unwrap(model), criterion, batch, num_positives, compute).items()
+    }
+
+
+def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, clip_norm: float) -> Tensor:
+    """Clip, step, and drop the gradients; where their norm is not finite, weights stay as they are, on the device.
+
+    The norm is that of the exchanged gradients, so all processes decide alike. Returns it.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    if clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+    decides = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled()
+    if decides:  # a fused optimizer leaves out the step by what torch's own scaler would tell it
+        optimizer.found_inf = (~norm.isfinite()).float()
+    elif not scaler.is_enabled():
+        for parameter in parameters:
+            parameter.grad = torch.where(norm.isfinite(), parameter.grad, 0)
+    scaler.step(optimizer)
+    scaler.update()
+    if decides:
+        del optimizer.found_inf
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def grouped(batches: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Lists of `size` batches; a shorter rest is dropped, since a step of fewer images would weigh them more."""
+    group: list[dict[str, Any]] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+
+
+def count_positives(batches: list[dict[str, Any]], num_classes: int) -> int:
+    """Positive cells of host-side batches, at least 1."""
+    return max(1, sum(int((batch["targets"]["category"] < num_classes).sum()) for batch in batches))

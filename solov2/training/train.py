@@ -1,0 +1,293 @@
+"""`solov2.train()`: what the train command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from solov2 import distributed
+from solov2.build import build_assigner, build_compute, build_model, construct, prepare_for_training
+from solov2.checkpoint import Checkpoint
+from solov2.compute import Compute, select_device
+from solov2.config import Config, load_config, override_config
+from solov2.data.build import (
+    locate_data,
+    prepare_data,
+    training_dataset,
+    training_loader,
+    validation_dataset,
+    with_classes,
+)
+from solov2.data.categories import class_difference
+from solov2.data.coco import CocoInstances
+from solov2.data_check.quick import quick_check
+from solov2.errors import InputError
+from solov2.models.solov2 import SOLOv2
+from solov2.outputs import replace_file
+from solov2.training.environment import environment
+from solov2.training.epochs import flat_figures, show_summary, train_epochs
+from solov2.training.folder import check_agreement, check_folder, latest_checkpoint, run_folder, started_again
+from solov2.training.logger import RunLogger, format_seconds
+from solov2.training.optim import WeightAverage, build_optimizer
+from solov2.training.plan import Plan, announcement, config_text
+from solov2.training.randomness import determinism
+from solov2.training.resume import resume as resume_run
+from solov2.training.run import Run
+from solov2.weights import apply_weight_metadata, find_checkpoint, load_pretrained_backbone
+
+DEFAULT_MODEL = "solov2_r50_fpn_1x"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left: its folder, the checkpoints in it, and the figures of its last evaluation.
+
+    `metrics` maps "segm_AP", "segm_AP50", ..., "bbox_AR100" to fractions of 1 (-1 without ground truth); empty where
+    nothing was evaluated.
+    """
+
+    folder: Path
+    best: Path | None
+    last: Path | None
+    metrics: dict[str, float]
+
+
+@dataclass
+class Job:
+    """A run before it starts, with everything that could be checked without data or a device."""
+
+    config: Config
+    folder: Path
+    start_from: Checkpoint | None  # weights to fine-tune
+    go_on_with: Checkpoint | None  # a run to resume
+    empties_folder: bool = False
+
+
+def train(
+    name_or_config: str | Path | Config | None = None,
+    *,
+    data: str | Path | Mapping[str, str | Path] | None = None,
+    weights: str | Path | Checkpoint | None = None,
+    output: str | Path | None = None,
+    resume: bool | str | Path = False,
+    device: str | None = None,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    **overrides: Any,
+) -> TrainResult:
+    """Train a SOLOv2 and evaluate it. Under torchrun every process calls this, and they train together.
+
+    Args:
+        name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default
+            solov2_r50_fpn_1x, or with `resume` the configuration of the checkpoint.
+        data: a folder with annotations/, train2017/ and val2017/, or some of {"train_annotations", "train_images",
+            "val_annotations", "val_images"}; default what the configuration says.
+        weights: checkpoint of any family to start from, "official" for the published one; default ImageNet's backbone.
+        output: run folder, default runs/NAME.
+        resume: go on with the newest checkpoint of the run folder, or with a file; to the bit.
+        device: e.g. "cpu"; default the accelerator of this process, if there is one.
+        overwrite: replace the run that the folder holds.
+        tensorboard: write event files too (extra `tensorboard`).
+        overrides: fields of any section of the configuration, e.g. epochs=24, batch_size=4, num_classes=3.
+
+    Returns:
+        The run folder, its checkpoints and the figures of the last evaluation.
+
+    Raises:
+        InputError: a mistake in what was asked for, or broken data; before anything is written where that can be seen.
+        RunFailed: a loss that is not finite, a process that hangs or dies; `solov2.training.signals.Stopped` after a
+            signal, with a checkpoint written.
+    """
+    job = prepare_job(
+        name_or_config,
+        data=data,
+        weights=weights,
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
+        overrides=overrides,
+    )
+    chosen = select_device(device)
+    with (
+        distributed.process_group(chosen, timeout=job.config.train.stall_seconds),
+        determinism(job.config.train.deterministic),
+    ):
+        return _run_job(job, build_compute(job.config, chosen), tensorboard=tensorboard)
+
+
+def prepare_job(
+    name_or_config: str | Path | Config | None,
+    *,
+    data: str | Path | Mapping[str, str | Path] | None = None,
+    weights: str | Path | Checkpoint | None = None,
+    output: str | Path | None = None,
+    resume: bool | str | Path = False,
+    overwrite: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    writes: bool = True,
+) -> Job:
+    """Everything about a run that can be checked before data are read and processes are started.
+
+    The arguments are those of `train`; `overrides` also takes "section.key". Without `writes` the run folder may belong
+    to anything.
+
+    Raises:
+        InputError: name, setting, run folder, weights or checkpoint is wrong.
+    """
+
+    def settled(config: Config) -> Config:
+        return locate_data(override_config(config, overrides or {}), data)
+
+    config = settled(_load(name_or_config or DEFAULT_MODEL))
+    folder = Path(output or f"runs/{config.name}")
+    checkpoint = check_folder(folder, resume, overwrite) if writes or resume else None
+    if checkpoint is not None and name_or_config is None:
+        carried = checkpoint.configuration()
+        config = config if carried is None else settled(carried)
+    start = find_checkpoint(weights, config) if checkpoint is None else None
+    fixed = checkpoint or start  # a resumed run keeps what the weights it started from had fixed
+    if fixed is not None:
+        config = replace(config, model=apply_weight_metadata(config.model, fixed))
+    # --overwrite belongs to the first start of a launch, and never takes the checkpoint it goes on with.
+    inside = checkpoint is not None and Path(checkpoint.source).parent.resolve() == folder.resolve()
+    return Job(config, folder, start, checkpoint, overwrite and not inside and not started_again(folder))
+
+
+def splits_of(config: Config) -> tuple[str, ...]:
+    """The splits that a run reads: "train", and "val" where it evaluates."""
+    return ("train", "val") if config.train.evaluate_every else ("train",)
+
+
+def _load(given: str | Path | Config) -> Config:
+    return given if isinstance(given, Config) else load_config(given)
+
+
+def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
+    started = time.perf_counter()
+    checkpoint = job.go_on_with
+    check_agreement(None if checkpoint is None else Path(checkpoint.source).name, job.folder)
+    prepare_data(job.config, splits=splits_of(job.config))
+    dataset = training_dataset(job.config.data)
+    validation = _validation(job.config, dataset)
+    config = with_classes(job.config, dataset)
+    if config.model.num_classes != job.config.model.num_classes and distributed.is_main():
+        print(
+            f"{config.model.num_classes} classes, as the annotation file has (the configuration says "
+            f"{job.config.model.num_classes})"
+        )
+    torch.manual_seed(config.train.seed)
+    model = prepare_for_training(_initial_model(config, dataset, job), config, compute)
+    optimizer = build_optimizer(
+        model,
+        name=config.train.optimizer,
+        learning_rate=config.train.learning_rate,
+        momentum=config.train.momentum,
+        weight_decay=config.train.weight_decay,
+        decay_norms=config.train.decay_norms,
+    )
+    loader, sampler = training_loader(config, dataset, build_assigner(config.model), device=compute.device)
+    processes = distributed.world_size()
+    plan = Plan.of(config.train, images=len(dataset), batches=len(sampler), processes=processes)
+    with (
+        run_folder(job.folder, emptied=job.empties_folder),
+        contextlib.closing(RunLogger(job.folder, main=distributed.is_main(), tensorboard=tensorboard)) as logger,
+    ):
+        run = Run(
+            config=config,
+            folder=job.folder,
+            compute=compute,
+            plan=plan,
+            model=model,
+            optimizer=optimizer,
+            scaler=compute.scaler(),
+            average=WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None,
+            dataset=dataset,
+            annotations_sha256=_file_sha256(dataset.annotation_file),
+            logger=logger,
+        )
+        _announce(run)
+        for text in quick_check(dataset, config) if distributed.is_main() else ():
+            logger.warn(text)
+        if checkpoint is not None:
+            resume_run(run, checkpoint)
+        job.start_from = job.go_on_with = checkpoint = None  # as large as the model and its moments
+        _write_config(run)
+        summary = train_epochs(run, loader, sampler, validation)
+        logger.say(f"trained in {format_seconds(time.perf_counter() - started)}; checkpoint {job.folder / 'last.pth'}")
+        if summary is not None:
+            show_summary(run, validation, summary)
+        best = job.folder / "best.pth"
+        metrics = {} if summary is None else flat_figures(summary)
+        return TrainResult(job.folder, best if best.is_file() else None, latest_checkpoint(job.folder), metrics)
+
+
+def _validation(config: Config, dataset: CocoInstances) -> CocoInstances | None:
+    if not config.train.evaluate_every:
+        return None
+    validation = validation_dataset(config.data)
+    if validation.class_names != dataset.class_names:
+        raise InputError(
+            f"{validation.annotation_file} has other categories than {dataset.annotation_file}: "
+            f"{class_difference(validation.class_names, dataset.class_names)}"
+        )
+    return validation
+
+
+def _initial_model(config: Config, dataset: CocoInstances, job: Job) -> SOLOv2:
+    start = job.start_from
+    if start is None:
+        model = construct(config.model, dataset.class_names)
+        if job.go_on_with is None:
+            load_pretrained_backbone(model.backbone, config.model.backbone, config.train.pretrained_backbone)
+        return model
+    model = build_model(config, weights=start, num_classes=config.model.num_classes)
+    names = start.class_names
+    if names is not None and len(names) == len(dataset.class_names) and names != dataset.class_names:
+        warnings.warn(
+            f"{start.source} was trained on other classes than {dataset.annotation_file} has: "
+            f"{class_difference(names, dataset.class_names)}; as many, so the category layer is kept",
+            stacklevel=1,
+        )
+    model.class_names = dataset.class_names
+    return model
+
+
+def _announce(run: Run) -> None:
+    plan, config, device = run.plan, run.config, run.compute.device
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.logger.write(
+        "start",
+        learning_rate=plan.learning_rate,
+        global_batch=plan.global_batch,
+        steps_per_epoch=plan.steps_per_epoch,
+        parameters=parameters,
+        seed=config.train.seed,
+        configuration_sha256=hashlib.sha256(config_text(config).encode()).hexdigest(),
+        annotations_sha256=run.annotations_sha256,
+        **environment(device),
+    )
+    for line in announcement(config, plan, parameters=parameters, images=len(run.dataset), device=device):
+        run.logger.say(line)
+
+
+def _write_config(run: Run) -> None:
+    if distributed.is_main():
+        with replace_file(run.folder / "config.yaml") as file:
+            file.write(config_text(run.config).encode())
+
+
+def _file_sha256(path: Path) -> str:
+    """SHA-256 of a file, by which a log tells data sets apart."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
