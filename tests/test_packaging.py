@@ -20,7 +20,8 @@ BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, sy
 # The checkout under test may be installed in editable mode itself; its finder must not answer for the copy's.
 USE = (
     "import sys, site; sys.meta_path[:] = [item for item in sys.meta_path if 'ditable' not in repr(item)]\n"
-    "site.addsitedir(sys.argv[1]); import solov2; from solov2.config import config_folder\n"
+    "for name in [name for name in sys.modules if 'editable' in name]: del sys.modules[name]\n"
+    "sys.path.insert(0, sys.argv[1]); site.addsitedir(sys.argv[1]); import solov2; from solov2.config import config_folder\n"
     "print(solov2.__file__); print(config_folder()); print(*solov2.list_models())\n"
     "if len(sys.argv) > 2: print(sum(p.numel() for p in solov2.build_model(sys.argv[2]).parameters()))"
 )
@@ -140,6 +141,7 @@ def test_editable_install_finds_the_configurations_beside_it(checkout: Path, tmp
         "install",
         "--no-deps",
         "--no-build-isolation",
+        "--ignore-installed",  # else pip uninstalls the library from this very environment
         "--prefix",
         str(tmp_path / "prefix"),
         "-e",
