@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -95,10 +95,10 @@ class Checkpoint:
         Raises:
             InputError: entries that are missing or of another type than we write.
         """
-        _check_entries(content, ENTRIES, source)
+        _check_entries(content, ENTRIES, REQUIRED, source)
         training = None
         if "optimizer" in content:
-            _check_entries(content, TRAINING_ENTRIES, source)
+            _check_entries(content, RUN_ENTRIES, (*REQUIRED_OF_RUNS, *RUN_ENTRIES), source)
             kept = {entry.name: content[entry.name] for entry in fields(TrainingState) if entry.name in content}
             training = TrainingState(**{**kept, "weights": content["model"]})
         return cls(
@@ -140,47 +140,45 @@ class Checkpoint:
         return None if self.config is None else Config.from_checkpoint(self.config, source=self.source)
 
 
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-
-
-def _is_a(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
-
-
-def _is_list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-ENTRIES: dict[str, tuple[bool, Callable[[Any], bool]]] = {  # name -> (whether it must be there, whether it is right)
-    "model": (True, _is_weights),
-    "averaged": (False, _is_weights),
-    "updates": (False, _is_a(int)),
-    "traits": (False, _is_a(dict)),
-    "class_names": (False, _is_list_of(str)),
-    "category_ids": (False, _is_list_of(int)),
-    "config": (False, _is_a(dict)),
+Kind = tuple[type, type]  # of an entry and of its items; `object` where these may be anything
+REQUIRED = ("model",)
+ENTRIES: dict[str, Kind] = {
+    "model": (dict, Tensor),
+    "averaged": (dict, Tensor),
+    "updates": (int, object),
+    "traits": (dict, object),
+    "class_names": (list, str),
+    "category_ids": (list, int),
+    "config": (dict, object),
 }
-TRAINING_ENTRIES: dict[str, tuple[bool, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("config", "optimizer", "scaler"), (True, _is_a(dict))),
-    **dict.fromkeys(("epoch", "step", "evaluated", "global_batch"), (True, _is_a(int))),
-    "best": (True, _is_a(int, float)),
-    "annotations_sha256": (True, _is_a(str)),
-    "class_names": (True, _is_list_of(str)),
-    "category_ids": (True, _is_list_of(int)),
-    "random_states": (True, _is_list_of(dict)),
+REQUIRED_OF_RUNS = ("class_names", "category_ids", "config")
+RUN_ENTRIES: dict[str, Kind] = {
+    **dict.fromkeys(("optimizer", "scaler"), (dict, object)),
+    **dict.fromkeys(("epoch", "step", "evaluated", "global_batch"), (int, object)),
+    "best": (float, object),
+    "annotations_sha256": (str, object),
+    "random_states": (list, dict),
 }
 
 
-def _check_entries(
-    content: Mapping[str, Any], entries: Mapping[str, tuple[bool, Callable[[Any], bool]]], source: str
-) -> None:
-    for name, (required, is_right) in entries.items():
-        if name not in content and required:
-            raise InputError(f"{source} is no whole checkpoint: its entry '{name}' is missing")
-        if name in content and not is_right(content[name]):
-            kind = type(content[name]).__name__
-            raise InputError(f"{source} is damaged: its entry '{name}' ({kind}) is not what this library writes there")
+def _check_entries(content: Mapping[str, Any], kinds: Mapping[str, Kind], required: Iterable[str], source: str) -> None:
+    missing = next((name for name in required if name not in content), None)
+    if missing is not None:
+        raise InputError(f"{source} is no whole checkpoint: its entry '{missing}' is missing")
+    wrong = next((name for name, kind in kinds.items() if name in content and not _is(content[name], *kind)), None)
+    if wrong is not None:
+        kind = type(content[wrong]).__name__
+        raise InputError(f"{source} is damaged: its entry '{wrong}' ({kind}) is not what this library writes there")
+
+
+def _is(value: Any, kind: type, item: type) -> bool:
+    if kind is float and type(value) is int:
+        return True
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    if isinstance(value, dict):
+        return item is object or all(isinstance(k, str) and isinstance(v, item) for k, v in value.items())
+    return not isinstance(value, list) or all(isinstance(each, item) for each in value)
 
 
 def write_file(path: str | Path, content: Mapping[str, Any]) -> None:

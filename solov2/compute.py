@@ -59,7 +59,7 @@ class Compute:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device and lay its weights out, in place; returns it."""
-        return model.to(self.device, memory_format=self.memory_format)
+        return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]  # stubs lack it
 
 
 def select_device(name: str | None = None) -> torch.device:

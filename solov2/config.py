@@ -133,7 +133,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of plain YAML/JSON types (tuples become lists)."""
-        return _plain(dataclasses.asdict(self))
+        values = _plain(dataclasses.asdict(self))
+        limits = [entry.name for entry in dataclasses.fields(PostprocessSettings)]  # inherited, so they come first
+        values["model"] |= {name: values["model"].pop(name) for name in limits}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> Config:

@@ -84,7 +84,6 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     if "RANK" in os.environ and not dist.is_initialized():
-        options = {"device_id": device} if device.type != "cpu" else {}
         patience = datetime.timedelta(seconds=timeout if device.type == "cpu" else timeout + NCCL_GRACE)
         store, own_rank, size = next(dist.rendezvous("env://", timeout=patience))
         dist.init_process_group(
@@ -93,7 +92,7 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
             rank=own_rank,
             world_size=size,
             timeout=patience,
-            **options,
+            device_id=device if device.type != "cpu" else None,
         )
     yield
     if dist.is_initialized():

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class ExportedSOLOv2(nn.Module):
         fold_batch_norms(self.model)
         self.raw, self.num_cells = raw, num_cells
 
-    def forward(self, pixels: Tensor, sizes: Tensor) -> dict[str, Tensor | list[Tensor]]:
+    def forward(self, pixels: Tensor, sizes: Tensor) -> Mapping[str, Tensor | list[Tensor]]:
         """Instances of a batch.
 
         Args:
@@ -63,7 +64,7 @@ class ExportedSOLOv2(nn.Module):
 
 
 def select_instances(
-    raw: dict[str, Tensor | list[Tensor]], settings: PostprocessSettings, *, num_cells: int = NUM_CELLS
+    raw: dict[str, Any], settings: PostprocessSettings, *, num_cells: int = NUM_CELLS
 ) -> dict[str, Tensor]:
     """The instances that `solov2.models.postprocess.postprocess` finds, in tensors of fixed shape.
 
@@ -174,6 +175,8 @@ def _to_onnx(program: torch.export.ExportedProgram, class_names: str) -> bytes:
         for name, value in outputs.items()
         for level in range(1 if isinstance(value, Tensor) else len(value))
     ]
-    model = torch.onnx.export(program, output_names=names, verbose=False).model_proto
+    exported = torch.onnx.export(program, output_names=names, verbose=False)
+    assert exported is not None
+    model = exported.model_proto
     model.metadata_props.add(key="class_names", value=class_names)
     return model.SerializeToString()

@@ -52,7 +52,7 @@ class SOLOv2Criterion(nn.Module):
         Returns:
             {"loss_category", "loss_mask"}: scalars in at least float32.
         """
-        category = targets["category"]  # [B, cells]
+        category: Tensor = targets["category"]  # [B, cells]
         with torch.autocast(category.device.type, enabled=False):
             logits = torch.cat([level.flatten(2) for level in raw["category_logits"]], dim=2)  # [B, C, cells]
             focal = self._focal(_wide(logits), category)  # []

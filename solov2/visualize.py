@@ -171,7 +171,7 @@ def _label_text(label: int, score: float | None, class_names: Sequence[str]) -> 
 
 def _mask_array(mask: Tensor | np.ndarray | Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     """One mask as bool[H,W]."""
-    array = np.asarray(torch.as_tensor(decode_rle(mask) if isinstance(mask, Mapping) else mask).cpu()) > 0
+    array = np.asarray(torch.as_tensor(decode_rle(dict(mask)) if isinstance(mask, Mapping) else mask).cpu()) > 0
     if array.shape != size:
         raise InputError(f"masks of {array.shape} (height, width) do not fit an image of {size}")
     return array
@@ -186,10 +186,10 @@ def _paint(photo: np.ndarray, instances: Sequence[Instance], alpha: float, width
     order = sorted(instances, key=lambda instance: -instance.area)
     for instance in order:
         inside = instance.mask
-        fill = (1 - alpha) * instance.region(photo)[inside] + alpha * np.float32(instance.color)
+        fill = (1 - alpha) * instance.region(photo)[inside] + alpha * np.asarray(instance.color, np.float32)
         instance.region(pixels)[inside] = fill
     for instance in order:
-        inside, region, color = instance.mask, instance.region(pixels), np.float32(instance.color)
+        inside, region, color = instance.mask, instance.region(pixels), np.asarray(instance.color, np.float32)
         # A dark rim outside the bright line shows the outline on light and on dark ground.
         rim = _grow(inside, max(1, width // 2)) & ~inside
         line = inside & _grow(~inside, width)
@@ -210,6 +210,7 @@ def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> None:
     """One label per instance on the picture, tied to its mask by a line where it had to go further away."""
     font_size = max(11, round(min(picture.size) / (30 if len(instances) <= 12 else 40)))  # a crowd leaves less room
     font = ImageFont.load_default(size=font_size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # what a size asks for
     pad = max(2, font_size // 5)
     height = sum(font.getmetrics()) + pad
     weight = _hiding_cost(instances, (picture.height, picture.width), label_area=6 * height * height)

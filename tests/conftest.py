@@ -11,6 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+pytest.register_assert_rewrite("helpers")  # their assertions tell values as those of test modules do
+
 # More threads than cores slow small tensors down by an order of magnitude.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
 

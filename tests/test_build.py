@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 import torchvision
-from tiny_models import save_content
-from tiny_runs import tiny_config
+from helpers.tiny_models import save_content
+from helpers.tiny_runs import tiny_config
 
 from solov2.build import build_model, construct
 from solov2.checkpoint import load_file

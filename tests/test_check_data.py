@@ -12,8 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import yaml
+from helpers.coco_files import CocoTree, annotation, rectangle
 from PIL import Image
-from test_malformed import Tree, annotation, polygon
 
 from solov2.commands.check_data import main
 from solov2.config import Config, load_config
@@ -30,8 +30,8 @@ def config_of(*settings: str) -> Config:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    return Tree(tmp_path)
+def tree(tmp_path: Path) -> CocoTree:
+    return CocoTree(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def breaker(repo_root: Path) -> ModuleType:
     return module
 
 
-def run(tree: Tree, *arguments: str) -> int:
+def run(tree: CocoTree, *arguments: str) -> int:
     tree.file.write_text(json.dumps(tree.content))
     settings = ["--set", "data.train_scales=[48]", "--set", "data.train_long_edge=64", "--workers", "1"]
     return main([str(tree.file), "--images", str(tree.images), *settings, *arguments])
@@ -91,7 +91,7 @@ def test_planted_faults_in_photographs(breaker: ModuleType, tmp_path: Path, coco
     assert_all_found(breaker, annotations, coco_photos / "val2017", tmp_path / "out", config)
 
 
-def test_clean_data(tree: Tree, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_clean_data(tree: CocoTree, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert run(tree, "--json", str(tmp_path / "report.json")) == 0
     out = capsys.readouterr().out
     assert "0 errors, 0 warnings, 0 notes" in out and "3 images, 6 usable instances" in out
@@ -103,7 +103,7 @@ def test_clean_data(tree: Tree, capsys: pytest.CaptureFixture, tmp_path: Path) -
     assert figures["unseen_instances"] == figures["hidden_instances"] == []
 
 
-def test_findings_are_printed_and_written(tree: Tree, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_findings_are_printed_and_written(tree: CocoTree, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     tree.first["area"] = 0
     tree.content["annotations"][2]["area"] = -1
     (tree.images / "3.png").unlink()
@@ -119,7 +119,7 @@ def test_findings_are_printed_and_written(tree: Tree, capsys: pytest.CaptureFixt
     ]
 
 
-def test_fix(tree: Tree, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_fix(tree: CocoTree, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     tree.first["segmentation"].append([1, 2, 3, 4])
     tree.content["annotations"][3]["bbox"] = [0, 0, 20, 30]
     (tree.images / "3.png").write_bytes(b"")
@@ -148,7 +148,7 @@ def test_fix(tree: Tree, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert run(tree, "--fix", str(out)) == 2  # the list of changes is still there
 
 
-def test_fix_does_not_write_an_empty_file(tree: Tree, tmp_path: Path) -> None:
+def test_fix_does_not_write_an_empty_file(tree: CocoTree, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         (tree.images / f"{number}.png").unlink()
     assert run(tree, "--fix", str(tmp_path / "fixed.json")) == 2
@@ -165,7 +165,7 @@ def test_fix_does_not_write_an_empty_file(tree: Tree, tmp_path: Path) -> None:
         (["{file}", "--images", ".", "--json", "{file}"], "--json "),
     ],
 )
-def test_mistakes(tree: Tree, capsys: pytest.CaptureFixture, arguments: list[str], said: str) -> None:
+def test_mistakes(tree: CocoTree, capsys: pytest.CaptureFixture, arguments: list[str], said: str) -> None:
     tree.file.write_text(json.dumps(tree.content))
     assert main([argument.format(file=tree.file) for argument in arguments]) == 2
     assert capsys.readouterr().err.startswith(f"error: {said}")
@@ -178,7 +178,7 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
     assert check_data(content, images, config, workers=2) == check_data(content, images, config)
 
 
-def test_instances_that_no_cell_sees(tree: Tree) -> None:
+def test_instances_that_no_cell_sees(tree: CocoTree) -> None:
     tree.content["annotations"].append(annotation(13, 1, 1, (50, 40, 2, 2)))
     config = config_of("model.scale_ranges=[[5, 18], [5, 18], [5, 18], [5, 18], [5, 18]]")
     report = check_data(tree.content, tree.images, config)
@@ -197,13 +197,13 @@ def test_instances_that_no_cell_sees(tree: Tree) -> None:
     assert report.findings == []
 
 
-def test_masks_without_a_pixel_at_a_quarter(tree: Tree) -> None:
+def test_masks_without_a_pixel_at_a_quarter(tree: CocoTree) -> None:
     tree.content["annotations"].append(annotation(13, 1, 1, (4, 40, 20, 1)))
     report = check_data(tree.content, tree.images, config_of())
     assert [(f.kind, f.annotation_id) for f in report.findings] == [("no mask pixel", 13)]
 
 
-def test_shared_cells(tree: Tree) -> None:
+def test_shared_cells(tree: CocoTree) -> None:
     tree.content["annotations"].append(annotation(13, 1, 2, (12, 10, 16, 12)))  # concentric with 11, and later
     report = check_data(tree.content, tree.images, config_of("model.grid_sizes=[4, 4, 4, 4, 4]"))
     assert report.findings == []
@@ -255,7 +255,7 @@ def test_suggestion_reproduces_the_published_grids() -> None:
     assert crowded_share(np.full(2, 20.0), np.full((2, 2), 0.5), np.arange(2), [40] * 5, ranges) == 0
 
 
-def test_quick_check(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_check(tree: CocoTree, monkeypatch: pytest.MonkeyPatch) -> None:
     def sentences(*settings: str) -> list[str]:
         tree.file.write_text(json.dumps(tree.content))
         dataset = CocoInstances(tree.file, tree.images, training=True)
@@ -276,14 +276,14 @@ def test_quick_check(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shifted.startswith("category ids look off by one: 0 to 1 are used and 1 to 2 declared")
 
 
-def test_quick_check_agrees_with_the_assigner(tree: Tree) -> None:
+def test_quick_check_agrees_with_the_assigner(tree: CocoTree) -> None:
     """Box area against the ranges is what the assigner goes by, wherever a mask has a pixel left."""
     generator = np.random.RandomState(0)
     for number in range(100, 140):
         x, y = generator.uniform(0, 50), generator.uniform(0, 36)
         width, height = generator.uniform(2, 60 - x), generator.uniform(2, 46 - y)
         entry = annotation(number, 1, 1, (x, y, width, height))
-        tree.content["annotations"].append({**entry, "segmentation": polygon(x, y, width, height)})
+        tree.content["annotations"].append({**entry, "segmentation": rectangle(x, y, width, height)})
     tree.file.write_text(json.dumps(tree.content))
     config = config_of(
         "model.scale_ranges=[[3, 8], [12, 14], [12, 14], [12, 14], [20, 30]]", "data.train_scales=[48, 30]"

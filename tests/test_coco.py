@@ -13,39 +13,21 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
+from helpers import coco_files
+from helpers.coco_files import HEIGHT, WIDTH, image_entry
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
 from solov2.data.coco import CocoInstances
 from solov2.errors import InputError
 
-HEIGHT, WIDTH = 48, 64
-
-
-def polygon(x: float, y: float, width: float, height: float) -> list[list[float]]:
-    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
-
 
 def annotation(number: int, image: int = 1, category: int = 3, box: tuple = (10, 8, 20, 16), **changes) -> dict:
-    x, y, width, height = box
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "bbox": list(box),
-        "area": width * height,
-        "iscrowd": 0,
-        "segmentation": polygon(x, y, width, height),
-        **changes,
-    }
+    return coco_files.annotation(number, image, category, box, **changes)
 
 
 def rle(counts: list[int] | str, size: list[int] | None = None) -> dict:
     return {"size": size or [HEIGHT, WIDTH], "counts": counts}
-
-
-def image_entry(number: int, name: str | None = None, width: int = WIDTH, height: int = HEIGHT) -> dict:
-    return {"id": number, "file_name": name or f"{number}.png", "width": width, "height": height}
 
 
 class Tree:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import flat, tiny_targets
-from tiny_models import VARIANTS, lively, tiny_model
+from helpers.parity import raw_tensors
+from helpers.tiny_models import VARIANTS, lively, tiny_model, tiny_targets
 from torch import Tensor, nn
 
 from solov2.build import build_model
@@ -42,7 +42,7 @@ def test_more_sizes_than_torch_compiles_run_all_the_same(monkeypatch: pytest.Mon
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
         for width in (64, 96, 128, 160):
             images = torch.randn(1, 3, 64, width)
-            for wanted, found in zip(flat(plain(images)), flat(fast(images)), strict=True):
+            for wanted, found in zip(raw_tensors(plain(images)), raw_tensors(fast(images)), strict=True):
                 torch.testing.assert_close(found, wanted)
 
 
@@ -82,7 +82,7 @@ def assert_same_step(model: SOLOv2, backend: str, tolerance: float) -> None:
 def assert_same_forward(model: SOLOv2, backend: str, tolerance: float) -> None:
     images = torch.randn(2, 3, *SIZE, dtype=model.fpn.lateral[0].weight.dtype)
     with torch.no_grad():
-        wanted, found = flat(model.eval()(images)), flat(compiled(model.forward, backend)(images))
+        wanted, found = raw_tensors(model.eval()(images)), raw_tensors(compiled(model.forward, backend)(images))
     for one, other in zip(wanted, found, strict=True):
         assert (one - other).abs().max() <= tolerance * one.std()
 
@@ -153,7 +153,7 @@ def test_generated_code() -> None:
     model = lively(tiny_model("nothing frozen, batch norm"))
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
-        wanted, found = flat(model.optimize()(images)), flat(model.optimize(compile=True)(images))
+        wanted, found = raw_tensors(model.optimize()(images)), raw_tensors(model.optimize(compile=True)(images))
     for one, other in zip(wanted, found, strict=True):
         assert (one - other).abs().max() <= 1e-4 * one.std()
     assert_same_step(model, "inductor", 1e-3)

@@ -13,19 +13,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import (
-    DATA,
+from helpers.parity import (
+    FORWARD,
     MODELS,
     adelaidet_name,
+    assert_outputs,
     load,
     mmdet_name,
     mmdet_shapes,
     mmdet_weights,
     network_input,
     original_name,
+    run_network,
+    sampled_outputs,
 )
-from test_models import assert_outputs, run
-from tiny_models import TINY, lively, tiny_model
+from helpers.tiny_models import TINY, lively, tiny_model
 from torch import Tensor
 
 from solov2.build import build_model
@@ -38,7 +40,6 @@ from solov2.models.solov2 import SOLOv2
 from solov2.weights import PUBLISHED_WEIGHTS, convert_file, official_weights
 
 KEYS = load("keys.json.gz")  # family -> network -> name -> shape, as the families' own code lists them
-FORWARD = load("forward.json.gz")
 CASES = [(family, config) for family, configs in KEYS.items() for config in configs]
 # parameters and state-dict entries of mmdetection's networks
 SIZES = {
@@ -194,7 +195,7 @@ def test_generated_files_give_the_references_outputs(family: str, config: str, t
     torch.save(content, tmp_path / "file.pth", _use_new_zipfile_serialization=family == "mmdet")
     model = build_model(MODELS[config], weights=tmp_path / "file.pth").double()
     entry = FORWARD[config]["input"]
-    outputs, _ = run(model, network_input(entry["tag"], entry["shape"]).double())
+    outputs, _ = run_network(model, network_input(entry["tag"], entry["shape"]).double())
     assert_outputs(config, outputs, 1e-8)
 
 
@@ -212,8 +213,7 @@ def test_r101_shares_its_first_stage_with_the_fixture_of_r101_dcn() -> None:
     with torch.no_grad():
         c2 = backbone.layer1(backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images)))))
     stored = entry["outputs"]["C2"]
-    with np.load(DATA / "forward.npz") as file:
-        wanted = torch.from_numpy(file["solov2_r101_dcn"])[: stored["count"]]
+    wanted = sampled_outputs("solov2_r101_dcn")["C2"]
     assert (c2.flatten()[:: stored["stride"]] - wanted).abs().max() <= 1e-8 * stored["std"]
 
 

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import RATE, STEPS, batches_of, fresh_model
-from tiny_runs import arguments, tiny_config
+from helpers.distributed_worker import RATE, STEPS, batches_of, fresh_model
+from helpers.tiny_runs import arguments, tiny_config
 
 from solov2 import distributed
 from solov2.build import build_criterion
@@ -46,7 +46,7 @@ def averaged_in_one_process():
 
 
 def test_two_processes_equal_averaged_gradients(repo_root, tmp_path):
-    done = run([*LAUNCHER, "tests/distributed_worker.py", str(tmp_path)], repo_root, PYTHONPATH=str(repo_root))
+    done = run([*LAUNCHER, "tests/helpers/distributed_worker.py", str(tmp_path)], repo_root, PYTHONPATH=str(repo_root))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
     assert first["gathered"] == second["gathered"] == [0, 1]

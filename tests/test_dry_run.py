@@ -6,12 +6,13 @@ import multiprocessing.process
 import os
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import yaml
-from tiny_models import TINY, VARIANTS
-from tiny_runs import arguments, tiny_config
+from helpers.tiny_models import TINY, VARIANTS
+from helpers.tiny_runs import arguments, tiny_config
 
 from solov2 import distributed
 from solov2.build import build_assigner, build_compute, build_criterion, construct
@@ -20,7 +21,7 @@ from solov2.config import list_models, load_config, replace_model
 from solov2.data.build import prepare_data, training_dataset, training_loader
 from solov2.data.categories import default_class_names
 from solov2.training import dry_run
-from solov2.training.optim import make_schedule
+from solov2.training.optim import learning_rate_factor
 from solov2.training.plan import Plan
 from solov2.training.step import backward
 
@@ -85,8 +86,9 @@ def test_everything_that_a_run_would_do(data, tmp_path, capsys):
     total = sum(p.numel() for p in parameters)
     assert f"{total:,} of the {total:,} parameters are trainable" in summary  # the quickstart freezes nothing
 
-    schedule = make_schedule(
-        "step",
+    schedule = partial(
+        learning_rate_factor,
+        kind="step",
         steps_per_epoch=steps,
         epochs=4,
         warmup_steps=3,

@@ -10,10 +10,9 @@ from typing import BinaryIO
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import load, raw_outputs
-from test_postprocess import settings_of
-from tiny_models import VARIANTS, lively, save_content, tiny_model
-from tiny_runs import tiny_config
+from helpers.parity import POSTPROCESS_CASES, postprocess_settings, raw_outputs
+from helpers.tiny_models import VARIANTS, lively, save_content, tiny_model
+from helpers.tiny_runs import tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +22,6 @@ from solov2.commands.export import main
 from solov2.export import ExportedSOLOv2, export_program, select_instances
 from solov2.models.postprocess import flatten_raw, postprocess
 
-CASES = {case["name"]: case for case in load("postprocess.json.gz")["cases"]}
 SIZE = (64, 96)
 NAMES = ["cat", "dog", "owl", "cow"]
 
@@ -41,8 +39,8 @@ def final_masks(soft: Tensor, size: tuple[int, int], original_size: tuple[int, i
 )
 def test_instances_are_those_of_postprocess(name: str) -> None:
     """Cases of the reference, in float64 so that ties and thresholds fall alike."""
-    case = CASES[name]
-    settings, raw = settings_of(case), raw_outputs(case["tag"], case["params"], torch.float64)
+    case = POSTPROCESS_CASES[name]
+    settings, raw = postprocess_settings(case), raw_outputs(case["tag"], case["params"], torch.float64)
     sizes, originals = ([tuple(meta[key]) for meta in case["metas"]] for key in ("img_shape", "ori_shape"))
     scores, _, _ = flatten_raw(raw, settings)
     num_cells = max(20, int((scores.amax(2) > settings.category_threshold).sum(1).max()))
@@ -63,8 +61,8 @@ def test_instances_are_those_of_postprocess(name: str) -> None:
 
 def test_fewer_cells_are_the_best_ones() -> None:
     """Without the cells of the lowest category scores the best instances stay what they were."""
-    case = CASES["normal"]
-    settings, raw = settings_of(case), raw_outputs(case["tag"], case["params"], torch.float64)
+    case = POSTPROCESS_CASES["normal"]
+    settings, raw = postprocess_settings(case), raw_outputs(case["tag"], case["params"], torch.float64)
     everything, fewer = (select_instances(raw, settings, num_cells=count) for count in (1000, 200))
     assert torch.allclose(everything["scores"][0, 0], fewer["scores"][0, 0])
     assert (select_instances(raw, settings, num_cells=3)["scores"] > 0).sum() < (fewer["scores"] > 0).sum()

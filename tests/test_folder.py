@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import numbered
+from helpers.tiny_models import numbered
 
 from solov2.errors import InputError
 from solov2.training.folder import LAUNCH, check_agreement, check_folder, run_folder, save_step

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_runs import flat_plan, random_batch, tiny_config
+from helpers.tiny_runs import flat_plan, random_batch, tiny_config
 
 from solov2.build import build_criterion, construct
 from solov2.checkpoint import load_file

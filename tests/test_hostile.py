@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_malformed import Tree, png_header, polygon
+from helpers.coco_files import CocoTree, png_header, rectangle
 
 from solov2 import weights as published_weights
 from solov2.checkpoint import load_file
@@ -196,7 +196,7 @@ def test_image_size_is_checked_in_the_header(tmp_path: Path, read: Callable) -> 
 
 @pytest.mark.parametrize("name", ["../../x.jpg", "a/../../x.jpg", "/etc/passwd", "a/b/../../../x.jpg"])
 def test_file_names_do_not_leave_the_folder(tmp_path: Path, name: str) -> None:
-    tree = Tree(tmp_path)
+    tree = CocoTree(tmp_path)
     (tmp_path / "x.jpg").write_bytes(b"secret")
     tree.image["file_name"] = name
     tree.file.write_text(json.dumps(tree.content))
@@ -211,9 +211,9 @@ def test_names_do_not_write_to_the_terminal() -> None:
 
 
 def test_polygon_does_not_fill_the_memory(tmp_path: Path) -> None:
-    tree = Tree(tmp_path)
+    tree = CocoTree(tmp_path)
     tree.first["segmentation"] = [[0, 0, 2e9, 0, 2e9, 2e9]]
-    tree.content["annotations"][2]["segmentation"] = polygon(-500, -500, 1000, 1000)  # large, but drawn at once
+    tree.content["annotations"][2]["segmentation"] = rectangle(-500, -500, 1000, 1000)  # large, but drawn at once
     tree.file.write_text(json.dumps(tree.content))
     with pytest.raises(InputError, match="annotation 11 .*pixels away"):
         CocoInstances(tree.file, tree.images, training=True)

@@ -36,6 +36,12 @@ def test_only_the_seven_dependencies_are_imported(repo_root: Path) -> None:
         assert imported(tree) <= allowed | EXTRAS, path
 
 
+def test_no_test_module_is_imported(repo_root: Path) -> None:
+    """What several of them need lies in tests/helpers."""
+    for path in sorted((repo_root / "tests").rglob("*.py")):
+        assert not [name for name in imported(ast.parse(path.read_text())) if name.startswith("test_")], path
+
+
 def test_no_device_is_written_down_and_loading_is_safe(repo_root: Path) -> None:
     found = [
         f"{path}:{number}: {line.strip()}"

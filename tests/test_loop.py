@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import random_batch, tiny_config
+from helpers.tiny_runs import random_batch, tiny_config
 
 from solov2.build import construct
 from solov2.compute import Compute

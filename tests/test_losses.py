@@ -1,4 +1,4 @@
-"""Losses and their gradients are the reference's; the normalisers, empty images and half types do what is promised."""
+"""Losses and their gradients are the reference's; the normalizers, empty images and half types do what is promised."""
 
 from __future__ import annotations
 
@@ -7,33 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from parity import GRIDS, instances, load, raw_outputs
+from helpers.parity import BATCHES, criterion_of, raw_tensors, stored_batch
 
 from solov2.losses import SOLOv2Criterion
 from solov2.targets import TargetAssigner
 
-CASES = {case["name"]: case for case in load("losses.json.gz")["cases"]}
-
-
-def stored_batch(case: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(raw outputs that record gradients, targets) of a stored batch."""
-    raw = raw_outputs(case["tag"], case["params"], dtype)
-    for tensor in tensors(raw):
-        tensor.requires_grad_()
-    assign = TargetAssigner(GRIDS, case["scale_ranges"], num_classes=case["params"]["num_classes"])
-    return raw, assign([instances(image) for image in case["images"]], tuple(case["pad_shape"]))
-
-
-def tensors(raw: dict[str, Any]) -> list[torch.Tensor]:
-    return [*raw["category_logits"], *raw["kernels"], raw["mask_features"]]
-
-
-def criterion(case: dict[str, Any]) -> SOLOv2Criterion:
-    return SOLOv2Criterion(num_classes=case["params"]["num_classes"])
-
 
 def test_all_batches_are_here() -> None:
-    assert len(CASES) == 12
+    assert len(BATCHES) == 12
 
 
 # float64 agrees to 1e-14; for float32 the bounds are those within which the reference agrees with itself.
@@ -42,11 +23,11 @@ def test_all_batches_are_here() -> None:
     [(torch.float64, 1e-10, 1e-10), (torch.float32, 2e-7, 2e-6)],
     ids=["float64", "float32"],
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BATCHES)
 def test_losses_and_gradients(name: str, dtype: torch.dtype, loss_tolerance: float, gradient_tolerance: float) -> None:
-    case = CASES[name]
+    case = BATCHES[name]
     raw, targets = stored_batch(case, dtype)
-    losses = criterion(case)(raw, targets)
+    losses = criterion_of(case)(raw, targets)
     assert losses["loss_mask"].dtype == losses["loss_category"].dtype == dtype
     assert losses["loss_mask"].item() == pytest.approx(case["loss_mask"], rel=loss_tolerance)
     assert losses["loss_category"].item() == pytest.approx(case["loss_cls"], rel=loss_tolerance)
@@ -75,21 +56,21 @@ def assert_sampled(gradient: torch.Tensor, stored: dict[str, Any], tolerance: fl
     assert gradient.double().norm().item() == pytest.approx(stored["l2"], rel=tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["num_pos"]])
+@pytest.mark.parametrize("name", [name for name, case in BATCHES.items() if case["num_pos"]])
 def test_given_number_of_positives(name: str) -> None:
     """Dividing by the pairs gives the authors' mean over pairs; the category loss has its own + 1."""
-    case = CASES[name]
+    case = BATCHES[name]
     raw, targets = stored_batch(case, torch.float64)
-    own = criterion(case)(raw, targets)
+    own = criterion_of(case)(raw, targets)
     for count in (case["num_entries"], float(case["num_entries"]), torch.tensor(case["num_entries"])):
-        given = criterion(case)(raw, targets, count)
+        given = criterion_of(case)(raw, targets, count)
         assert given["loss_mask"].item() == pytest.approx(case["loss_mask_mean_over_pairs"], rel=1e-8)
         ratio = (case["num_pos"] + 1) / (case["num_entries"] + 1)
         assert given["loss_category"].item() == pytest.approx(own["loss_category"].item() * ratio, rel=1e-6)
 
 
 def test_weight_of_the_mask_loss() -> None:
-    case = CASES["single"]
+    case = BATCHES["single"]
     raw, targets = stored_batch(case, torch.float64)
     losses = SOLOv2Criterion(num_classes=5, mask_weight=1.5)(raw, targets)
     assert losses["loss_mask"].item() == pytest.approx(case["loss_mask"] / 2)
@@ -99,10 +80,10 @@ def test_weight_of_the_mask_loss() -> None:
 @pytest.mark.parametrize("name", ["three_one_without_gt", "many_and_empty_mask", "gts_but_no_positive", "no_gt_at_all"])
 def test_counts_on_the_host_are_optional(name: str) -> None:
     """positives_per_image and instances_per_image only save a wait for the device."""
-    case = CASES[name]
+    case = BATCHES[name]
     raw, targets = stored_batch(case, torch.float64)
     bare = {key: targets[key] for key in ("category", "positives", "masks")}
-    assert criterion(case)(raw, bare) == criterion(case)(raw, targets)
+    assert criterion_of(case)(raw, bare) == criterion_of(case)(raw, targets)
 
 
 @pytest.mark.parametrize("position", range(3))
@@ -112,7 +93,7 @@ def test_counts_on_the_host_are_optional_wherever_the_empty_image_is(position: i
     assert SOLOv2Criterion(num_classes=3)(raw, bare) == SOLOv2Criterion(num_classes=3)(raw, targets)
 
 
-def test_images_combine_as_the_normalisers_say() -> None:
+def test_images_combine_as_the_normalizers_say() -> None:
     """Sums over images add up: mask loss times positives, category loss times (positives + 1)."""
     counts = [3, 0, 5]
     raw, targets = random_batch(counts, torch.float64)
@@ -129,10 +110,10 @@ def test_accumulated_batches_equal_the_large_batch() -> None:
     """Given the positives of all, losses and gradients of the parts add up to those of the whole."""
     raw, targets = random_batch([4, 0, 2], torch.float64)
     loss = SOLOv2Criterion(num_classes=3)
-    whole = torch.autograd.grad(sum(loss(raw, targets).values()), tensors(raw))
+    whole = torch.autograd.grad(sum(loss(raw, targets).values()), raw_tensors(raw))
     positives = (targets["category"] < 3).sum()
     parts = [sum(loss(*one_image(raw, targets, image), positives).values()) for image in range(3)]
-    for one, other in zip(whole, torch.autograd.grad(sum(parts), tensors(raw)), strict=True):
+    for one, other in zip(whole, torch.autograd.grad(sum(parts), raw_tensors(raw)), strict=True):
         assert torch.allclose(one, other, rtol=1e-6, atol=1e-12)
 
 
@@ -148,7 +129,7 @@ def test_no_positive_cell(counts: list[int], ranges: list[tuple[float, float]] |
     losses = SOLOv2Criterion(num_classes=3)(raw, targets)
     assert losses["loss_mask"].item() == 0 and losses["loss_category"] > 0
     sum(losses.values()).backward()
-    for tensor in tensors(raw):
+    for tensor in raw_tensors(raw):
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
     assert not any(tensor.grad.any() for tensor in (*raw["kernels"], raw["mask_features"]))
     assert all(level.grad.any() for level in raw["category_logits"])
@@ -182,7 +163,7 @@ def test_extreme_logits_stay_finite() -> None:
             for key, value in raw.items()
         }
         losses = SOLOv2Criterion(num_classes=3)(scaled, targets)
-        gradients = torch.autograd.grad(sum(losses.values()), tensors(raw))
+        gradients = torch.autograd.grad(sum(losses.values()), raw_tensors(raw))
         assert all(torch.isfinite(value).all() for value in (*losses.values(), *gradients))
 
 
@@ -215,10 +196,10 @@ def test_focal_settings() -> None:
 
 def test_inputs_are_left_untouched() -> None:
     raw, targets = random_batch([3, 2])
-    kept = [tensor.detach().clone() for tensor in tensors(raw)]
+    kept = [tensor.detach().clone() for tensor in raw_tensors(raw)]
     kept_targets = copy.deepcopy(targets)
     sum(SOLOv2Criterion(num_classes=3)(raw, targets).values()).backward()
-    assert all(torch.equal(tensor, other) for tensor, other in zip(tensors(raw), kept, strict=True))
+    assert all(torch.equal(tensor, other) for tensor, other in zip(raw_tensors(raw), kept, strict=True))
     for key, value in kept_targets.items():
         assert torch.equal(targets[key], value) if isinstance(value, torch.Tensor) else targets[key] == value
 

@@ -7,14 +7,13 @@ finds exactly what was planted; the repaired file loads and has nothing repairab
 from __future__ import annotations
 
 import json
-import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.coco_files import HEIGHT, WIDTH, CocoTree, annotation, png_header, rectangle
 from PIL import Image
 
 from solov2.commands.check_data import UNUSABLE_FILES, main
@@ -26,58 +25,7 @@ from solov2.data_check.findings import REPAIRABLE
 from solov2.data_check.repair import repair
 from solov2.errors import InputError
 
-HEIGHT, WIDTH = 48, 64
 SETTINGS = ("data.train_scales=[48]", "data.train_long_edge=64")
-
-
-def polygon(x: float, y: float, width: float, height: float) -> list[list[float]]:
-    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
-
-
-def annotation(number: int, image: int, category: int, box: tuple[float, ...]) -> dict:
-    return {
-        "id": number, "image_id": image, "category_id": category, "bbox": list(box), "area": box[2] * box[3],
-        "iscrowd": 0, "segmentation": polygon(*box),
-    }  # fmt: skip
-
-
-class Tree:
-    """A clean COCO tree of three small images, to be broken."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file, self.images = folder / "instances.json", folder / "images"
-        self.images.mkdir()
-        for number in (1, 2, 3):
-            self.save(f"{number}.png", np.full((HEIGHT, WIDTH, 3), number, dtype=np.uint8))
-        self.content = {
-            "images": [
-                {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT} for number in (1, 2, 3)
-            ],
-            "annotations": [
-                annotation(11, 1, 1, (10, 8, 20, 16)), annotation(12, 1, 2, (40, 20, 12, 14)),
-                annotation(21, 2, 1, (4, 4, 30, 30)), annotation(22, 2, 2, (36, 6, 20, 30)),
-                annotation(31, 3, 2, (8, 8, 16, 16)), annotation(32, 3, 1, (30, 10, 10, 10)),
-            ],
-            "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}],
-        }  # fmt: skip
-
-    @property
-    def first(self) -> dict:
-        return self.content["annotations"][0]
-
-    @property
-    def image(self) -> dict:
-        return self.content["images"][0]
-
-    def save(self, name: str, pixels: np.ndarray, mode: str | None = None, **options) -> None:
-        Image.fromarray(pixels, mode).save(self.images / name, **options)
-
-    def write(self, name: str, content: bytes) -> None:
-        (self.images / name).write_bytes(content)
-
-    def rename(self, name: str) -> None:
-        """Let image 1 be the file of another name."""
-        self.image["file_name"] = name
 
 
 def load_everything(file: Path, images: Path) -> list[str]:
@@ -90,23 +38,23 @@ def load_everything(file: Path, images: Path) -> list[str]:
     return [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
-def set_first(**values) -> Callable[[Tree], None]:
+def set_first(**values) -> Callable[[CocoTree], None]:
     return lambda tree: tree.first.update(values)
 
 
-def without(*keys: str) -> Callable[[Tree], None]:
+def without(*keys: str) -> Callable[[CocoTree], None]:
     return lambda tree: [tree.first.pop(key) for key in keys]
 
 
-def set_image(**values) -> Callable[[Tree], None]:
+def set_image(**values) -> Callable[[CocoTree], None]:
     return lambda tree: tree.image.update(values)
 
 
-def append(section: str, entry: object) -> Callable[[Tree], None]:
+def append(section: str, entry: object) -> Callable[[CocoTree], None]:
     return lambda tree: tree.content[section].append(entry)
 
 
-def rle(counts: object, size: object = (HEIGHT, WIDTH)) -> Callable[[Tree], None]:
+def rle(counts: object, size: object = (HEIGHT, WIDTH)) -> Callable[[CocoTree], None]:
     return set_first(segmentation={"size": list(size) if isinstance(size, tuple) else size, "counts": counts})
 
 
@@ -115,16 +63,16 @@ def noise(channels: int = 3) -> np.ndarray:
     return np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
 
 
-def stored_as(name: str, pixels: np.ndarray, mode: str | None = None, **options) -> Callable[[Tree], None]:
-    def change(tree: Tree) -> None:
+def stored_as(name: str, pixels: np.ndarray, mode: str | None = None, **options) -> Callable[[CocoTree], None]:
+    def change(tree: CocoTree) -> None:
         tree.save(name, pixels, mode, **options)
         tree.rename(name)
 
     return change
 
 
-def cut(name: str, share: float) -> Callable[[Tree], None]:
-    def change(tree: Tree) -> None:
+def cut(name: str, share: float) -> Callable[[CocoTree], None]:
+    def change(tree: CocoTree) -> None:
         tree.save(name, noise())
         whole = (tree.images / name).read_bytes()
         tree.write(name, whole[: int(share * len(whole))])
@@ -133,44 +81,34 @@ def cut(name: str, share: float) -> Callable[[Tree], None]:
     return change
 
 
-def file_of(name: str, content: bytes) -> Callable[[Tree], None]:
-    def change(tree: Tree) -> None:
+def file_of(name: str, content: bytes) -> Callable[[CocoTree], None]:
+    def change(tree: CocoTree) -> None:
         tree.write(name, content)
         tree.rename(name)
 
     return change
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixel."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def turned(width: int, height: int) -> Callable[[Tree], None]:
+def turned(width: int, height: int) -> Callable[[CocoTree], None]:
     """A file with an EXIF rotation whose stored pixels are of the given size."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return stored_as("turned.png", np.zeros((height, width, 3), dtype=np.uint8), exif=exif)
 
 
-def shift_categories(by: int) -> Callable[[Tree], None]:
-    def change(tree: Tree) -> None:
+def shift_categories(by: int) -> Callable[[CocoTree], None]:
+    def change(tree: CocoTree) -> None:
         for entry in tree.content["annotations"]:
             entry["category_id"] += by
 
     return change
 
 
-def a_crowd(segmentation: object) -> Callable[[Tree], None]:
+def a_crowd(segmentation: object) -> Callable[[CocoTree], None]:
     return append("annotations", {**annotation(13, 1, 1, (10, 30, 8, 8)), "iscrowd": 1, "segmentation": segmentation})
 
 
-def twice(tree: Tree) -> None:
+def twice(tree: CocoTree) -> None:
     tree.content["images"].append({**tree.image, "id": 4, "file_name": "./1.png"})
     tree.content["annotations"].append(annotation(41, 4, 1, (20, 26, 12, 12)))
 
@@ -182,7 +120,7 @@ CROWD = {
 }
 FINE, LEFT_OUT = None, "are no instances and are left out, the first is annotation 11"
 # name: (what is done to the tree, what loading says: None, "warning: ..." or the error, findings)
-CASES: dict[str, tuple[Callable[[Tree], object], str | None, set[str]]] = {
+CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "clean": (lambda tree: None, FINE, set()),
     # segmentations
     "polygon of 4 numbers": (set_first(segmentation=[[1, 2, 3, 4]]), "annotation 11 .*three points", {"segmentation"}),
@@ -217,7 +155,7 @@ CASES: dict[str, tuple[Callable[[Tree], object], str | None, set[str]]] = {
         lambda tree: tree.first["segmentation"].append([1, 2, 3, 4]),
         "warning: fewer than three points, which are left out, the first is annotation 11", {"short polygon"},
     ),
-    "polygon outside the image": (set_first(segmentation=polygon(100, 100, 9, 9)), FINE, {"empty mask"}),
+    "polygon outside the image": (set_first(segmentation=rectangle(100, 100, 9, 9)), FINE, {"empty mask"}),
     "polygon without area": (set_first(segmentation=[[5, 5, 5, 5, 5, 5]]), FINE, {"empty mask"}),
     "uncompressed RLE": (rle(UNCOMPRESSED), FINE, {"uncompressed RLE"}),
     "crowd RLE": (a_crowd(CROWD), FINE, {"crowd"}),
@@ -259,7 +197,7 @@ CASES: dict[str, tuple[Callable[[Tree], object], str | None, set[str]]] = {
     ),
     "box beyond the image": (set_first(bbox=[10, 8, 90, 16]), FINE, {"box beyond image"}),
     "box two pixels beyond the image": (
-        set_first(bbox=[45, 8, 21, 16], segmentation=polygon(45, 8, 19, 16), area=304), FINE, {"box beyond image"},
+        set_first(bbox=[45, 8, 21, 16], segmentation=rectangle(45, 8, 19, 16), area=304), FINE, {"box beyond image"},
     ),
     "box of 1e308": (set_first(bbox=[-1e308, -1e308, 1.5e308, 1.5e308]), FINE, {"box beyond image"}),
     "box as corners": (set_first(bbox=[10, 8, 30, 24]), FINE, {"box differs"}),
@@ -375,8 +313,8 @@ NOT_COCO = {
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    return Tree(tmp_path)
+def tree(tmp_path: Path) -> CocoTree:
+    return CocoTree(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +323,7 @@ def config() -> Config:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_malformed(tree: Tree, config: Config, name: str) -> None:
+def test_malformed(tree: CocoTree, config: Config, name: str) -> None:
     change, said, kinds = CASES[name]
     change(tree)
     tree.file.write_text(json.dumps(tree.content))
@@ -415,7 +353,7 @@ def test_malformed(tree: Tree, config: Config, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_COCO)
-def test_other_files(tree: Tree, name: str, capsys: pytest.CaptureFixture) -> None:
+def test_other_files(tree: CocoTree, name: str, capsys: pytest.CaptureFixture) -> None:
     tree.file.write_bytes(NOT_COCO[name])
     with pytest.raises(InputError, match="annotation file .*instances.json"):
         CocoInstances(tree.file, tree.images, training=True)

@@ -1,4 +1,4 @@
-"""Boxes, centres and encodings of masks."""
+"""Boxes, centers and encodings of masks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_centers(masks):
 
 
 def test_centers_are_integer_sums():
-    # Sums far above 2^24: an accumulation in float32 loses the last bits of some of these centres.
+    # Sums far above 2^24: an accumulation in float32 loses the last bits of some of these centers.
     masks = (torch.rand(8, 500, 1300, generator=torch.Generator().manual_seed(1)) < 0.7).to(torch.uint8)
     for mask, y, x, _ in zip(masks, *centers_of_mass(masks)):
         ys, xs = mask.nonzero().unbind(1)

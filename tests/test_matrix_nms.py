@@ -5,28 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity import DATA
+from helpers.parity import NMS_SETS, stored_decay, stored_set
 
 from solov2.ops.matrix_nms import matrix_nms
 
-with np.load(DATA / "matrix_nms.npz") as file:
-    STORED = {name: file[name] for name in file.files}
-SETS = sorted({name.split(".")[0] for name in STORED})
-
-
-def stored_set(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(masks, labels, scores) of a stored set."""
-    count, height, width = STORED[f"{name}.shape"]
-    bits = np.unpackbits(STORED[f"{name}.masks"], axis=1, count=height * width).reshape(count, height, width)
-    return (
-        torch.from_numpy(bits).bool(),
-        torch.from_numpy(STORED[f"{name}.labels"]),
-        torch.from_numpy(STORED[f"{name}.scores"]).to(dtype),
-    )
-
 
 def test_all_sets_are_here() -> None:
-    assert len(SETS) == 12
+    assert len(NMS_SETS) == 12
 
 
 # The stored scores were computed in float64; 1.3e-7 is what the reference itself, in float32, differs from them.
@@ -34,11 +19,11 @@ def test_all_sets_are_here() -> None:
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1.3e-7)], ids=["float64", "float32"]
 )
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", NMS_SETS)
 def test_decayed_scores(name: str, kernel: str, dtype: torch.dtype, tolerance: float) -> None:
     decayed = matrix_nms(*stored_set(name, dtype), kernel=kernel, sigma=2.0)
     assert decayed.dtype == dtype
-    assert (decayed.double() - torch.from_numpy(STORED[f"{name}.{kernel}"])).abs().max() <= tolerance
+    assert (decayed.double() - stored_decay(name, kernel)).abs().max() <= tolerance
 
 
 def identical(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

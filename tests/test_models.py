@@ -6,13 +6,24 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from parity import DATA, MODELS, assert_same_instances, load, mmdet_name, network_input, reference_model
-from tiny_models import VARIANTS, lively, tiny_model
+from helpers.parity import (
+    DATA,
+    FORWARD,
+    MODELS,
+    assert_outputs,
+    assert_same_instances,
+    load,
+    mmdet_name,
+    network_input,
+    raw_tensors,
+    reference_model,
+    run_network,
+)
+from helpers.tiny_models import VARIANTS, lively, tiny_model, tiny_targets
 from torch import nn
 
 from solov2.build import build_model
@@ -22,48 +33,8 @@ from solov2.models.layers import ConvNormReLU, DeformConv2d, conv_norm, make_nor
 from solov2.models.resnet import ResNet
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.coords import coordinate_channels
-from solov2.targets import TargetAssigner
-
-FORWARD = load("forward.json.gz")
 
 # ---- parity
-
-
-def run(model: SOLOv2, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(every stored output under its name, the raw dict) of one forward pass."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(letter: str, levels: Sequence[torch.Tensor]) -> None:
-        outputs.update({f"{letter}{i}": level for i, level in enumerate(levels, 2)})
-
-    hooks = [
-        model.backbone.register_forward_hook(lambda module, inputs, result: keep("C", result)),
-        model.fpn.register_forward_hook(lambda module, inputs, result: keep("P", result)),
-    ]
-    with torch.no_grad():
-        raw = model(images)
-    for hook in hooks:
-        hook.remove()
-    outputs.update({f"cls{i}": level for i, level in enumerate(raw["category_logits"])})
-    outputs.update({f"kernel{i}": level for i, level in enumerate(raw["kernels"])})
-    return outputs | {"mask_feats": raw["mask_features"]}, raw
-
-
-def assert_outputs(config: str, outputs: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Sampled values, relative to the standard deviation of their tensor; its mean and deviation if it is whole."""
-    with np.load(DATA / "forward.npz") as file:
-        values = torch.from_numpy(file[config])
-    stored = FORWARD[config]["outputs"]
-    assert outputs.keys() == stored.keys()
-    for (name, entry), wanted in zip(stored.items(), values.split([entry["count"] for entry in stored.values()])):
-        actual, std = outputs[name].double(), entry["std"]
-        assert list(actual.shape[1:]) == entry["shape"][1:]
-        sampled = actual.flatten()[:: entry["stride"]]
-        assert (sampled - wanted[: len(sampled)]).abs().max() <= tolerance * std, name
-        if len(actual) == entry["shape"][0]:
-            assert abs(actual.mean().item() - entry["mean"]) <= tolerance * std, name
-            assert abs(actual.std(correction=0).item() - std) <= tolerance * std, name
-
 
 # float64 agrees to 2e-15, but for the float32 coordinates, whose last bit may depend on the processor. The reference's
 # own float32 run lies within 1.4e-5 of its float64 run. A mask pixel that flips in float32 moves the score of a
@@ -99,7 +70,7 @@ def test_the_network_is_the_reference(
     inputs, predicted = network_input(**stored["input"])[:images], stored["predict"]
     metas = predicted["metas"][:images]
     for dtype in dtypes:
-        outputs, raw = run(model.to(dtype), inputs.to(dtype))
+        outputs, raw = run_network(model.to(dtype), inputs.to(dtype))
         assert_outputs(config, outputs, TOLERANCES[dtype])
         results = model.postprocess(raw, [meta["img_shape"] for meta in metas], [meta["ori_shape"] for meta in metas])
         for result, expected in zip(results, predicted["results"]):
@@ -219,22 +190,7 @@ def test_parts_refuse_what_they_cannot_be() -> None:
         make_norm("layer", 32)
 
 
-# ---- training behaviour, on networks small enough for a test
-
-
-def tiny_targets(model: SOLOv2, counts: Sequence[int], size: tuple[int, int]) -> dict[str, Any]:
-    """Targets of `counts` rectangles per image."""
-    generator, truths = torch.Generator().manual_seed(3), []
-    for count in counts:
-        boxes, masks = torch.zeros(count, 4), torch.zeros(count, *size, dtype=torch.uint8)
-        for box, mask in zip(boxes, masks):
-            width, height = (int(torch.randint(10, 40, (1,), generator=generator)) for _ in range(2))
-            left, top = (int(torch.randint(0, side - 40, (1,), generator=generator)) for side in size[::-1])
-            mask[top : top + height, left : left + width] = 1
-            box[:] = torch.tensor([left, top, left + width, top + height])
-        truths.append({"boxes": boxes, "labels": torch.randint(0, 3, (count,), generator=generator), "masks": masks})
-    ranges = [(1, 24), (12, 48), (24, 96), (48, 192), (96, 384)]
-    return TargetAssigner(model.grid_sizes, ranges, num_classes=3)(truths, size)
+# ---- training behavior, on networks small enough for a test
 
 
 def train_step(model: SOLOv2, counts: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -285,12 +241,8 @@ def test_training_and_evaluation_give_the_same_raw_outputs() -> None:
     """But for the rounding of norms that are folded in training."""
     model, images = tiny_model().double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
-        trained, evaluated = flat(model.train()(images)), flat(model.eval()(images))
+        trained, evaluated = raw_tensors(model.train()(images)), raw_tensors(model.eval()(images))
     assert all((one - other).abs().max() <= 1e-12 for one, other in zip(trained, evaluated, strict=True))
-
-
-def flat(raw: dict[str, Any]) -> list[torch.Tensor]:
-    return [*raw["category_logits"], *raw["kernels"], raw["mask_features"]]
 
 
 @pytest.mark.parametrize("variant", ["basic blocks", "deformable everywhere"])
@@ -302,7 +254,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(variant: str) -> None:
     with torch.no_grad():
         together, alone = model(images), [model(images[i : i + 1]) for i in range(2)]
     for i in range(2):
-        for one, other in zip(flat(together), flat(alone[i]), strict=True):
+        for one, other in zip(raw_tensors(together), raw_tensors(alone[i]), strict=True):
             assert torch.allclose(one[i], other[0], rtol=1e-10, atol=1e-10)
     results = model.postprocess(together, sizes, original_sizes)
     for i, result in enumerate(results):
@@ -331,8 +283,9 @@ def test_batch_norm_of_a_tower_sees_all_levels() -> None:
 def test_channels_last_is_only_a_layout() -> None:
     model, images = tiny_model(), torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        planes = flat(model(images))
-        interleaved = flat(model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last)))
+        planes = raw_tensors(model(images))
+        model, images = (item.to(memory_format=torch.channels_last) for item in (model, images))
+        interleaved = raw_tensors(model(images))
     for one, other in zip(planes, interleaved, strict=True):
         assert torch.allclose(one, other, atol=1e-4 * one.std())
 

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
-from parity import load
-from tiny_runs import tiny_config
+from helpers.tiny_runs import tiny_config
+from helpers.training_parity import SCHEDULES, stored_schedule
 from torch import nn
 
 from solov2.build import build_model
 from solov2.config import load_config
-from solov2.training.optim import WeightAverage, build_optimizer, make_schedule, parameter_groups, scaled_learning_rate
+from solov2.training.optim import (
+    WeightAverage,
+    build_optimizer,
+    learning_rate_factor,
+    parameter_groups,
+    scaled_learning_rate,
+)
 from solov2.training.step import update_weights
-
-SCHEDULES = {stored["name"]: stored for stored in load("schedule.json")["schedules"]}
-
-
-def schedule_of(stored: dict[str, Any]) -> Any:
-    return make_schedule(
-        "step",
-        steps_per_epoch=stored["iters_per_epoch"],
-        epochs=stored["epochs"],
-        warmup_steps=stored["warmup_iters"],
-        warmup_start=stored["warmup_start_factor"],
-        step_epochs=stored["milestones"],
-    )
 
 
 # The reference multiplies its rate from step to step, so its last digit drifts by a few units.
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_learning_rates(name: str) -> None:
-    stored, factor = SCHEDULES[name], schedule_of(SCHEDULES[name])
+    stored, factor = SCHEDULES[name], stored_schedule(SCHEDULES[name])
     assert stored["gamma"] == 0.1
     for step, rate in stored["lr"]:
         assert stored["base_lr"] * factor(step) == pytest.approx(rate, rel=1e-14)
@@ -54,19 +47,26 @@ def test_configurations_have_the_recipe(model: str, name: str) -> None:
 
 def test_a_decay_inside_the_warm_up_multiplies_it() -> None:
     """Short epochs on small data: both factors count."""
-    factor = make_schedule("step", steps_per_epoch=10, epochs=4, warmup_steps=31, warmup_start=0.0, step_epochs=(2,))
+    factor = partial(
+        learning_rate_factor, kind="step", steps_per_epoch=10, epochs=4, warmup_steps=31, warmup_start=0.0,
+        step_epochs=(2,),
+    )  # fmt: skip
     assert factor(15) == pytest.approx(0.5) and factor(21) == pytest.approx(0.07) and factor(39) == pytest.approx(0.1)
 
 
 def test_no_warm_up() -> None:
     for steps in (0, 1):
-        factor = make_schedule("step", steps_per_epoch=5, epochs=2, warmup_steps=steps, warmup_start=0.1)
+        factor = partial(
+            learning_rate_factor, kind="step", steps_per_epoch=5, epochs=2, warmup_steps=steps, warmup_start=0.1
+        )
         assert [factor(step) for step in range(10)] == [1.0] * 10
 
 
 def test_cosine() -> None:
     """Rises over the warm-up, is half-way down half-way through the rest, and ends at 0."""
-    factor = make_schedule("cosine", steps_per_epoch=11, epochs=10, warmup_steps=10, warmup_start=0.1)
+    factor = partial(
+        learning_rate_factor, kind="cosine", steps_per_epoch=11, epochs=10, warmup_steps=10, warmup_start=0.1
+    )
     assert factor(0) == pytest.approx(0.1) and factor(9) == pytest.approx(1.0) and factor(10) == pytest.approx(1.0)
     assert factor(60) == pytest.approx(0.5) and factor(35) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert factor(110) == pytest.approx(0.0) == factor(1000)
@@ -76,7 +76,7 @@ def test_cosine() -> None:
 
 def test_unknown_schedule() -> None:
     with pytest.raises(ValueError, match="'step' or 'cosine', got 'poly'"):
-        make_schedule("poly", steps_per_epoch=1, epochs=1, warmup_steps=0, warmup_start=1.0)
+        learning_rate_factor(0, "poly", steps_per_epoch=1, epochs=1, warmup_steps=0, warmup_start=1.0)
 
 
 def network() -> nn.Module:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity import MODELS, assert_same_instances, network_input, reference_model
-from test_models import FORWARD, assert_outputs, run
-from tiny_models import VARIANTS, lively, tiny_model
+from helpers.parity import (
+    FORWARD,
+    MODELS,
+    assert_outputs,
+    assert_same_instances,
+    network_input,
+    raw_tensors,
+    reference_model,
+    run_network,
+)
+from helpers.tiny_models import VARIANTS, lively, tiny_model
 from torch import nn
 
 from solov2.build import build_model
@@ -31,8 +39,7 @@ def scrambled(model: SOLOv2) -> SOLOv2:
 
 def outputs(model: SOLOv2, images: torch.Tensor) -> list[torch.Tensor]:
     with torch.no_grad():
-        raw = model.eval()(images)
-    return [*raw["category_logits"], *raw["kernels"], raw["mask_features"]]
+        return raw_tensors(model.eval()(images))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -101,7 +108,7 @@ def test_the_prepared_network_is_the_reference(config: str, precision: str) -> N
     else:
         model = model.optimize(precision=precision)
     images = network_input(**stored["input"])[:1]
-    outputs, raw = run(model, images.double() if precision == "float64" else images)
+    outputs, raw = run_network(model, images.double() if precision == "float64" else images)
     assert_outputs(config, outputs, RAW_TOLERANCES[precision])
     meta, expected = stored["predict"]["metas"][0], stored["predict"]["results"][0]
     (result,) = model.postprocess(raw, [meta["img_shape"]], [meta["ori_shape"]])

@@ -103,7 +103,7 @@ def test_an_instance_without_a_cell_of_its_own_is_lost() -> None:
     assert result["labels"].tolist() == [1]
 
 
-def test_neighbouring_cells_of_one_class_survive() -> None:
+def test_neighboring_cells_of_one_class_survive() -> None:
     """Points NMS keeps ties: equal logits side by side are two instances."""
     category = torch.full((1, 16), 1)
     category[0, [5, 6, 9]] = 0

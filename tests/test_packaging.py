@@ -21,7 +21,8 @@ BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, sy
 USE = (
     "import sys, site; sys.meta_path[:] = [item for item in sys.meta_path if 'ditable' not in repr(item)]\n"
     "for name in [name for name in sys.modules if 'editable' in name]: del sys.modules[name]\n"
-    "sys.path.insert(0, sys.argv[1]); site.addsitedir(sys.argv[1]); import solov2; from solov2.config import config_folder\n"
+    "sys.path.insert(0, sys.argv[1]); site.addsitedir(sys.argv[1])\n"
+    "import solov2; from solov2.config import config_folder\n"
     "print(solov2.__file__); print(config_folder()); print(*solov2.list_models())\n"
     "if len(sys.argv) > 2: print(sum(p.numel() for p in solov2.build_model(sys.argv[2]).parameters()))"
 )
@@ -91,7 +92,7 @@ def test_sdist_is_complete(checkout: Path, unpacked_sdist: Path) -> None:
     assert wanted <= names
 
 
-def test_wheel_holds_code_configurations_and_licence(checkout: Path, wheel: Path) -> None:
+def test_wheel_holds_code_configurations_and_license(checkout: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     wanted = {path.relative_to(checkout).as_posix() for path in (checkout / "solov2").rglob("*.py")}

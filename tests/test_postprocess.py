@@ -6,11 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from parity import assert_same_instances, load, raw_outputs
+from helpers.parity import (
+    POSTPROCESS_CASES,
+    assert_same_instances,
+    postprocess_case,
+    postprocess_settings,
+    raw_outputs,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from solov2.models.postprocess import (
@@ -24,60 +29,35 @@ from solov2.models.postprocess import (
 )
 from solov2.ops.masks import decode_rle
 
-CASES = {case["name"]: case for case in load("postprocess.json.gz")["cases"]}
-
-
-def settings_of(case: dict[str, Any]) -> PostprocessSettings:
-    stored = case["test_cfg"]
-    return PostprocessSettings(
-        category_threshold=stored["score_thr"],
-        mask_threshold=stored["mask_thr"],
-        max_candidates=stored["nms_pre"],
-        nms_kernel=stored["kernel"],
-        nms_sigma=stored["sigma"],
-        score_threshold=stored["filter_thr"],
-        max_instances=stored["max_per_img"],
-    )
-
-
-def run(case: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> list[dict[str, Any]]:
-    return postprocess(
-        raw_outputs(case["tag"], case["params"], dtype),
-        [meta["img_shape"] for meta in case["metas"]],
-        [meta["ori_shape"] for meta in case["metas"]],
-        settings_of(case),
-        **options,
-    )
-
 
 def test_all_cases_are_here() -> None:
-    assert len(CASES) == 21
+    assert len(POSTPROCESS_CASES) == 21
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", POSTPROCESS_CASES)
 def test_instances_in_float64(name: str) -> None:
     """Everything is equal; only the reference's decay is float32 even here, which moves scores by up to 3e-8."""
-    case = CASES[name]
-    for result, expected in zip(run(case, torch.float64), case["results"], strict=True):
+    case = POSTPROCESS_CASES[name]
+    for result, expected in zip(postprocess_case(case, torch.float64), case["results"], strict=True):
         assert_same_instances(result, expected, score_tolerance=5e-8)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", POSTPROCESS_CASES)
 def test_instances_in_float32(name: str) -> None:
     """The reference differs from itself by one pixel in one mask, and more in the scores of suppressed instances."""
-    case = CASES[name]
+    case = POSTPROCESS_CASES[name]
     tolerance = 2e-7 + 1.1 * case["float32"]["max_score_diff"]
-    for result, expected in zip(run(case), case["results"], strict=True):
+    for result, expected in zip(postprocess_case(case), case["results"], strict=True):
         assert_same_instances(result, expected, score_tolerance=tolerance, pixels=1)
         assert result["scores"].dtype == result["boxes"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", POSTPROCESS_CASES)
 def test_numbers_of_candidates(name: str) -> None:
     """(cell, class) pairs after points NMS, and those of them whose mask passes the area filter."""
-    case = CASES[name]
+    case = POSTPROCESS_CASES[name]
     raw = raw_outputs(case["tag"], case["params"], torch.float64)
-    settings = replace(settings_of(case), max_candidates=-1)
+    settings = replace(postprocess_settings(case), max_candidates=-1)
     scores, kernels, thresholds = flatten_raw(raw, settings)
     for image, expected in enumerate(case["results"]):
         assert (scores[image] > settings.category_threshold).sum() == expected["n_candidates"]
@@ -89,7 +69,7 @@ def test_numbers_of_candidates(name: str) -> None:
 @pytest.mark.parametrize("limit", [1, 37, 500, 2000])
 def test_candidates_in_chunks_are_those_of_one_go(limit: int) -> None:
     """The search stops early; what it finds is the head of the full list."""
-    case = CASES["over_500"]
+    case = POSTPROCESS_CASES["over_500"]
     raw = raw_outputs(case["tag"], case["params"], torch.float64)
     (scores,), (kernels,), thresholds = flatten_raw(raw, PostprocessSettings())
     assert (scores.amax(1) > 0.1).sum() > 2 * CELLS_AT_ONCE
@@ -106,9 +86,9 @@ def test_candidates_in_chunks_are_those_of_one_go(limit: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["nothing_passes", "all_masks_too_small"])
 def test_nothing_found(name: str, dtype: torch.dtype, max_candidates: int) -> None:
-    case = CASES[name]
+    case = POSTPROCESS_CASES[name]
     raw = raw_outputs(case["tag"], case["params"], dtype)
-    settings = replace(settings_of(case), max_candidates=max_candidates)
+    settings = replace(postprocess_settings(case), max_candidates=max_candidates)
     (result,) = postprocess(raw, [(150, 200)], [(300, 401)], settings)
     wide = torch.promote_types(dtype, torch.float32)
     assert result["scores"].shape == (0,) and result["scores"].dtype == wide
@@ -121,7 +101,7 @@ def test_nothing_found(name: str, dtype: torch.dtype, max_candidates: int) -> No
 
 def test_run_lengths_are_the_planes() -> None:
     for name in ("batch_of_three", "grid_corners"):
-        planes, runs = run(CASES[name]), run(CASES[name], mask_format="rle")
+        planes, runs = (postprocess_case(POSTPROCESS_CASES[name], mask_format=form) for form in ("bool", "rle"))
         for plane, rle in zip(planes, runs, strict=True):
             for key in ("scores", "labels", "boxes"):
                 assert torch.equal(plane[key], rle[key])
@@ -129,7 +109,8 @@ def test_run_lengths_are_the_planes() -> None:
 
 
 def test_results_are_sorted_and_tight() -> None:
-    for result, meta in zip(run(CASES["batch_of_three"]), CASES["batch_of_three"]["metas"], strict=True):
+    case = POSTPROCESS_CASES["batch_of_three"]
+    for result, meta in zip(postprocess_case(case), case["metas"], strict=True):
         assert (result["scores"].diff() <= 0).all()
         assert result["masks"].shape[1:] == tuple(meta["ori_shape"])
         for mask, (x1, y1, x2, y2) in zip(result["masks"], result["boxes"].int().tolist()):
@@ -141,22 +122,22 @@ def test_results_are_sorted_and_tight() -> None:
 
 
 def test_a_batch_gives_what_its_images_give() -> None:
-    case = CASES["batch_of_three"]
-    raw, together = raw_outputs(case["tag"], case["params"], torch.float64), run(case, torch.float64)
+    case = POSTPROCESS_CASES["batch_of_three"]
+    raw, together = raw_outputs(case["tag"], case["params"], torch.float64), postprocess_case(case, torch.float64)
     for image, (result, meta) in enumerate(zip(together, case["metas"], strict=True)):
         own = {
             key: [level[image : image + 1] for level in value] if isinstance(value, list) else value[image : image + 1]
             for key, value in raw.items()
         }
         sizes = (torch.tensor([meta[key]]) for key in ("img_shape", "ori_shape"))
-        (alone,) = postprocess(own, *sizes, settings_of(case))
+        (alone,) = postprocess(own, *sizes, postprocess_settings(case))
         for key in alone:
             assert torch.equal(alone[key], result[key])
 
 
 def test_thresholds_and_limits() -> None:
-    case = CASES["normal"]
-    (everything,) = run(case)
+    case = POSTPROCESS_CASES["normal"]
+    (everything,) = postprocess_case(case)
     raw = raw_outputs(case["tag"], case["params"], torch.float32)
     threshold = everything["scores"][30].item()
     (high,) = postprocess(raw, [(160, 224)], [(160, 224)], PostprocessSettings(score_threshold=threshold))
@@ -168,7 +149,7 @@ def test_thresholds_and_limits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
-    case = CASES["normal"]
+    case = POSTPROCESS_CASES["normal"]
     half = raw_outputs(case["tag"], case["params"], dtype)
     wide = {
         key: [level.float() for level in value] if isinstance(value, list) else value.float()
@@ -213,16 +194,16 @@ def test_every_cell_and_class_above_the_threshold() -> None:
 
 def test_final_masks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits on what is alive at once change nothing but memory."""
-    whole = run(CASES["crop_up"], torch.float64)[0]
+    whole = postprocess_case(POSTPROCESS_CASES["crop_up"], torch.float64)[0]
     monkeypatch.setattr("solov2.models.postprocess.CELLS_AT_ONCE", 3)
     monkeypatch.setattr("solov2.ops.resample.BAND", 7)
-    chunked = run(CASES["crop_up"], torch.float64)[0]
+    chunked = postprocess_case(POSTPROCESS_CASES["crop_up"], torch.float64)[0]
     assert all(torch.equal(whole[key], chunked[key]) for key in ("scores", "labels", "masks", "boxes"))
 
 
 def test_copies_under_the_linear_kernel() -> None:
     """Identical masks of one class: one is left and nothing is NaN, even without a score threshold."""
-    case = CASES["duplicates_linear"]
+    case = POSTPROCESS_CASES["duplicates_linear"]
     raw = raw_outputs(case["tag"], case["params"], torch.float32)
     (result,) = postprocess(
         raw, [(160, 224)], [(160, 224)], PostprocessSettings(nms_kernel="linear", score_threshold=-1.0)
@@ -232,14 +213,14 @@ def test_copies_under_the_linear_kernel() -> None:
 
 
 def test_points_nms() -> None:
-    """A score survives unless its upper, left or upper-left neighbour is higher; ties survive."""
+    """A score survives unless its upper, left or upper-left neighbor is higher; ties survive."""
     scores = torch.tensor([[0.5, 0.5, 0.4], [0.6, 0.5, 0.7], [0.1, 0.6, 0.7]])
     kept = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1]])
     assert torch.equal(suppress_neighbors(scores[None, None])[0, 0], scores * kept)
 
 
 def test_raw_outputs_are_left_untouched() -> None:
-    case = CASES["normal"]
+    case = POSTPROCESS_CASES["normal"]
     raw, fresh = (raw_outputs(case["tag"], case["params"], torch.float32) for _ in range(2))
     postprocess(raw, [(160, 224)], [(160, 224)], PostprocessSettings())
     assert torch.equal(raw["mask_features"], fresh["mask_features"])
@@ -249,7 +230,7 @@ def test_raw_outputs_are_left_untouched() -> None:
 
 def test_unknown_mask_format() -> None:
     with pytest.raises(ValueError, match="'bool' or 'rle', got 'polygon'"):
-        run(CASES["exactly_one"], mask_format="polygon")
+        postprocess_case(POSTPROCESS_CASES["exactly_one"], mask_format="polygon")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

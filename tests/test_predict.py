@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import save_content
 from PIL import Image
-from tiny_models import save_content
 
 from solov2.build import build_model
 from solov2.commands.predict import find_images, main, plan_outputs

@@ -69,7 +69,7 @@ def test_memory_layout_changes_no_pixel(images, size):
     assert torch.equal(resize_image(interleaved, size), resize_image(interleaved.contiguous(), size))
 
 
-def test_nearest_neighbour_is_opencvs(reference):
+def test_nearest_neighbor_is_opencvs(reference):
     for case in reference["nearest"]:
         # A staircase of masks tells which source row each target row was taken from.
         staircase = torch.eye(case["source"], dtype=torch.uint8)[:, :, None].expand(-1, -1, 2).contiguous()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import number_of, numbered
-from tiny_runs import arguments
+from helpers.tiny_models import number_of, numbered
+from helpers.tiny_runs import arguments
 from torch import nn
 
 from solov2.build import build_model
@@ -27,7 +27,7 @@ from solov2.commands.train import main
 from solov2.data.loader import TrainBatchSampler
 from solov2.errors import InputError
 from solov2.ops.images import read_image
-from solov2.training.folder import latest_checkpoint, newest_loadable, save_step, step_checkpoints
+from solov2.training.folder import latest_checkpoint, newest_loadable, save_step, step_checkpoints, step_file
 from solov2.training.optim import build_optimizer
 from solov2.training.randomness import determinism
 from solov2.training.resume import match_layout
@@ -69,6 +69,11 @@ def same(first, second):
     return first == second
 
 
+def log_of(folder):
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def started_training(launcher, words, repo_root, *, until="step 2"):
     """A training process that has said that it did this step of its first epoch."""
     process = subprocess.Popen(
@@ -92,14 +97,16 @@ def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processe
     assert done.returncode == 0, done.stderr[-3000:]
     words = arguments(data, tmp_path / "cut", *WORDS)
     process = started_training(launcher, words, repo_root)
-    asked, asked_at = time.monotonic(), time.time()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert 0 < (tmp_path / "cut" / "last.pth").stat().st_mtime - asked_at < 10
-    assert time.monotonic() - asked < 30 and "stopped by SIGTERM; go on with: --resume" in errors
+    assert "stopped by SIGTERM; go on with: --resume" in errors
     assert process.returncode == (STOPPED if processes == 1 else 1)  # of several, the code is torchrun's
     content = load_file(tmp_path / "cut" / "last.pth")
     assert content["epoch"] < 2 and content["step"] >= 1
+    *_, last = (row for row in log_of(tmp_path / "cut") if row["kind"] == "train")
+    newest, *_ = step_checkpoints(tmp_path / "cut")
+    assert newest.name == step_file(last["step"])  # no step was done after the one that was saved
+    assert (tmp_path / "cut" / "last.pth").read_bytes() == newest.read_bytes()
     resumed = subprocess.run(
         [sys.executable, *launcher, "train.py", *words, "--resume"],
         cwd=repo_root,
@@ -111,7 +118,7 @@ def test_stopped_by_a_signal_inside_an_epoch(data, tmp_path, repo_root, processe
     whole, cut = (load_file(tmp_path / name / "last.pth") for name in ("whole", "cut"))
     assert [key for key in whole if not same(whole[key], cut[key])] == []
     assert not list((tmp_path / "cut").glob(".*.tmp"))
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in log_of(tmp_path / "cut")]
     assert kinds.count("start") == 2 and kinds.count("resume") == 1 and kinds.count("evaluation") >= 1
 
 
@@ -232,7 +239,7 @@ def test_determinism_is_kept_or_refused(data, tmp_path):
         assert main(arguments(data, tmp_path / name, *words)) == 0
     one, two = (load_file(tmp_path / name / "last.pth") for name in "ab")
     assert same(one, two) and one["config"]["train"]["deterministic"]
-    start = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[0])
+    start = log_of(tmp_path / "a")[0]
     assert {"commit", "torch", "device", "configuration_sha256", "annotations_sha256", "seed"} <= set(start)
 
 

@@ -40,7 +40,7 @@ def test_what_the_issue_asks_of_it(shapes):
             total += 1
             small += annotation["area"] ** 0.5 < 192 / 8
             at_border += mask[[0, -1]].any() or mask[:, [0, -1]].any()
-            # Masks never share pixels; a partly hidden or hiding shape touches its neighbour.
+            # Masks never share pixels; a partly hidden or hiding shape touches its neighbor.
             grown = mask.copy()
             grown[1:] |= mask[:-1]
             grown[:-1] |= mask[1:]

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny_models import lively, tiny_model
+from helpers.tiny_models import lively, tiny_model
 
 from solov2.models.solov2 import SOLOv2
 

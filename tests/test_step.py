@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from tiny_runs import flat_plan, random_batch, tiny_config
+from helpers.tiny_runs import flat_plan, random_batch, tiny_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 

@@ -3,63 +3,24 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
 
 import pytest
 import torch
-from parity import GRIDS, decode, instances, load
+from helpers.parity import instances
+from helpers.training_parity import SCENES, TARGETS, assert_targets, scene_assigner
 
 from solov2.targets import TargetAssigner
 
-STORED = load("targets.json.gz")
-SCENES = {scene["name"]: scene for scene in STORED["scenes"]}
-FIRST_CELL = [sum(size * size for size in GRIDS[:level]) for level in range(len(GRIDS))]
-
-
-def assigner(ranges: str) -> TargetAssigner:
-    return TargetAssigner(GRIDS, STORED["scale_ranges"][ranges], num_classes=80, center_sigma=STORED["pos_scale"])
-
-
-def expected_category(expected: dict[str, Any]) -> torch.Tensor:
-    category = torch.full((sum(size * size for size in GRIDS),), 80)
-    for first, labels in zip(FIRST_CELL, expected["labels"]):
-        for cell, label in labels:
-            category[first + cell] = label
-    return category
-
-
-def expected_positives(expected: dict[str, Any]) -> list[list[int]]:
-    """(image, cell, instance) triples: the stored rectangles of a level one after another, each row by row."""
-    return [
-        [0, first + y * size + x, instance]
-        for first, size, rectangles in zip(FIRST_CELL, GRIDS, expected["cells"])
-        for instance, top, bottom, left, right in rectangles
-        for y in range(top, bottom + 1)
-        for x in range(left, right + 1)
-    ]
-
 
 def test_all_scenes_are_here() -> None:
-    assert len(SCENES) == STORED["stats"]["scenes"] == 55
-    assert sum(len(scene["labels"]) for scene in SCENES.values()) == STORED["stats"]["gts"]
+    assert len(SCENES) == TARGETS["stats"]["scenes"] == 55
+    assert sum(len(scene["labels"]) for scene in SCENES.values()) == TARGETS["stats"]["gts"]
 
 
-@pytest.mark.parametrize("ranges", STORED["scale_ranges"])
+@pytest.mark.parametrize("ranges", TARGETS["scale_ranges"])
 @pytest.mark.parametrize("name", SCENES)
 def test_cells_categories_and_masks(name: str, ranges: str) -> None:
-    scene, expected = SCENES[name], SCENES[name]["expected"][ranges]
-    truth, padded = instances(scene), tuple(scene["pad_shape"])
-    targets = assigner(ranges)([truth], padded)
-    assert torch.equal(targets["category"], expected_category(expected)[None])
-    assert targets["positives"].tolist() == expected_positives(expected)
-    assert targets["positives_per_image"] == [expected["num_entries"]]
-    assert targets["instances_per_image"] == [len(truth["labels"])]
-    assert (targets["category"] < 80).sum() == expected["num_pos"]
-    quarter = [side // 4 for side in padded]
-    assert targets["masks"].shape == (len(truth["labels"]), *quarter)
-    for mask, counts in zip(targets["masks"], scene["mask_targets"], strict=True):
-        if counts is not None:
-            assert torch.equal(mask, decode(counts, quarter))
+    assert_targets(SCENES[name], ranges)
 
 
 def test_a_batch_is_its_images_one_after_another() -> None:
@@ -71,11 +32,11 @@ def test_a_batch_is_its_images_one_after_another() -> None:
     )
     truths = [instances(scene) for scene in scenes[:6]]
     assert len(truths) > 2
-    together, offset = assigner("full")(truths, tuple(padded)), 0
+    together, offset = scene_assigner("full")(truths, tuple(padded)), 0
     positives = together["positives"].split(together["positives_per_image"])
     masks = together["masks"].split(together["instances_per_image"])
     for i, truth in enumerate(truths):
-        alone = assigner("full")([truth], tuple(padded))
+        alone = scene_assigner("full")([truth], tuple(padded))
         assert torch.equal(together["category"][i], alone["category"][0])
         assert torch.equal(positives[i], alone["positives"] + torch.tensor([i, 0, offset]))
         assert torch.equal(masks[i], alone["masks"])

@@ -1,4 +1,4 @@
-"""Pictures: colours where the masks are, labels whole and apart, nothing else touched."""
+"""Pictures: colors where the masks are, labels whole and apart, nothing else touched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result_of(*boxes: tuple[int, int, int, int], scores: bool = True) -> dict[st
 
 
 def label_rectangles(picture: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
-    """x0, y0, x1, y1 of each label: only it, and the thin line to its mask, have the very colour of the instance."""
+    """x0, y0, x1, y1 of each label: only it, and the thin line to its mask, have the very color of the instance."""
     pixels, found = np.array(picture), []
     for index in range(count):
         exact = (pixels == instance_color(index)).all(2)
@@ -87,7 +87,7 @@ def test_all_forms_of_images(tmp_path: Path) -> None:
     assert (array == 120).all()
 
 
-def test_small_instances_lie_on_top_and_keep_their_colour() -> None:
+def test_small_instances_lie_on_top_and_keep_their_color() -> None:
     small, large = (180, 180, 230, 230), (50, 100, 350, 290)
     for boxes, rank in (((small, large), 0), ((large, small), 1)):
         pixels = np.array(draw_instances(GRAY, result_of(*boxes), NAMES, alpha=1.0))
@@ -133,12 +133,12 @@ def test_a_tiny_image_does_not_break_the_labels() -> None:
     assert draw_instances(np.zeros((8, 10, 3), np.uint8), result, NAMES).size == (10, 8)
 
 
-def test_colours_are_distinct_and_fixed() -> None:
+def test_colors_are_distinct_and_fixed() -> None:
     colors = np.array([instance_color(index) for index in range(20)], dtype=float)
     distances = [np.linalg.norm(one - other) for one, other in combinations(colors, 2)]
     assert min(distances) > 25
-    neighbours = np.linalg.norm(colors[1:] - colors[:-1], axis=1)
-    assert neighbours.min() > 100
+    neighbors = np.linalg.norm(colors[1:] - colors[:-1], axis=1)
+    assert neighbors.min() > 100
     assert instance_color(1000) == instance_color(1000)
 
 

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from tiny_models import lively
+from helpers.tiny_models import lively
 from torch import Tensor, nn
 
 from solov2.build import build_assigner, build_compute, build_criterion, build_model, prepare_for_training

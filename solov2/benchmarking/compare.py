@@ -10,8 +10,8 @@ from typing import Any
 from solov2.benchmarking.tables import TITLES
 from solov2.errors import InputError
 
-ENVIRONMENT = ("device", "device_name", "cpu", "cpu_count", "threads", "processes", "python", "torch", "torchvision")
-ENVIRONMENT += ("commit",)
+ENVIRONMENT: tuple[str, ...] = ("device", "device_name", "cpu", "cpu_count", "threads", "processes")
+ENVIRONMENT += ("python", "torch", "torchvision", "commit")
 WORKLOAD = ("config", "size", "batch_size", "precision", "candidates", "instances")
 
 Key = tuple[str, ...]

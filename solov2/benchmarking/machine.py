@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import sys
 import time
@@ -46,7 +47,7 @@ def convolution_peak(device: torch.device, precision: str) -> dict[str, Any]:
                 torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
                 for shape in ((batch, channels, *CONVOLUTION_SIZE), (outputs, channels, kernel, kernel))
             )
-            seconds = _fastest(lambda x=x, weight=weight, pad=kernel // 2: F.conv2d(x, weight, padding=pad), device)
+            seconds = _fastest(functools.partial(F.conv2d, x, weight, padding=kernel // 2), device)
             operations = 2 * x.numel() * weight[:, 0].numel()
             name = f"{kernel}x{kernel} {channels}->{outputs} on {batch} x {x.shape[2]} x {x.shape[3]}{layout}"
             rates[name] = operations / seconds / 1e9
@@ -78,10 +79,10 @@ def added_memory(function: Callable[[], Any], device: torch.device) -> float | N
     if device.type != "cpu":
         synchronize(device)
         torch.accelerator.reset_peak_memory_stats(device)
-        before = torch.accelerator.memory_allocated(device)
+        held = torch.accelerator.memory_allocated(device)
         function()
         synchronize(device)
-        return (torch.accelerator.max_memory_allocated(device) - before) / 2**20
+        return (torch.accelerator.max_memory_allocated(device) - held) / 2**20
     _return_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK, encoding="utf-8")

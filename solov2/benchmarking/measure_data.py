@@ -21,7 +21,7 @@ from solov2.config import Config
 from solov2.data.build import split_paths, training_loader, with_classes
 from solov2.data.coco import CocoInstances, ImageRecord
 from solov2.data.shapes import generate_shapes
-from solov2.data.transforms import seeded_generator
+from solov2.data.transforms import TransformedDataset, seeded_generator
 
 GENERATED_IMAGES = 32
 
@@ -102,6 +102,7 @@ def _worker_throughput(workload: Workload, config: Config, dataset: StagedInstan
 def _stages(workload: Workload, config: Config, dataset: StagedInstances) -> dict[str, Any]:
     """The same samples in this process, with one thread as workers have."""
     loader, sampler = training_loader(config, dataset, build_assigner(with_classes(config, dataset).model))
+    assert isinstance(loader.dataset, TransformedDataset)
     transform, seed = loader.dataset.transform, loader.dataset.seed
 
     def batches() -> Iterator[list[tuple[int, int, int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -178,7 +179,7 @@ def measure_training(workload: Workload) -> dict[str, dict[str, Any]]:
         lap("forward")
         losses.update(criterion(raw, targets))
         lap("loss")
-        scaler.scale(sum(losses.values())).backward()
+        scaler.scale(functools.reduce(torch.add, losses.values())).backward()
         lap("backward")
         update_weights(optimizer, scaler, clip_norm=config.train.clip_norm)
         lap("optimizer step")

@@ -164,7 +164,7 @@ def _ground_truth(scenes: list[dict[str, Tensor]], images: int, num_classes: int
     coco = COCO()
     height, width = PLANE_SIZE
     encoded = [encode_rle(scene["masks"].bool()) for scene in scenes]
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image in range(images):
         scene = scenes[image % SCENES]
         for label, (x1, y1, x2, y2), mask, plane in zip(

@@ -43,7 +43,7 @@ def make_workload(name: str, settings: BenchmarkSettings, device: torch.device) 
     """
     config = load_config(name)
     long, short = config.model.input_scale
-    size = settings.size or INPUT_SIZES.get((long, short), (-(-short // 32) * 32, -(-long // 32) * 32))
+    height, width = settings.size or INPUT_SIZES.get((long, short), (-(-short // 32) * 32, -(-long // 32) * 32))
     cells = sum(side**2 for side in config.model.grid_sizes)
     if settings.candidates > cells:
         raise InputError(f"--candidates {settings.candidates} is more than the {cells} grid cells of {config.name}")
@@ -51,7 +51,7 @@ def make_workload(name: str, settings: BenchmarkSettings, device: torch.device) 
     config = override_config(config, {"train.precision": settings.precision})
     return Workload(
         config,
-        tuple(size),
+        (height, width),
         build_compute(config, device),
         settings.batch_size,
         warmup=(2 if on_cpu else 20) if settings.warmup is None else settings.warmup,

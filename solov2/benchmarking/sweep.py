@@ -53,7 +53,8 @@ def _example(over: str) -> str:
 def point(settings: BenchmarkSettings, over: str, value: Any, mode: str) -> BenchmarkSettings:
     """The settings of one value."""
     key = "batch_size" if over == "batch" else over
-    return replace(settings, **{key: list(value) if over == "size" else value, "mode": mode})
+    changes: dict[str, Any] = {key: list(value) if over == "size" else value, "mode": mode}
+    return replace(settings, **changes)
 
 
 def points(settings: BenchmarkSettings) -> list[tuple[Any, BenchmarkSettings]]:
@@ -62,8 +63,9 @@ def points(settings: BenchmarkSettings) -> list[tuple[Any, BenchmarkSettings]]:
     Raises:
         InputError: a value of the wrong form, or a mode that does not depend on what is swept.
     """
-    over = settings.sweep[0]
-    values = parse_values(over, settings.sweep[1:])
+    assert settings.sweep is not None
+    over, *words = settings.sweep
+    values = parse_values(over, words)
     modes = DEFAULT_MODES.get(over, SWEEPS[over]) if settings.mode == "all" else modes_of(settings.mode)
     if not set(modes) <= set(SWEEPS[over]):
         raise InputError(f"--sweep {over} changes nothing in --mode {settings.mode}; use {' or '.join(SWEEPS[over])}")
@@ -79,6 +81,7 @@ def run_sweep(
         (rows, reports): rows of the table in the order it prints (config, part, over, value, ms, images_per_second,
         ms_per_unit, peak_memory_mib, step_memory_mib, error), and the whole reports behind them.
     """
+    assert settings.sweep is not None
     over = settings.sweep[0]
     rows: list[dict[str, Any]] = []
     reports = []

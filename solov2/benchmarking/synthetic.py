@@ -46,12 +46,13 @@ def synthetic_raw(raw: dict[str, Any], candidates: int, generator: torch.Generat
     """
     features = torch.zeros(raw["mask_features"].shape)
     objects = min(OBJECTS, features.shape[1])
+    height, width = features.shape[-2:]
     grids = [level.shape[-1] for level in raw["kernels"]]
     num_cells, num_classes = sum(size**2 for size in grids), raw["category_logits"][0].shape[1]
     logits = torch.full((len(features), num_cells, num_classes), -LOGIT)
     kernels = torch.zeros(len(features), num_cells, features.shape[1])
     for image in range(len(features)):
-        drawn = LOGIT * ellipses(objects, *features.shape[-2:], generator)
+        drawn = LOGIT * ellipses(objects, height, width, generator)
         features[image, :objects] = drawn.clamp(-LOGIT, LOGIT)
         owner = torch.randint(objects, (num_cells,), generator=generator)
         kernels[image, torch.arange(num_cells), owner] = 1

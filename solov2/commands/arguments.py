@@ -24,11 +24,10 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, *flags: str, **defaults: Any) -> None:
-    """Add flags of `SHARED`; `defaults` are by attribute name, None where not given."""
+def add_shared_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
+    """Add flags of `SHARED`."""
     for flag in flags:
         parser.add_argument(flag, **SHARED[flag])
-    parser.set_defaults(**defaults)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -68,13 +68,13 @@ def _run(argv: Sequence[str]) -> int:
     print("\n".join(report_lines(report, args.annotations, config, show=args.show)))
     if args.json is not None:
         write_json(args.json, to_json(report, args.annotations, config), indent=1)
-    if args.fix is not None:
+    if changes_file is not None:
         print(_write_repaired(content, report, args.fix, changes_file))
     return 1 if report.counts()["error"] else 0
 
 
 def _write_repaired(content: dict[str, Any], report: Report, path: Path, changes_file: Path) -> str:
-    unusable = {f.image_id: f.message for f in report.findings if f.kind in UNUSABLE_FILES}
+    unusable = {f.image_id: f.message for f in report.findings if f.kind in UNUSABLE_FILES and f.image_id is not None}
     repaired, changes = repair(content, unusable)
     if not repaired["images"] or not repaired["annotations"] or not repaired["categories"]:
         raise InputError(f"nothing usable would be left in {path}, so it is not written")

@@ -54,18 +54,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="evaluate the training targets themselves: the AP this resolution and these grids allow",
     )
-    add_shared_arguments(
-        parser,
-        "--weights",
-        "--nproc",
-        "--device",
-        "--precision",
-        "--batch-size",
-        "--workers",
-        "--set",
-        "--overwrite",
-        batch_size=1,
-    )
+    add_shared_arguments(parser, "--weights", "--nproc", "--device", "--precision", "--batch-size", "--workers")
+    add_shared_arguments(parser, "--set", "--overwrite")
+    parser.set_defaults(precision="float32", batch_size=1)
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
     parser.add_argument(
         "--fast",

@@ -61,7 +61,7 @@ def own_command(name: str) -> list[str]:
     return [sys.argv[0], name] if script.stem == "solov2" else [sys.argv[0]]
 
 
-def _print_warning(message: Warning | str, *_details: object) -> None:
+def _print_warning(message: Warning | str, *_details: object, **_named: object) -> None:
     """Rank 0 prints for all ranks; a loading process warns of its own images, so each of them prints."""
     if os.environ.get("RANK", "0") == "0" or multiprocessing.parent_process() is not None:
         text = "\n".join(printable(line) for line in str(message).splitlines())

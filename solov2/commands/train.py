@@ -13,7 +13,6 @@ from solov2.commands.exit import own_command, run_command
 from solov2.compute import select_device
 from solov2.config import parse_overrides
 from solov2.data.build import require_data
-from solov2.training.dry_run import describe
 from solov2.training.signals import Stopped
 from solov2.training.train import prepare_job, splits_of, train
 
@@ -117,6 +116,8 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _dry_run(args: argparse.Namespace, what: dict[str, Any], overrides: dict[str, Any]) -> int:
+    from solov2.training.dry_run import describe  # of no use to a real run
+
     config = prepare_job(args.config, **what, overrides=overrides, writes=False).config
     if args.nproc is not None:
         distributed.launched_processes(args.nproc)

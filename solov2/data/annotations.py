@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class ImageRecord(NamedTuple):
     width: int
 
 
-class Problem(NamedTuple):
+@dataclass(frozen=True)
+class Problem:
     """A fault that stops loading: of which kind, in which entry of which section, and the words for it."""
 
     kind: str
@@ -78,7 +80,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_problems(content: dict[str, Any]) -> Iterator[Problem]:
+def find_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
     """Every fault that stops loading: ids first, then each entry's first fault. Segmentations are not checked."""
     for section in SECTIONS:
         yield from _id_problems(content[section], section)
@@ -127,7 +129,8 @@ def _id_problems(entries: list[Any], section: str) -> Iterator[Problem]:
 
 def image_fault(image: dict[str, Any]) -> tuple[str, str] | None:
     """(kind, message) of the first fault of an entry of `images`, or None."""
-    name, size = image.get("file_name"), [image.get("width"), image.get("height")]
+    name = image.get("file_name")
+    size: list[Any] = [image.get("width"), image.get("height")]
     if not isinstance(name, str) or not name:
         return "file name", "has no file_name"
     if PurePath(name).is_absolute() or PurePath(os.path.normpath(name)).parts[:1] == ("..",):

@@ -101,12 +101,13 @@ def _is_there(root: Path, recipe: dict[str, int]) -> bool:
 def _write_split(root: Path, split: str, count: int, size: int, seed: int, progress: bool) -> None:
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     bar = tqdm(desc=f"drawing {split}", total=count, leave=False, unit="image", disable=None if progress else True)
     draw = functools.partial(_write_scene, root, split, size, seed)
-    ignoring_interrupts = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    ignore_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
-        with bar, ProcessPoolExecutor(min(os.cpu_count() or 1, 8), **ignoring_interrupts) as pool:
+        with bar, ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=ignore_interrupts) as pool:
             for i, objects in enumerate(pool.map(draw, range(count), chunksize=8)):
                 bar.update()
                 name = _file_name(i)

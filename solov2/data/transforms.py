@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from solov2.data.coco import CocoInstances
 from solov2.ops.resize import resize_extents, resize_image, resize_masks, resized_size
 
 Sample = dict[str, Any]
@@ -139,7 +140,9 @@ class TransformedDataset(Dataset):
     epoch, position in the epoch); a plain integer i means (i, 0, i).
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable[[Sample, torch.Generator], Sample], *, seed: int) -> None:
+    def __init__(
+        self, dataset: CocoInstances, transform: Callable[[Sample, torch.Generator], Sample], *, seed: int
+    ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __len__(self) -> int:

@@ -54,7 +54,7 @@ def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, An
         if reason is None:
             raise
         kill_children()
-        batch = next(itertools.islice(loader.batch_sampler, delivered, None), [])
+        batch = next(itertools.islice(loader.batch_sampler or (), delivered, None), [])
         indices = [entry if isinstance(entry, int) else entry[0] for entry in batch]
         names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index in indices)
         raise RunFailed(f"a loading process {FAILURES[reason]}; it was at or near the images {names}") from error

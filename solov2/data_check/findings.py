@@ -212,7 +212,7 @@ def check_annotation(annotation: dict[str, Any], record: ImageRecord) -> tuple[l
         add("short polygon", f"{short_polygons(segmentation)} polygon(s) of fewer than three points are not drawn")
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list) and not annotation.get("iscrowd"):
         add("uncompressed RLE", "has uncompressed run lengths, which load slower than compressed ones")
-    rle = coco_mask.merge([segmentation_to_rle(segmentation, size)])  # one spelling of the counts: bytes
+    rle = coco_mask.merge([segmentation_to_rle(annotation["segmentation"], size)])  # one spelling of the counts: bytes
     pixels = int(coco_mask.area(rle))
     if pixels == 0:
         add("empty mask", "has no pixel inside the image")

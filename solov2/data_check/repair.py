@@ -160,7 +160,7 @@ def _repair_annotation(
     annotation: dict, records: Mapping[int, ImageRecord], categories: set[int], note: Callable[..., None]
 ) -> str | None:
     """Put one annotation right in place; the reason where it has to go."""
-    record = records.get(annotation.get("image_id")) if is_integer(annotation.get("image_id")) else None
+    record = records.get(annotation["image_id"]) if is_integer(annotation.get("image_id")) else None
     if record is None:
         return f"belongs to image {annotation.get('image_id')}, which is not in `images` or was removed"
     if not is_integer(annotation.get("category_id")) or annotation["category_id"] not in categories:
@@ -187,10 +187,10 @@ def _repair_annotation(
     if broken:
         note("annotations", annotation, "changed", f"bbox {tight} of its mask, was {annotation.get('bbox')!r}")
         annotation["bbox"] = tight
-    area, crowd = annotation.get("area"), annotation.get("iscrowd", 0)
-    broken = annotation_fault(annotation, {record.image_id}) is not None or area <= 0
-    if broken or (not crowd and area_differs(area, pixels, tight)):
-        note("annotations", annotation, "changed", f"area {pixels} of its mask, was {area!r}")
+    crowd = annotation.get("iscrowd", 0)
+    broken = annotation_fault(annotation, {record.image_id}) is not None or annotation["area"] <= 0
+    if broken or (not crowd and area_differs(annotation["area"], pixels, tight)):
+        note("annotations", annotation, "changed", f"area {pixels} of its mask, was {annotation.get('area')!r}")
         annotation["area"] = pixels
     return None
 

@@ -13,7 +13,7 @@ from solov2.visualize import contact_sheet, draw_instances
 def draw_predictions(model: SOLOv2, validation: CocoInstances, *, count: int, score_threshold: float) -> Image.Image:
     """Ground truth beside predictions for the first `count` validation images that hold instances, as one sheet."""
     labels = {category: label for label, category in enumerate(validation.category_ids)}
-    rows = []
+    rows: list[tuple[Image.Image, Image.Image]] = []
     for image_id in validation.image_ids:
         if len(rows) == count:
             break
@@ -26,10 +26,9 @@ def draw_predictions(model: SOLOv2, validation: CocoInstances, *, count: int, sc
             "masks": [validation.coco.annToRLE(a) for a in entries],
         }
         scale = max(1, 512 // max(image.shape[1:]))
-        rows.append(
-            tuple(
-                draw_instances(image, result, model.class_names, score_threshold=score_threshold, scale=scale)
-                for result in (truth, model.predict([image])[0])
-            )
+        known, predicted = (
+            draw_instances(image, result, model.class_names, score_threshold=score_threshold, scale=scale)
+            for result in (truth, model.predict([image])[0])
         )
+        rows.append((known, predicted))
     return contact_sheet(rows)

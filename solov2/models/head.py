@@ -13,6 +13,11 @@ from solov2.models.layers import ConvNormReLU
 from solov2.ops.coords import coordinate_channels
 
 
+def on_each_level(conv: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
+    """One convolution on every level, list of [B, D, S, S] -> list of [B, D', S, S]."""
+    return [conv(level) for level in levels]
+
+
 class SOLOv2Head(nn.Module):
     """P2..P6 -> category logits and a dynamic kernel of every grid cell; the levels share all weights.
 
@@ -29,6 +34,9 @@ class SOLOv2Head(nn.Module):
         deformable_convs: how many convolutions of each tower are deformable, counted from its end.
         modulated: DCNv2 if true, DCNv1 if false.
     """
+
+    # `solov2.models.optimize` gives a head another function that computes the same.
+    convolve: Callable[[nn.Module, Sequence[Tensor]], list[Tensor]] = staticmethod(on_each_level)
 
     def __init__(
         self,
@@ -64,10 +72,11 @@ class SOLOv2Head(nn.Module):
         self.kernel_tower = tower(in_channels + 2)
         self.category_predictor = nn.Conv2d(tower_channels, num_classes, 3, padding=1)
         self.kernel_predictor = nn.Conv2d(tower_channels, kernel_channels, 3, padding=1)
-        for conv in (self.category_predictor, self.kernel_predictor):
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
-        nn.init.constant_(self.category_predictor.bias, -math.log(99))  # every class starts at probability 0.01
+        # Every class starts at probability 0.01.
+        for conv, start in ((self.category_predictor, -math.log(99)), (self.kernel_predictor, 0.0)):
+            weight, bias = conv.parameters()
+            nn.init.normal_(weight, std=0.01)
+            nn.init.constant_(bias, start)
 
     def forward(self, pyramid: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """[P2..P6] -> (category logits: list of [B, C, S, S], kernels: list of [B, E, S, S])."""
@@ -82,14 +91,6 @@ class SOLOv2Head(nn.Module):
         features = apply_tower(self.kernel_tower, located_grids, self.convolve)  # [B, T, S, S]
         kernels = self.convolve(self.kernel_predictor, features)  # [B, E, S, S]
         return category_logits, kernels
-
-    @staticmethod
-    def convolve(conv: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
-        """One convolution on every level, list of [B, D, S, S] -> list of [B, D', S, S].
-
-        `solov2.models.optimize` gives a head another function that computes the same.
-        """
-        return [conv(level) for level in levels]
 
 
 def even_strides(pyramid: Sequence[Tensor]) -> list[Tensor]:
@@ -126,6 +127,7 @@ def apply_tower(
     levels together: one set per level would leave running statistics that belong to none of them.
     """
     for step in tower:
+        assert isinstance(step, ConvNormReLU)
         maps = convolve(step.conv, levels)  # [B, T, S, S]
         if isinstance(step.norm, nn.BatchNorm2d) and step.norm.training:
             cells = torch.cat([x.flatten(2) for x in maps], dim=2)  # [B, T, cells of all levels]

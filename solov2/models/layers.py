@@ -17,6 +17,8 @@ class DeformConv2d(nn.Module):
     Source: Zhu et al. 2019 (arXiv 1811.11168), layout of mmcv's ModulatedDeformConv2dPack.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_channels: int,
@@ -40,8 +42,8 @@ class DeformConv2d(nn.Module):
         """Uniform weight within 1 / sqrt(fan_in), zero offset branch."""
         bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H', W'], in the dtype of `x` (of autocast, if it is on).
@@ -85,9 +87,11 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """
     if not isinstance(norm, nn.BatchNorm2d) or norm.training or not conv.training:
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # [C']
+    mean, variance = norm.running_mean, norm.running_var
+    assert isinstance(conv, (nn.Conv2d, DeformConv2d)) and mean is not None and variance is not None
+    scale = norm.weight * (variance + norm.eps).rsqrt()  # [C']
     weight = conv.weight * scale[:, None, None, None]  # [C', C, k, k]
-    bias = norm.bias - norm.running_mean * scale  # [C']
+    bias = norm.bias - mean * scale  # [C']
     if isinstance(conv, DeformConv2d):
         return conv(x, weight, bias)
     return conv._conv_forward(x, weight, bias)
@@ -122,7 +126,9 @@ class ConvNormReLU(nn.Sequential):
         super().__init__()
         padding = kernel_size // 2
         if deformable:
-            self.conv = DeformConv2d(in_channels, out_channels, kernel_size, padding=padding, modulated=modulated)
+            self.conv: nn.Conv2d | DeformConv2d = DeformConv2d(
+                in_channels, out_channels, kernel_size, padding=padding, modulated=modulated
+            )
         else:
             self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
             nn.init.normal_(self.conv.weight, std=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -38,16 +39,16 @@ class MaskFeatureHead(nn.Module):
         modulated: bool = True,
     ) -> None:
         super().__init__()
-        kind = {"norm": norm, "deformable": deformable, "modulated": modulated}
+        conv_norm_relu = functools.partial(ConvNormReLU, norm=norm, deformable=deformable, modulated=modulated)
         self.levels = nn.ModuleList()
         for i in range(4):
             first = in_channels + (2 if i == 3 else 0)
             self.levels.append(
                 nn.ModuleList(
-                    ConvNormReLU(hidden_channels if j else first, hidden_channels, **kind) for j in range(max(1, i))
+                    conv_norm_relu(hidden_channels if j else first, hidden_channels) for j in range(max(1, i))
                 )
             )
-        self.predictor = ConvNormReLU(hidden_channels, out_channels, kernel_size=1, **kind)
+        self.predictor = conv_norm_relu(hidden_channels, out_channels, kernel_size=1)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """[P2, P3, P4, P5] -> mask features [B, E, H / 4, W / 4]."""
@@ -56,9 +57,10 @@ class MaskFeatureHead(nn.Module):
         coordinates = coordinate_channels(*p5.shape[-2:], dtype=p5.dtype, device=p5.device)  # [1, 2, H / 32, W / 32]
         p5 = torch.cat([p5, coordinates.expand(p5.shape[0], -1, -1, -1)], dim=1)  # [B, D + 2, H / 32, W / 32]
 
-        fused = self.levels[0][0](p2)  # [B, M, H / 4, W / 4]
+        (step,) = self.levels[0].children()
+        fused = step(p2)  # [B, M, H / 4, W / 4]
         for i, x in enumerate((p3, p4, p5), 1):
-            for step in self.levels[i]:
+            for step in self.levels[i].children():
                 x = F.interpolate(step(x), scale_factor=2, mode="bilinear", align_corners=False)  # [B, M, 2 h, 2 w]
             fused = fused + x  # [B, M, H / 4, W / 4]
         return self.predictor(fused)  # [B, E, H / 4, W / 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from solov2.models.head import SOLOv2Head
 from solov2.models.layers import DeformConv2d
 from solov2.models.winograd import WinogradConv2d, on_every_level
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+
+def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) -> Model:
     """A copy of a SOLOv2 that computes the same function faster and can no longer be trained.
 
     Batch norms with fixed statistics go into the convolutions before them, memory is laid out channels last, and on a
@@ -32,7 +35,7 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype = torch.float
             if isinstance(module, WinogradConv2d):
                 module.prepare()
     for part in model.children():  # not the model itself: its pixel statistics stay float32
-        part.to(dtype=dtype, memory_format=torch.channels_last)
+        part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
     return model
 
 
@@ -61,7 +64,7 @@ def fold_batch_norms(model: nn.Module) -> None:
         pairs += [("conv", "norm"), ("0", "1")]
         for conv_name, norm_name in pairs:
             conv, norm = names.get(conv_name), names.get(norm_name)
-            if not isinstance(norm, nn.BatchNorm2d):
+            if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
                 continue
             if isinstance(conv, nn.Conv2d):
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))

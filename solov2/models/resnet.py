@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from solov2.models.layers import DeformConv2d, conv_norm
@@ -12,7 +14,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, *, stride: int, **_unused: object) -> None:
+    def __init__(self, in_channels: int, planes: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
@@ -25,7 +27,8 @@ class BasicBlock(nn.Module):
         """[B, C, H, W] -> [B, planes, H / stride, W / stride]."""
         out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, planes, H / stride, W / stride]
         out = conv_norm(self.conv2, self.bn2, out)  # [B, planes, H / stride, W / stride]
-        return self.relu(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
+        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
+        return self.relu(out.add_(shortcut))
 
 
 class Bottleneck(nn.Module):
@@ -51,7 +54,7 @@ class Bottleneck(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, width, 1, first_stride, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         if deformable:
-            self.conv2 = DeformConv2d(
+            self.conv2: nn.Conv2d | DeformConv2d = DeformConv2d(
                 width, width, 3, stride=second_stride, padding=1, groups=groups, modulated=modulated
             )
         else:
@@ -67,10 +70,11 @@ class Bottleneck(nn.Module):
         out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, width, H, W], strided with stride_in_1x1
         out = self.relu(conv_norm(self.conv2, self.bn2, out))  # [B, width, H / stride, W / stride]
         out = conv_norm(self.conv3, self.bn3, out)  # [B, 4 planes, H / stride, W / stride]
-        return self.relu(out.add_(x if self.downsample is None else conv_norm(*self.downsample, x)))
+        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
+        return self.relu(out.add_(shortcut))
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
@@ -104,6 +108,11 @@ class ResNet(nn.Module):
         ValueError: unknown name, or deformable basic blocks.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         name: str,
@@ -131,19 +140,17 @@ class ResNet(nn.Module):
         in_channels = width
         for i, depth in enumerate(depths):
             planes, blocks = width * 2**i, []
+            kind: dict[str, Any] = {}  # of a bottleneck alone
+            if block is Bottleneck:
+                kind = {
+                    "groups": groups,
+                    "group_width": group_width,
+                    "deformable": deformable and i > 0,
+                    "modulated": modulated,
+                    "stride_in_1x1": stride_in_1x1,
+                }
             for j in range(depth):
-                blocks.append(
-                    block(
-                        in_channels,
-                        planes,
-                        stride=2 if i and not j else 1,
-                        groups=groups,
-                        group_width=group_width,
-                        deformable=deformable and i > 0,
-                        modulated=modulated,
-                        stride_in_1x1=stride_in_1x1,
-                    )
-                )
+                blocks.append(block(in_channels, planes, stride=2 if i and not j else 1, **kind))
                 in_channels = planes * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self._initialize()

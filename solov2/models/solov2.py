@@ -41,6 +41,8 @@ class SOLOv2(nn.Module):
     """
 
     divisor = 32  # images are padded to multiples of the coarsest backbone stride
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class SOLOv2(nn.Module):
             raise ValueError("preprocess needs at least one image")
         long, short = self.input_scale
         loaded = [to_rgb_tensor(image) for image in images]
-        original_sizes = [tuple(image.shape[-2:]) for image in loaded]
+        original_sizes = [(image.shape[1], image.shape[2]) for image in loaded]
         resized = [
             resize_image(image, resized_size(size, long=long, short=short))
             for image, size in zip(loaded, original_sizes, strict=True)

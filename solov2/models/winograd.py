@@ -7,9 +7,10 @@ Lavin and Gray 2016 (arXiv 1509.09308). Rounding in float32 is about four times 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -35,8 +36,10 @@ class WinogradConv2d(nn.Conv2d):
     does. Maps too small to gain take the plain convolution, too. Results are channels last.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1, **options)
+    def __init__(
+        self, in_channels: int, out_channels: int, *, bias: bool = True, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias, device=device)
         self.register_buffer("prepared", None, persistent=False)
 
     @classmethod
@@ -47,7 +50,7 @@ class WinogradConv2d(nn.Conv2d):
         return own.train(conv.training)
 
     @staticmethod
-    def pays_for(conv: nn.Module) -> bool:
+    def pays_for(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether a module is a convolution of this kind, and wide enough."""
         if not isinstance(conv, nn.Conv2d):
             return False
@@ -92,7 +95,8 @@ class Convolution(torch.autograd.Function):
         weight, *maps = ctx.saved_tensors
         needs_weight, needs_bias, *needs_maps = ctx.needs_input_grad
         of_weight = weight_gradient(maps, gradients) if needs_weight else None
-        of_bias = sum(gradient.sum((0, 2, 3)) for gradient in gradients) if needs_bias else None
+        sums = (gradient.sum((0, 2, 3)) for gradient in gradients)
+        of_bias = functools.reduce(torch.add, sums) if needs_bias else None
         of_maps: Sequence[Tensor | None] = [None] * len(maps)
         if any(needs_maps):  # the convolution with the weight turned by 180 degrees
             of_maps = convolve(gradients, transform_weight(weight.flip(2, 3).transpose(0, 1)), None)
@@ -179,7 +183,8 @@ def tile_counts(height: int, width: int) -> tuple[int, int]:
 
 def in_pieces(maps: Sequence[Tensor], values: int) -> Iterator[list[tuple[int, int, int]]]:
     """Groups of (map, first tile row, tile row after the last) with about `values` transformed numbers each."""
-    group, free = [], values
+    group: list[tuple[int, int, int]] = []
+    free = values
     for i, x in enumerate(maps):
         rows, columns = tile_counts(*x.shape[2:])
         per_row = WINDOW**2 * len(x) * columns * x.shape[1]

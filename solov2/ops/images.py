@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from solov2.errors import InputError
@@ -72,7 +72,7 @@ def read_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeade
 
 
 @contextlib.contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """The file opened by Pillow, not yet decoded; what goes wrong inside becomes an InputError that names it."""
     try:
         if not path.is_file():

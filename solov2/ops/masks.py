@@ -107,7 +107,8 @@ def rle_from_columns(
         return {"size": [height, width], "counts": _compress([height * width], size)}, (0.0, 0.0, 0.0, 0.0)
     columns, first_rows = np.divmod(starts, padded.shape[1])
     last_rows = ends - columns * padded.shape[1]
-    box = column + columns[0], row + first_rows.min(), column + columns[-1] + 1, row + last_rows.max()
+    x1, y1 = float(column + columns[0]), float(row + first_rows.min())
+    x2, y2 = float(column + columns[-1] + 1), float(row + last_rows.max())
     begin = (columns + column) * height + first_rows + row
     end = (columns + column) * height + last_rows + row
     apart = begin[1:] != end[:-1]  # runs that meet at the end of a column are one
@@ -116,7 +117,7 @@ def rle_from_columns(
     counts = np.diff(borders, prepend=0).tolist()
     if end[-1] < height * width:
         counts.append(int(height * width - end[-1]))
-    return {"size": [height, width], "counts": _compress(counts, size)}, tuple(map(float, box))
+    return {"size": [height, width], "counts": _compress(counts, size)}, (x1, y1, x2, y2)
 
 
 def _compress(counts: list[int], size: tuple[int, int]) -> str:

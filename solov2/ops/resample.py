@@ -8,7 +8,7 @@ its sources, it can exceed the threshold only where one of them does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class MaskResampler:
 
     def __init__(
         self,
-        feature_size: tuple[int, int],
+        feature_size: Sequence[int],
         size: tuple[int, int],
         original_size: tuple[int, int],
         threshold: float,

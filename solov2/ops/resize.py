@@ -46,11 +46,12 @@ def resize_masks(masks: Tensor, size: tuple[int, int], extents: Tensor | None = 
     `extents`, int64 [N, 4] as x1, y1, x2, y2, maximum exclusive, are boxes outside of which the masks are known to be
     0; None looks for them.
     """
-    if tuple(masks.shape[1:]) == tuple(size):
+    old_size = masks.shape[1], masks.shape[2]
+    if old_size == tuple(size):
         return masks
     extents = masks_to_boxes(masks).long() if extents is None else extents
-    targets = resize_extents(extents, tuple(masks.shape[1:]), size).tolist()
-    rows, columns = (_source_indices(n, m) for n, m in zip(masks.shape[1:], size))
+    targets = resize_extents(extents, old_size, size).tolist()
+    rows, columns = (_source_indices(n, m) for n, m in zip(old_size, size))
     resized = np.zeros((len(masks), *size), dtype=np.uint8)
     # Objects are small: only the pixels of each one's extent are touched, with numpy's take, which is several times
     # faster on bytes than index_select.

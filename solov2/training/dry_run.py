@@ -10,16 +10,18 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from solov2.build import build_assigner, build_compute, build_criterion, construct
 from solov2.config import Config, DataConfig, ModelConfig, TrainConfig
 from solov2.data.build import require_data, training_dataset, training_loader, with_classes
 from solov2.data.categories import default_class_names
 from solov2.data.coco import CocoInstances
+from solov2.data.loader import TrainBatchSampler
 from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.resize import padded_size, resized_size
-from solov2.training.plan import Plan, announcement, config_text, schedule
+from solov2.training.plan import Plan, announcement, config_text
 
 BATCHES = 4  # of the first epoch that are read
 PHOTOGRAPH = (480, 640)  # (height, width) in pixels of the usual COCO image
@@ -94,8 +96,8 @@ def learning_rates(train: TrainConfig, plan: Plan) -> list[Rate]:
     A cosine has its quarters instead of decays. Steps and epochs count from 1, as in the log. Without the number of
     steps per epoch only what does not depend on it: the warm-up by step, and the decays of a step schedule by epoch.
     """
-    if plan.steps_per_epoch is None:
-        return _rates_by_epoch(train, plan.learning_rate)
+    if not plan.steps_per_epoch:
+        return _rates_by_epoch(plan)
     total = plan.total_steps
     steps = {*_warmup_steps(train), total - 1}
     if train.schedule == "cosine":
@@ -114,7 +116,7 @@ def rate_lines(train: TrainConfig, plan: Plan) -> list[str]:
     lines = _table(
         ("step", "epoch", "learning rate"), [(*row[:2], f"{row[2]:g}") for row in learning_rates(train, plan)]
     )
-    if plan.steps_per_epoch is not None:
+    if plan.steps_per_epoch:
         return lines
     if train.schedule == "cosine":
         return [*lines, "the cosine that follows depends on the steps per epoch, which are unknown without the data"]
@@ -239,7 +241,7 @@ def saved_activation_bytes(config: Config, size: tuple[int, int], device: torch.
 
     compute = build_compute(config, device)
     criterion = build_criterion(config.model, mask_weight=train.mask_weight)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):  # there is no backward
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):  # there is no backward
         images = compute.images(model, {"pixels": pixels, "sizes": sizes})
         with compute.autocast():
             raw = model(images)
@@ -267,18 +269,18 @@ def id_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _rates_by_epoch(train: TrainConfig, learning_rate: float) -> list[Rate]:
-    # Any epoch that is no shorter than the warm-up gives the same factors.
-    steps_per_epoch = max(1, train.warmup_steps)
-    factor = schedule(train, steps_per_epoch)
-    rows = [(str(step + 1), "1" if step == 0 else "?", learning_rate * factor(step)) for step in _warmup_steps(train)]
+def _rates_by_epoch(plan: Plan) -> list[Rate]:
+    train = plan.train
+    # Any epoch that is no shorter than the warm-up gives the same rates.
+    plan = replace(plan, steps_per_epoch=max(1, train.warmup_steps))
+    rows = [(str(step + 1), "1" if step == 0 else "?", plan.rate(step)) for step in _warmup_steps(train)]
     if train.schedule == "cosine":
         return rows
     for epoch in sorted({epoch for epoch in train.step_epochs if 0 < epoch < train.epochs}):
-        first = epoch * steps_per_epoch
-        rows.append(("last", str(epoch), learning_rate * factor(first - 1)))
-        rows.append(("first", str(epoch + 1), learning_rate * factor(first)))
-    rows.append(("last", str(train.epochs), learning_rate * factor(train.epochs * steps_per_epoch - 1)))
+        first = epoch * plan.steps_per_epoch
+        rows.append(("last", str(epoch), plan.rate(first - 1)))
+        rows.append(("first", str(epoch + 1), plan.rate(first)))
+    rows.append(("last", str(train.epochs), plan.rate(plan.total_steps - 1)))
     return rows
 
 
@@ -288,7 +290,7 @@ def _warmup_steps(train: TrainConfig) -> list[int]:
     return sorted({0, last // 2, last})
 
 
-def _loader(config: Config, dataset: CocoInstances, processes: int) -> tuple[Iterable, object]:
+def _loader(config: Config, dataset: CocoInstances, processes: int) -> tuple[DataLoader, TrainBatchSampler]:
     """The first process's loader and sampler of a run of `processes`, loading in this process."""
     config = replace(config, data=replace(config.data, workers=0))
     return training_loader(config, dataset, build_assigner(config.model), processes=processes)

@@ -22,6 +22,7 @@ from solov2.errors import InputError, RunFailed
 from solov2.evaluation.coco import CocoEvaluator, format_table
 from solov2.evaluation.loop import evaluate
 from solov2.evaluation.picture import draw_predictions
+from solov2.losses import SOLOv2Criterion
 from solov2.predict import Predictor
 from solov2.training.guard import NonFiniteGuard, first_nonfinite, stuck_mask_loss
 from solov2.training.logger import Meter
@@ -38,12 +39,12 @@ class StepDone:
     of_epoch: int  # steps done of the epoch
     of_run: int  # steps done of the run
     figures: dict[str, float] | None = None  # every `log_every` steps: mean losses, images_per_second, learning_rate
-    seconds_left: float | None = None  # of the run, with the figures
+    seconds_left: float = 0.0  # of the run, known with the figures
 
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SOLOv2Criterion,
     loader: Iterable[dict[str, Any]],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,

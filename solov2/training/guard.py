@@ -6,6 +6,7 @@ been there. The update of such a step was already left out on the device (`step.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], dict[str, Tensor]]) 
     for name, loss in losses.items():
         if not loss.isfinite():
             return f"{name} is {loss.item()}"
-    sum(losses.values()).backward()
+    functools.reduce(torch.add, losses.values()).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"the gradient of {name} is the first that is not finite"

@@ -41,11 +41,11 @@ class Meter:
         values = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
         means = values.where(values.isfinite(), math.nan).nanmean(0).tolist()
         seconds = time.perf_counter() - self._started
-        values = {"loss": sum(means), **dict(zip(names, means, strict=True))}
-        values["images_per_second"] = self._images * self.processes / seconds
+        figures = {"loss": sum(means), **dict(zip(names, means, strict=True))}
+        figures["images_per_second"] = self._images * self.processes / seconds
         steps = len(self._losses)
         self._reset()
-        return values, seconds / steps
+        return figures, seconds / steps
 
 
 class RunLogger:
@@ -86,7 +86,7 @@ class RunLogger:
 
     def write(self, kind: str, step: int | None = None, **values: Any) -> None:
         """Append {"kind", "time", "step", **values} to log.jsonl; numbers go to TensorBoard too."""
-        if not self.main:
+        if self._file is None:
             return
         row = {"kind": kind, "time": round(time.time(), 3)} | ({} if step is None else {"step": step}) | values
         self._file.write(json.dumps(row) + "\n")

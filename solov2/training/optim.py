@@ -1,15 +1,17 @@
-"""Optimiser, learning-rate schedule (reference recipe: SGD, linear warm-up, step decay), average of the weights."""
+"""Optimizer, learning-rate schedule (reference recipe: SGD, linear warm-up, step decay), average of the weights."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from solov2.models.solov2 import SOLOv2
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norms: bool) -> list[dict[str, object]]:
@@ -55,7 +57,8 @@ def scaled_learning_rate(learning_rate: float, batch_size: int, reference_batch_
     return learning_rate * batch_size / reference_batch_size
 
 
-def make_schedule(
+def learning_rate_factor(
+    step: int,
     kind: str,
     *,
     steps_per_epoch: int,
@@ -63,8 +66,8 @@ def make_schedule(
     warmup_steps: int,
     warmup_start: float,
     step_epochs: Sequence[int] = (),
-) -> Callable[[int], float]:
-    """Learning-rate factor as a pure function of the optimiser step (0-based), so that resuming needs no state.
+) -> float:
+    """Factor of the learning rate, a pure function of the optimizer step (0-based), so that resuming needs no state.
 
     Linear warm-up from `warmup_start` reaches 1 in step `warmup_steps` - 1, as mmengine's LinearLR with end =
     warmup_steps does. "step" multiplies by 0.1 after each epoch of `step_epochs`; "cosine" falls from 1 at the end of
@@ -75,18 +78,13 @@ def make_schedule(
     """
     if kind not in ("step", "cosine"):
         raise ValueError(f"schedule must be 'step' or 'cosine', got {kind!r}")
-    total = steps_per_epoch * epochs
-
-    def factor(step: int) -> float:
-        warmup = 1.0
-        if step < warmup_steps - 1:
-            warmup = warmup_start + (1 - warmup_start) * step / (warmup_steps - 1)
-        if kind == "step":
-            return warmup * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in step_epochs)
-        progress = (step - warmup_steps) / max(1, total - warmup_steps)
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
-
-    return factor
+    warmup = 1.0
+    if step < warmup_steps - 1:
+        warmup = warmup_start + (1 - warmup_start) * step / (warmup_steps - 1)
+    if kind == "step":
+        return warmup * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in step_epochs)
+    progress = (step - warmup_steps) / max(1, steps_per_epoch * epochs - warmup_steps)
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
 class WeightAverage:
@@ -100,7 +98,7 @@ class WeightAverage:
         decay: between 0 and 1.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: SOLOv2, decay: float) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.updates = 0
         self._average = get_ema_multi_avg_fn(decay)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import yaml
 
 from solov2.config import Config, TrainConfig
 from solov2.errors import InputError
-from solov2.training.optim import make_schedule, scaled_learning_rate
+from solov2.training.optim import learning_rate_factor, scaled_learning_rate
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Plan:
 
     train: TrainConfig
     processes: int
-    steps_per_epoch: int | None  # None where the data set is not known
+    steps_per_epoch: int  # 0 where the data set is not known
 
     @classmethod
     def of(cls, train: TrainConfig, *, images: int | None, batches: int | None, processes: int) -> Plan:
@@ -35,8 +33,8 @@ class Plan:
         Raises:
             InputError: the data set is too small for one step.
         """
-        steps_per_epoch = None if batches is None else batches // train.accumulate
-        if steps_per_epoch == 0:
+        steps_per_epoch = (batches or 0) // train.accumulate
+        if batches is not None and steps_per_epoch == 0:
             raise InputError(
                 f"{images} training images make {batches} batches, fewer than the "
                 f"{train.accumulate} that one optimizer step accumulates; lower the batch size"
@@ -60,16 +58,13 @@ class Plan:
 
     def rate(self, step: int) -> float:
         """Learning rate of an optimizer step (0-based)."""
-        return self.learning_rate * self._factor(step)
-
-    @cached_property
-    def _factor(self) -> Callable[[int], float]:
-        return schedule(self.train, self.steps_per_epoch)
+        return self.learning_rate * recipe_factor(self.train, self.steps_per_epoch, step)
 
 
-def schedule(train: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """Learning-rate factor of each optimizer step (0-based) of a recipe."""
-    return make_schedule(
+def recipe_factor(train: TrainConfig, steps_per_epoch: int, step: int) -> float:
+    """Learning-rate factor of an optimizer step (0-based) of a recipe."""
+    return learning_rate_factor(
+        step,
         train.schedule,
         steps_per_epoch=steps_per_epoch,
         epochs=train.epochs,
@@ -82,7 +77,7 @@ def schedule(train: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]
 def announcement(config: Config, plan: Plan, *, parameters: int, images: int | None, device: torch.device) -> list[str]:
     """The first two lines of a run; what is None is called unknown."""
     train, processes = config.train, plan.processes
-    steps = "an unknown number of" if plan.steps_per_epoch is None else plan.steps_per_epoch
+    steps = plan.steps_per_epoch or "an unknown number of"
     return [
         f"{config.name}: {parameters:,} parameters, {'an unknown number of' if images is None else images} training "
         f"images, {processes} process{'es' if processes > 1 else ''} on {device.type}, {train.precision}",

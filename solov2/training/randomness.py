@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,8 +23,9 @@ def determinism(wanted: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
-    torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
+    deterministic: Any = torch.utils.deterministic  # a module whose property type checkers do not see
+    before = deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -33,7 +35,7 @@ def determinism(wanted: bool) -> Iterator[None]:
         raise RunFailed(f"--deterministic cannot be kept here: {str(error).partition('.')[0]}") from error
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before
+        deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -51,11 +51,10 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
 
 def _check_resumable(run: Run, checkpoint: Checkpoint, state: TrainingState) -> None:
     source, train = checkpoint.source, run.config.train
-    if checkpoint.class_names != run.model.class_names:
-        raise InputError(
-            f"{source} was trained on other classes: {class_difference(checkpoint.class_names, run.model.class_names)}"
-        )
-    optimizer = checkpoint.config.get("train", {}).get("optimizer", train.optimizer)
+    names = checkpoint.class_names or []
+    if names != run.model.class_names:
+        raise InputError(f"{source} was trained on other classes: {class_difference(names, run.model.class_names)}")
+    optimizer = (checkpoint.config or {}).get("train", {}).get("optimizer", train.optimizer)
     if optimizer != train.optimizer:
         raise InputError(
             f"{source} was trained with {optimizer}, whose state {train.optimizer} cannot take over; resume with "
@@ -100,7 +99,7 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 def _log_resume(run: Run, checkpoint: Checkpoint, state: TrainingState) -> None:
     source = checkpoint.source
-    changed = changed_settings(checkpoint.config, run.config.to_dict())
+    changed = changed_settings(checkpoint.config or {}, run.config.to_dict())
     run.logger.write("resume", run.global_step, file=source, changed=changed)
     position = f" and {run.step} of {run.plan.steps_per_epoch} steps" if run.step else ""
     run.logger.say(f"resumed {source} after epoch {run.epoch}{position}")

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,7 +116,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     # Buffers are broadcast once per epoch instead of in every step; the flag for it got a new name in torch 2.14.
     flags = inspect.signature(DistributedDataParallel).parameters
-    flag = "forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers"
+    sync: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers": False}
     # After its first step DDP sorts the gradients into other buckets, in which three processes and more add them up in
     # another order; the first step after a resume would then round otherwise. Looking for unused parameters keeps the
     # buckets, for a walk over the graph per step and a warning of torch that there are none.
@@ -125,5 +126,5 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device.index] if device.type != "cpu" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=repeatable and distributed.world_size() > 2,
-        **{flag: False},
+        **sync,
     )

@@ -49,9 +49,10 @@ class StopSignal:
     def __init__(self, timeout: float, folder: Path) -> None:
         self.received = 0
         self.timeout, self.folder = timeout, folder
-        self._group = self._roll = None
+        self._group: dist.ProcessGroup | None = None
+        self._roll: dist.ProcessGroup | None = None
         if distributed.world_size() > 1:
-            self._group, self._roll = (
+            self._group, self._roll = (  # type: ignore[assignment]  # a number only for processes left out
                 dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)) for _ in range(2)
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from solov2 import distributed
 from solov2.compute import Compute
+from solov2.losses import SOLOv2Criterion
 from solov2.training.guard import FAILED, OVERFLOWED
 
 
@@ -22,7 +24,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def take_step(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SOLOv2Criterion,
     batches: list[dict[str, Any]],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -50,6 +52,7 @@ def take_step(
         for module in unwrap(model).modules()
         if isinstance(module, nn.BatchNorm2d) and module.training
         for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
     ]
     before = [buffer.clone() for buffer in statistics]
     losses = backward(model, criterion, batches, scaler, compute)
@@ -63,7 +66,7 @@ def take_step(
 
 def backward(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SOLOv2Criterion,
     batches: list[dict[str, Any]],
     scaler: torch.amp.GradScaler,
     compute: Compute,
@@ -79,16 +82,16 @@ def backward(
     num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
     total: dict[str, Tensor] = {}
     for j, batch in enumerate(batches):
-        exchange = unwrap(model) is model or j == len(batches) - 1
-        with contextlib.nullcontext() if exchange else model.no_sync():
+        last = j == len(batches) - 1
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             losses = forward(model, criterion, batch, num_positives, compute)
-            scaler.scale(sum(losses.values())).backward()
+            scaler.scale(functools.reduce(torch.add, losses.values())).backward()
         total = {name: loss.detach() + total.get(name, 0) for name, loss in losses.items()}
     return total
 
 
 def forward(
-    model: nn.Module, criterion: nn.Module, batch: dict[str, Any], num_positives: int | None, compute: Compute
+    model: nn.Module, criterion: SOLOv2Criterion, batch: dict[str, Any], num_positives: int | None, compute: Compute
 ) -> dict[str, Tensor]:
     """Losses of a batch that is still on the host."""
     batch = compute.move(batch)
@@ -99,7 +102,7 @@ def forward(
 
 
 def repeat_forward(
-    model: nn.Module, criterion: nn.Module, batches: list[dict[str, Any]], compute: Compute
+    model: nn.Module, criterion: SOLOv2Criterion, batches: list[dict[str, Any]], compute: Compute
 ) -> dict[str, Tensor]:
     """Losses of the batches of one step by "name of batch j", without an exchange between processes."""
     num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
@@ -122,14 +125,14 @@ def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
     decides = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled()
     if decides:  # a fused optimizer leaves out the step by what torch's own scaler would tell it
-        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # as torch's scaler sets it
     elif not scaler.is_enabled():
         for parameter in parameters:
             parameter.grad = torch.where(norm.isfinite(), parameter.grad, 0)
     scaler.step(optimizer)
     scaler.update()
     if decides:
-        del optimizer.found_inf
+        del optimizer.found_inf  # type: ignore[attr-defined]
     optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -222,7 +222,7 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
         _write_config(run)
         summary = train_epochs(run, loader, sampler, validation)
         logger.say(f"trained in {format_seconds(time.perf_counter() - started)}; checkpoint {job.folder / 'last.pth'}")
-        if summary is not None:
+        if summary is not None and validation is not None:
             show_summary(run, validation, summary)
         best = job.folder / "best.pth"
         metrics = {} if summary is None else flat_figures(summary)

@@ -34,9 +34,9 @@ from peer_worker import forget_peak, resident  # noqa: E402
 from solov2.benchmarking.synthetic import synthetic_raw  # noqa: E402
 from solov2.build import (  # noqa: E402
     build_assigner,
+    build_compute,
     build_criterion,
     build_model,
-    choose_memory_format,
     prepare_for_training,
 )
 from solov2.checkpoint import load_file  # noqa: E402
@@ -97,7 +97,7 @@ def alternate(rounds: int, **steps: Callable[[], Any]) -> tuple[dict[str, float]
 
 
 def load_ours(config: str, folder: str) -> tuple[SOLOv2, Tensor, Tensor]:
-    """(our model with the reference's weights, normalised image [1, 3, H, W], its size [1, 2])."""
+    """(our model with the reference's weights, normalized image [1, 3, H, W], its size [1, 2])."""
     model = build_model(f"{config}_fpn_3x", weights=Path(folder) / "weights.pth")
     pixels = torch.load(Path(folder) / "image.pth", weights_only=True)["image"].flip(0)[None]
     sizes = torch.tensor([pixels.shape[2:]])
@@ -105,7 +105,7 @@ def load_ours(config: str, folder: str) -> tuple[SOLOv2, Tensor, Tensor]:
 
 
 def compare_inference(peer: Peer, config: str, folder: str, rounds: int) -> dict[str, Any]:
-    """Normalised image to boolean masks, plain and optimised."""
+    """Normalized image to boolean masks, plain and optimized."""
     model, images, sizes = load_ours(config, folder)
     fast = model.optimize()
     layout = images.contiguous(memory_format=torch.channels_last)
@@ -154,9 +154,10 @@ def first_training_step(config: str, folder: str, threads: int) -> dict[str, Any
 def training_step(config: str, folder: str) -> Callable[[], dict[str, Any]]:
     """A function that trains one step on the image and the ground truth of the folder, with seconds and MiB."""
     model, images, _ = load_ours(config, folder)
-    settings, cpu = load_config(f"{config}_fpn_3x"), torch.device("cpu")
-    model = prepare_for_training(model, settings, cpu)
-    images = images.contiguous(memory_format=choose_memory_format(settings, cpu))
+    settings = load_config(f"{config}_fpn_3x")
+    compute = build_compute(settings, torch.device("cpu"))
+    model = prepare_for_training(model, settings, compute)
+    images = images.contiguous(memory_format=compute.memory_format)
     assigner, criterion = build_assigner(settings.model), build_criterion(settings.model)
     with np.load(f"{folder}/truth.npz") as file:
         truth = {key: torch.from_numpy(file[key]) for key in ("boxes", "labels", "masks")}

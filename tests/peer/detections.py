@@ -14,8 +14,8 @@ is 0 if this holds for all photographs, else 1.
 
 Part B decodes and resizes with our own code, in float32, and says how many of the reference's detections we find again
 (same label, mask IoU >= 0.9), which step loses the others, and how many of them come back with looser thresholds. It is
-a description, not a test: random weights may answer a change of one grey level strongly. The column "noise" shows how
-strongly: the reference's resized pixels, as many of them as our resizing changes moved by one grey level at random.
+a description, not a test: random weights may answer a change of one gray level strongly. The column "noise" shows how
+strongly: the reference's resized pixels, as many of them as our resizing changes moved by one gray level at random.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def own_loading(model: SOLOv2, path: Path, file: Path, theirs: Found, from_resiz
     with torch.no_grad():
         raw = model(inputs)
     own, loose = (model.postprocess(raw, *both_sizes, **settings)[0] for settings in ({}, LOOSE))
-    resizing = grey_levels(resize_image(decoded, size), resized)
+    resizing = gray_levels(resize_image(decoded, size), resized)
     noisy, _ = detect(model, add_noise(resized, resizing["share"]), decoded.shape[1:])
     from_decoded = own if torch.equal(own_decoded, decoded) else model.predict(decoded)[0]
     results = {"own": own, "decoded": from_decoded, "resized": from_resized, "noise": noisy}
@@ -256,9 +256,9 @@ def own_loading(model: SOLOv2, path: Path, file: Path, theirs: Found, from_resiz
     missed = sorted(set(range(len(theirs["scores"]))) - {j for _, j in matches["own"]["pairs"]})
     return {
         "same_size": list(size) == list(resized.shape[1:]),
-        "decoding": grey_levels(own_decoded, decoded),
+        "decoding": gray_levels(own_decoded, decoded),
         "resizing": resizing,
-        "both": grey_levels(resize_image(own_decoded, size), resized),
+        "both": gray_levels(resize_image(own_decoded, size), resized),
         "ours": len(own["scores"]),
         "found_again": {key: len(match["pairs"]) for key, match in matches.items()},
         "score_difference": {key: match["score_difference"] for key, match in matches.items()},
@@ -292,7 +292,7 @@ def add_noise(pixels: Tensor, share: float) -> Tensor:
     return (pixels + moved * steps).clamp(0, 255).to(torch.uint8)
 
 
-def grey_levels(first: Tensor, second: Tensor) -> dict[str, float]:
+def gray_levels(first: Tensor, second: Tensor) -> dict[str, float]:
     """Largest and mean difference of two images of bytes, the mean with its sign, and the share of unequal values."""
     signed = first.short() - second.short()
     difference = signed.abs()
@@ -343,7 +343,7 @@ def print_part_a(photos: Sequence[dict[str, Any]], dtype: str) -> None:
 
 
 def print_part_b(photos: Sequence[dict[str, Any]], again: dict[str, int], peer: int) -> None:
-    """dec: most grey levels by which decoding differs; at a cut: lost ones that come back with looser thresholds."""
+    """dec: most gray levels by which decoding differs; at a cut: lost ones that come back with looser thresholds."""
     print("                                 found again from pixels                     resizing differs by     lost,")
     print("photo              ours  peer    own decoded resized  noise  mean|ds|  dec   max   mean  share    at a cut")
     for photo in photos:

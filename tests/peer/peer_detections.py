@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What every residual branch is multiplied by. With 1, fifty layers of random weights amplify a change of one grey level
+# What every residual branch is multiplied by. With 1, fifty layers of random weights amplify a change of one gray level
 # until nine of ten masks fall below IoU 0.9; that would drown part B.
 BRANCH = 0.1
 
@@ -78,7 +78,7 @@ def prepare(path: str, cfg: Any, size: list[int] | None) -> dict[str, Any]:
 
 
 def network_input(model: torch.nn.Module, photo: dict[str, Any]) -> tuple[Tensor, list[Any]]:
-    """A photograph alone in its batch, so padded for itself: normalised pixels [1, 3, H, W] and the data sample."""
+    """A photograph alone in its batch, so padded for itself: normalized pixels [1, 3, H, W] and the data sample."""
     packed = photo["packed"]
     batch = model.data_preprocessor({"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}, False)
     return batch["inputs"], batch["data_samples"]

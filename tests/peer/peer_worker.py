@@ -43,7 +43,7 @@ class Worker:
 
     @torch.no_grad()
     def infer(self) -> dict[str, Any]:
-        """Normalised image to full-size masks."""
+        """Normalized image to full-size masks."""
         start = time.perf_counter()
         features = self.model.extract_feat(self.inputs)
         neck = time.perf_counter()

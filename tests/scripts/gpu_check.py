@@ -9,34 +9,40 @@ writes DIR/ITEM.json as soon as it is done; a table of all comes last. On a CPU 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers.parity import (  # noqa: E402  # noqa: E402
+from helpers.parity import (  # noqa: E402
     BATCHES,
+    FORWARD,
     NMS_SETS,
     POSTPROCESS_CASES,
     criterion_of,
-    load,
     network_input,
     postprocess_case,
+    raw_tensors,
     reference_model,
     stored_batch,
     stored_set,
 )
-from helpers.tiny_runs import SETTINGS, random_batch  # noqa: E402
+from helpers.tiny_models import lively  # noqa: E402
+from helpers.tiny_runs import SETTINGS, random_batch, tiny_config  # noqa: E402
 
 import solov2  # noqa: E402
 from solov2.build import build_criterion, construct  # noqa: E402
@@ -55,23 +61,9 @@ LIMIT = 150  # seconds per item
 FORMS = {"float32": ("float32", False), "tf32": ("float32", True), "bf16": ("bf16", True)}  # precision, TF32
 
 
-@contextlib.contextmanager
-def tf32(wanted: bool) -> Iterator[None]:
-    """TF32 convolutions on or off; matrix products are float32 either way, as torch has them."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
-    flags[0].allow_tf32, flags[1].allow_tf32 = False, wanted
-    try:
-        yield
-    finally:
-        flags[0].allow_tf32, flags[1].allow_tf32 = before
-
-
-def apart(one: Tensor, other: Tensor) -> float:
-    """Largest difference relative to the standard deviation (of a scalar: to itself)."""
-    one, other = one.detach().double().cpu(), other.detach().double().cpu()
-    scale = other.std(correction=0) if other.numel() > 1 else other.abs()
-    return ((one - other).abs().max() / scale.clamp(min=1e-30)).item()
+def allow_tf32(convolutions: bool) -> None:
+    """TF32 convolutions on or off for the rest of the process; matrix products stay float32, as torch has them."""
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, False
 
 
 def check_environment(device: torch.device) -> dict[str, Any]:
@@ -85,55 +77,67 @@ def check_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+# ---- the same numbers as on the CPU
+
+
 def check_parity(device: torch.device) -> dict[str, Any]:
-    """Largest differences to the CPU in float32, of the reference's cases in tests/data."""
-    with tf32(False):
-        return {
-            **_network_parity(device),
-            "losses and their gradients": max(_loss_difference(name, device) for name in BATCHES),
-            **_postprocess_parity(device),
-            "Matrix NMS": max(_nms_difference(name, device) for name in NMS_SETS),
-        }
-
-
-def _network_parity(device: torch.device) -> dict[str, float]:
-    stored = load("forward.json.gz")["solov2_light_r18"]
-    images, raws, gradients = network_input(**stored["input"])[:1], [], []
-    for place in (CPU, device):
-        model = reference_model("solov2_light_r18", stored["overrides"]).to(place).train()
-        raw = model(images.to(place))
-        raws.append([*raw["category_logits"], *raw["kernels"], raw["mask_features"]])
-        sum(tensor.square().mean() for tensor in raws[-1]).backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    """Largest differences to the CPU in float32, without TF32, of the reference's cases in tests/data."""
+    allow_tf32(False)
     return {
-        "raw outputs of light R18": max(map(apart, raws[1], raws[0])),
-        "its weight gradients, in norm": max(
-            abs(one.double().norm().item() / other.double().norm().item() - 1) for one, other in zip(*gradients)
-        ),
+        **_network_parity(device),
+        "losses and their gradients": max(_loss_difference(case, device) for case in BATCHES.values()),
+        **_postprocess_parity(device),
+        "Matrix NMS": max(_nms_difference(name, device) for name in NMS_SETS),
     }
 
 
-def _loss_difference(name: str, device: torch.device) -> float:
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference; infinite where a number is not finite."""
+    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    return (found - wanted).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference in standard deviations of `wanted`; of a scalar, relative to it."""
+    values = wanted.detach().double()
+    scale = values.std(correction=0) if values.numel() > 1 else values.abs()
+    return difference(found, wanted) / max(scale.item(), 1e-30)
+
+
+def _network_parity(device: torch.device) -> dict[str, float]:
+    stored = FORWARD["solov2_light_r18"]
+    images, outputs, norms = network_input(**stored["input"])[:1], [], []
+    for place in (device, CPU):
+        model = reference_model("solov2_light_r18", stored["overrides"]).to(place).train()
+        outputs.append(raw_tensors(model(images.to(place))))
+        sum(tensor.square().mean() for tensor in outputs[-1]).backward()
+        norms.append(torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).cpu())
+    return {
+        "raw outputs of light R18": max(map(relative_difference, *outputs)),
+        "its weight gradients, in norm": difference(norms[0] / norms[1], torch.ones(len(norms[1]))),
+    }
+
+
+def _loss_difference(case: dict[str, Any], device: torch.device) -> float:
     found = []
-    for place in (CPU, device):
-        raw, targets = stored_batch(BATCHES[name], torch.float32, place)
-        losses = criterion_of(BATCHES[name])(raw, targets)
+    for place in (device, CPU):
+        raw, targets = stored_batch(case, torch.float32, place)
+        losses = criterion_of(case)(raw, targets)
         sum(losses.values()).backward()
-        leaves = [*raw["category_logits"], *raw["kernels"], raw["mask_features"]]
-        found.append([*losses.values(), *(leaf.grad for leaf in leaves)])
-    return max(apart(one, other) for one, other in zip(*found) if other.abs().max() > 0)
+        found.append([*losses.values(), *(leaf.grad for leaf in raw_tensors(raw))])
+    return max(map(relative_difference, *found))
 
 
 def _postprocess_parity(device: torch.device) -> dict[str, Any]:
     """Where both find the same number of instances, they are compared rank by rank."""
     scores, pixels, other_counts = 0.0, 0, 0
-    for name in POSTPROCESS_CASES:
-        for one, other in zip(*(postprocess_case(POSTPROCESS_CASES[name], torch.float32, p) for p in (device, CPU))):
-            if len(one["scores"]) != len(other["scores"]):
+    for case in POSTPROCESS_CASES.values():
+        for found, wanted in zip(*(postprocess_case(case, torch.float32, place) for place in (device, CPU))):
+            if len(found["scores"]) != len(wanted["scores"]):
                 other_counts += 1
-            elif len(one["scores"]):
-                scores = max(scores, (one["scores"].cpu() - other["scores"]).abs().max().item())
-                pixels += int((one["masks"].cpu() != other["masks"]).sum())
+            elif len(wanted["scores"]):
+                scores = max(scores, difference(found["scores"], wanted["scores"]))
+                pixels += int((found["masks"].cpu() != wanted["masks"]).sum())
     return {
         "scores of post-processing": scores,
         "mask pixels of post-processing": pixels,
@@ -142,16 +146,17 @@ def _postprocess_parity(device: torch.device) -> dict[str, Any]:
 
 
 def _nms_difference(name: str, device: torch.device) -> float:
-    masks, labels, scores = stored_set(name, torch.float32)
-    moved = masks.to(device), labels.to(device), scores.to(device)
-    return max(
-        (matrix_nms(*moved, kernel=kernel).cpu() - matrix_nms(masks, labels, scores, kernel=kernel)).abs().max().item()
-        for kernel in ("gaussian", "linear")
-    )
+    here = stored_set(name, torch.float32)
+    there = [tensor.to(device) for tensor in here]
+    kernels = "gaussian", "linear"
+    return max(difference(matrix_nms(*there, kernel=kernel), matrix_nms(*here, kernel=kernel)) for kernel in kernels)
+
+
+# ---- the training step
 
 
 class Training:
-    """A network with what a step takes, as `solov2.train` puts them together, on a made-up batch."""
+    """A network with what a step takes, as `solov2.train` puts them together, and a made-up batch."""
 
     def __init__(self, config: Config, compute: Compute, images: int, size: tuple[int, int]) -> None:
         torch.manual_seed(0)
@@ -161,8 +166,9 @@ class Training:
         self.optimizer = build_optimizer(
             self.model, name="sgd", learning_rate=1e-6, momentum=0.9, weight_decay=1e-4, decay_norms=True
         )
-        batch = random_batch(config, seed=0, images=images, instances=8, size=size)
-        self.batch = _pinned(batch) if compute.device.type != "cpu" else batch
+        self.batch = random_batch(config, seed=0, images=images, instances=8, size=size)
+        if compute.device.type != "cpu":  # as the loader does, so that copying does not wait
+            self.batch = tree_map_only(Tensor, Tensor.pin_memory, self.batch)
 
     def step(self) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step; returns its losses and what is wrong with it, on the device."""
@@ -171,111 +177,110 @@ class Training:
         )
 
 
-def _pinned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.pin_memory()
-    return {key: _pinned(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
 def check_step(device: torch.device) -> dict[str, Any]:
-    """A real step, with averaged weights and the guard, that raises where the host would wait for the device."""
+    """Losses of a real step, with averaged weights and the guard, that raises where the host waits for the device."""
     found: dict[str, Any] = {}
     for precision in ("float32", "bf16"):
-        config = load_config("quickstart")
-        training = Training(config, Compute(device, precision, torch.channels_last), 2, (192, 192))
+        training = Training(load_config("quickstart"), Compute(device, precision, torch.channels_last), 2, (192, 192))
         average, guard = WeightAverage(training.model, 0.9), NonFiniteGuard(Path(tempfile.gettempdir()))
         for step in range(4):
-            watches = step > 1 and device.type == "cuda"  # first uses may wait
-            with _no_waits() if watches else contextlib.nullcontext():
-                losses, wrong = training.step()
-                guard.watch(step, wrong, [training.batch])
-                average.update(training.model)
-        found[precision] = {name: loss.item() for name, loss in losses.items()}
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # first uses may wait
+            losses, wrong = training.step()
+            guard.watch(step, wrong, [training.batch])
+            average.update(training.model)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
         assert guard.failure(now=True) is None, f"a step in {precision} was not finite"
-    return {**found, "waits": 0 if device.type == "cuda" else None}
+        found[precision] = {name: loss.item() for name, loss in losses.items()}
+    return {**found, "waits": 0 if device.type == "cuda" else "not watched on this device"}
 
 
-@contextlib.contextmanager
-def _no_waits() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+# ---- speed and memory
 
 
 def check_training(device: torch.device) -> dict[str, Any]:
-    """Images per second of queued steps and the most memory they held."""
-    name, size, counts = ("solov2_r50_fpn_1x", (800, 1344), (2, 16)) if _is_large(device) else SMALL
-    config, rows = load_config(name), {}
-    for form, (precision, allow) in FORMS.items():
+    """Images per second of queued steps, and the most memory they held."""
+    config, size, counts = _workload(device, (800, 1344), (2, 16))
+    rows: dict[str, Any] = {"model": config.name, "size": size}
+    for form, (precision, allowed) in FORMS.items():
+        allow_tf32(allowed)
         for count in counts:
-            with tf32(allow):
-                training = Training(config, Compute(device, precision, torch.channels_last), count, size)
-                rows[f"{form}, batch {count}"] = _speed(training.step, count, device)
-    return {"model": name, "size": size, **rows}
+            training = Training(config, Compute(device, precision, torch.channels_last), count, size)
+            rows[f"{form}, batch {count}"] = _speed(training.step, count, device)
+    return rows
 
 
 def check_inference(device: torch.device) -> dict[str, Any]:
-    """Images per second from padded pixels to masks at 480 x 640 of a network with random weights."""
-    name, size, counts = ("solov2_r50_fpn_1x", (800, 1088), (1, 8)) if _is_large(device) else SMALL
-    plain, rows = solov2.build_model(name, device=device), {}
-    for form, (precision, allow) in FORMS.items():
-        half = precision == "bf16"
+    """Images per second from padded pixels to masks at 480 x 640, of random weights that find as much as they may."""
+    config, size, counts = _workload(device, (800, 1088), (1, 8))
+    rows: dict[str, Any] = {"model": config.name, "size": size}
+    torch.manual_seed(0)
+    plain = lively(solov2.build_model(config, device=device)).to(memory_format=torch.channels_last)
+    for form, (precision, allowed) in FORMS.items():
+        allow_tf32(allowed)
         fast = plain.optimize(precision=precision)  # in bf16 its weights are cast, so autocast has nothing to do
-        kinds = {"plain": (plain, precision), "optimized": (fast, "float32" if half else precision)}
-        for count in counts:
-            sizes = torch.tensor([size] * count)
-            batch = {"pixels": torch.randint(256, (count, 3, *size), dtype=torch.uint8), "sizes": sizes}
-            batch["original_sizes"] = torch.tensor([(480, 640)] * count)
-            for kind, (model, cast) in kinds.items():
-                predictor = Predictor(model, Compute(device, cast, torch.channels_last), mask_format="bool")
-                with tf32(allow):
-                    rows[f"{form}, {kind}, batch {count}"] = _speed(
-                        lambda p=predictor, b=batch: _both(p, b), count, device
-                    )
-    return {"model": name, "size": size, **rows}
+        for kind, model, cast in (("plain", plain, precision), ("optimized", fast, "float32")):
+            predictor = Predictor(model, Compute(device, cast, torch.channels_last), mask_format="bool")
+            for count in counts:
+                pixels = torch.randint(256, (count, 3, *size), dtype=torch.uint8)
+                sizes, original_sizes = (torch.tensor([pair] * count) for pair in (size, (480, 640)))
+                batch = {"pixels": pixels, "sizes": sizes, "original_sizes": original_sizes}
+                found = len(_predict(predictor, batch)[0]["scores"])
+                speed = _speed(partial(_predict, predictor, batch), count, device)
+                rows[f"{form}, {kind}, batch {count}"] = {**speed, "instances": found}
+    return rows
 
 
-def _both(predictor: Predictor, batch: dict[str, Tensor]) -> None:
+def _predict(predictor: Predictor, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     predictor.launch(batch)
-    predictor.collect()
+    return predictor.collect()
 
 
-SMALL = ("solov2_light_r18_fpn_3x", (64, 96), (1, 2))
+def _workload(
+    device: torch.device, size: tuple[int, int], counts: tuple[int, int]
+) -> tuple[Config, tuple[int, int], tuple[int, int]]:
+    """Configuration, input size and images per batch: those given for an accelerator, tiny ones for a CPU."""
+    if device.type == "cpu":
+        return tiny_config(), (64, 96), (1, 2)
+    return load_config("solov2_r50_fpn_1x"), size, counts
 
 
-def _is_large(device: torch.device) -> bool:
-    return device.type != "cpu"
-
-
-def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[str, float | None]:
-    """Warm up, then queue steps and wait once."""
-    warmup, count = (5, 20) if _is_large(device) else (1, 2)
-    if _is_large(device):
-        torch.accelerator.reset_peak_memory_stats(device)
-    for _ in range(warmup):
-        step()
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
+def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[str, Any]:
+    """Warm up, queue steps and wait once; a step that does not fit into memory is said and ends nothing."""
+    on_cpu = device.type == "cpu"
+    warmup, count = (1, 2) if on_cpu else (5, 20)
+    try:
+        for _ in range(warmup):
+            step()
+        if not on_cpu:
+            torch.accelerator.reset_peak_memory_stats(device)
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        synchronize(device)
+    except torch.OutOfMemoryError:
+        return {"images_per_second": None, "ms": None, "peak_mib": "more than there is"}
     seconds = time.perf_counter() - started
-    peak = torch.accelerator.max_memory_allocated(device) / 2**20 if _is_large(device) else None
+    peak = None if on_cpu else torch.accelerator.max_memory_allocated(device) / 2**20
     return {"images_per_second": images * count / seconds, "ms": 1000 * seconds / count, "peak_mib": peak}
 
 
 def check_quickstart(device: torch.device) -> dict[str, Any]:
-    """The main job from end to end; at small sizes two epochs of it."""
-    settings = [] if _is_large(device) else [*SETTINGS, "train.epochs=2"]
+    """The main job from end to end; on a CPU two epochs of it at a small size."""
+    tiny = [*SETTINGS, "train.epochs=2"]
+    config = load_config(
+        "quickstart", tiny if device.type == "cpu" else [f"data.workers={min(8, os.cpu_count() or 1)}"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        result = solov2.train(
-            load_config("quickstart", settings), data=f"{folder}/shapes", output=f"{folder}/run", device=str(device)
-        )
-        return {"seconds": time.perf_counter() - started, **result.metrics}
+        result = solov2.train(config, data=f"{folder}/shapes", output=f"{folder}/run", device=str(device))
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, **{name: result.metrics[name] for name in ("segm_AP", "segm_AP50", "bbox_AP")}}
 
+
+# ---- one process per item
 
 ITEMS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "environment": check_environment,
@@ -293,12 +298,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="ITEM", help=", ".join(ITEMS))
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="default: gpu_check/")
     parser.add_argument("--device", help="default: the accelerator, if there is one")
+    parser.add_argument("--here", choices=ITEMS, help=argparse.SUPPRESS)  # what the process of an item is told
     args = parser.parse_args(argv)
+    if args.here:
+        return _run_here(args.here, args.out, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    if len(args.only) == 1:
-        return _run_here(args.only[0], args.out, args.device)
     for item in args.only:
-        command = [sys.executable, __file__, "--only", item, "--out", str(args.out)]
+        (args.out / f"{item}.json").unlink(missing_ok=True)  # of an earlier call
+        command = [sys.executable, __file__, "--here", item, "--out", str(args.out)]
         command += ["--device", args.device] if args.device else []
         try:
             subprocess.run(command, timeout=LIMIT, check=False)
@@ -312,6 +319,7 @@ def _run_here(item: str, folder: Path, device: str | None) -> int:
     try:
         found = ITEMS[item](select_device(device))
     except Exception as error:  # whatever it is, it is this item's result
+        traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
     _write(folder, item, {**found, "item_seconds": round(time.perf_counter() - started, 1)})
     return 1 if "error" in found else 0
@@ -322,17 +330,21 @@ def _write(folder: Path, item: str, found: dict[str, Any]) -> None:
 
 
 def _show_table(folder: Path, items: list[str]) -> int:
-    failed = 0
+    failed = False
     for item in items:
         path = folder / f"{item}.json"
         found = json.loads(path.read_text()) if path.is_file() else {"error": "the process ended without a result"}
-        failed += "error" in found
+        failed |= "error" in found
         print(f"{item}:")
         for name, value in found.items():
-            if isinstance(value, dict):
-                value = "  ".join(f"{k} {v:.4g}" for k, v in value.items() if v is not None)
-            print(f"  {name:<44}{value:.4g}" if isinstance(value, float) else f"  {name:<44}{value}")
-    return 1 if failed else 0
+            parts = value if isinstance(value, dict) else {"": value}
+            words = [f"{key} {_short(part)}".strip() for key, part in parts.items() if part is not None]
+            print(f"  {name:<44}{'  '.join(words)}")
+    return int(failed)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

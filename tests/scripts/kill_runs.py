@@ -6,8 +6,8 @@ The same run is trained twice, side by side and with one thread per process: und
 all its children at random moments. The moments count from the first checkpoint that a start writes; every third kill
 then waits until the next one is being written, every fifth comes while the run is still starting. After each kill
 the run goes on with `--resume`. At the end everything in both last checkpoints has to be equal to the bit. Without
-words the run is tests/tiny_runs.py's with two workers, several scales, flips, accumulation 2 and averaged weights;
-other words should save often (`train.checkpoint_steps`). Prints JSON.
+words the run is that of tests/helpers/tiny_runs.py with two workers, several scales, flips, accumulation 2 and averaged
+weights; other words should save often (`train.checkpoint_steps`). Prints JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny_runs import arguments  # noqa: E402
+from helpers.tiny_runs import arguments  # noqa: E402
 
 from solov2.checkpoint import load_file  # noqa: E402
 

@@ -13,21 +13,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import parity  # noqa: E402
-import test_losses  # noqa: E402
-import test_matrix_nms  # noqa: E402
-import test_models  # noqa: E402
-import test_optim  # noqa: E402
-import test_postprocess  # noqa: E402
-import test_targets  # noqa: E402
-import test_trajectory  # noqa: E402
+from helpers.parity import (  # noqa: E402
+    BATCHES,
+    FORWARD,
+    NMS_SETS,
+    POSTPROCESS_CASES,
+    criterion_of,
+    decode,
+    network_input,
+    postprocess_case,
+    reference_model,
+    run_network,
+    sampled_outputs,
+    stored_batch,
+    stored_decay,
+    stored_set,
+)
+from helpers.training_parity import (  # noqa: E402
+    SCENES,
+    SCHEDULES,
+    TARGETS,
+    TRAJECTORIES,
+    assert_targets,
+    start_of_trajectory,
+    stored_schedule,
+    trajectory_steps,
+)
 
 from solov2.ops.matrix_nms import matrix_nms  # noqa: E402
 
@@ -54,16 +71,14 @@ def main() -> int:
 
 def forward(dtype: torch.dtype, quick: bool) -> Iterator[Row]:
     """Largest difference of each kind of output, in standard deviations of its tensor; then the final instances."""
-    for config, stored in test_models.FORWARD.items():
+    for config, stored in FORWARD.items():
         if quick and "light" not in config:
             continue
-        model = parity.reference_model(config, stored["overrides"]).to(dtype)
-        outputs, raw = test_models.run(model, parity.network_input(**stored["input"]).to(dtype))
-        with np.load(parity.DATA / "forward.npz") as file:
-            values = torch.from_numpy(file[config])
+        model = reference_model(config, stored["overrides"]).to(dtype)
+        outputs, raw = run_network(model, network_input(**stored["input"]).to(dtype))
         worst = dict.fromkeys(GROUPS, 0.0)
-        entries = stored["outputs"]
-        for (name, entry), wanted in zip(entries.items(), values.split([e["count"] for e in entries.values()])):
+        for name, wanted in sampled_outputs(config).items():
+            entry = stored["outputs"][name]
             found = outputs[name].double().flatten()[:: entry["stride"]]
             kind = name.rstrip("0123456789")
             worst[kind] = max(worst[kind], ((found - wanted[: len(found)]).abs().max() / entry["std"]).item())
@@ -77,11 +92,11 @@ def forward(dtype: torch.dtype, quick: bool) -> Iterator[Row]:
 def targets() -> Iterator[Row]:
     """Scenes whose cells, labels, pairs or masks differ in any way."""
     wrong = total = 0
-    for ranges in test_targets.STORED["scale_ranges"]:
-        for name in test_targets.SCENES:
+    for ranges in TARGETS["scale_ranges"]:
+        for scene in SCENES.values():
             total += 1
             try:
-                test_targets.test_cells_categories_and_masks(name, ranges)
+                assert_targets(scene, ranges)
             except AssertionError:
                 wrong += 1
     yield "targets", "scenes that differ in any cell or pixel", f"{wrong} of {total}"
@@ -90,9 +105,9 @@ def targets() -> Iterator[Row]:
 def losses(dtype: torch.dtype) -> Iterator[Row]:
     """Losses relative to themselves, gradients relative to the largest of their kind."""
     loss_error = gradient_error = 0.0
-    for case in test_losses.CASES.values():
-        raw, truth = test_losses.stored_batch(case, dtype)
-        found = test_losses.criterion(case)(raw, truth)
+    for case in BATCHES.values():
+        raw, truth = stored_batch(case, dtype)
+        found = criterion_of(case)(raw, truth)
         for key, stored in (("loss_mask", case["loss_mask"]), ("loss_category", case["loss_cls"])):
             loss_error = max(loss_error, relative(found[key].item(), stored))
         sum(found.values()).backward()
@@ -111,30 +126,29 @@ def losses(dtype: torch.dtype) -> Iterator[Row]:
 def instances(dtype: torch.dtype) -> Iterator[Row]:
     """Post-processing of made-up raw outputs."""
     pairs = []
-    for case in test_postprocess.CASES.values():
-        pairs += zip(test_postprocess.run(case, dtype), case["results"])
+    for case in POSTPROCESS_CASES.values():
+        pairs += zip(postprocess_case(case, dtype), case["results"])
     yield "post-processing", *compare_instances(pairs)
 
 
 def decay(dtype: torch.dtype) -> Iterator[Row]:
     """Matrix NMS alone."""
     worst = 0.0
-    for name in test_matrix_nms.SETS:
+    for name in NMS_SETS:
         for kernel in ("gaussian", "linear"):
-            found = matrix_nms(*test_matrix_nms.stored_set(name, dtype), kernel=kernel, sigma=2.0)
-            stored = torch.from_numpy(test_matrix_nms.STORED[f"{name}.{kernel}"])
-            worst = max(worst, (found.double() - stored).abs().max().item())
+            found = matrix_nms(*stored_set(name, dtype), kernel=kernel, sigma=2.0)
+            worst = max(worst, (found.double() - stored_decay(name, kernel)).abs().max().item())
     yield "matrix NMS", "largest difference of a score", f"{worst:.1e}"
 
 
 def trajectories(dtype: torch.dtype, quick: bool) -> Iterator[Row]:
     """Losses and gradient norms of every stored training step."""
-    for name, stored in test_trajectory.TRAJECTORIES.items():
+    for name, stored in TRAJECTORIES.items():
         if quick and name != "trajectory":
             continue
-        model = test_trajectory.start(stored, dtype)
+        model = start_of_trajectory(stored, dtype)
         loss_error = norm_error = 0.0
-        for step, (found, norm, _) in zip(stored["steps"], test_trajectory.train(model, stored)):
+        for step, (found, norm, _) in zip(stored["steps"], trajectory_steps(model, stored)):
             loss_error = max(loss_error, relative(found["loss_mask"].item(), step["loss_mask"]))
             loss_error = max(loss_error, relative(found["loss_category"].item(), step["loss_cls"]))
             norm_error = max(norm_error, relative(norm.item(), step["grad_norm_before_clip"]))
@@ -145,8 +159,8 @@ def trajectories(dtype: torch.dtype, quick: bool) -> Iterator[Row]:
 def schedules() -> Iterator[Row]:
     """Learning rates."""
     worst = 0.0
-    for stored in test_optim.SCHEDULES.values():
-        factor = test_optim.schedule_of(stored)
+    for stored in SCHEDULES.values():
+        factor = stored_schedule(stored)
         worst = max(worst, *(relative(stored["base_lr"] * factor(step), rate) for step, rate in stored["lr"]))
     yield "learning rates", "largest relative difference", f"{worst:.1e}"
 
@@ -161,7 +175,7 @@ def compare_instances(pairs: Any) -> tuple[str, str]:
             continue
         worst = max(worst, (result["scores"].double() - scores).abs().max().item())
         for rank, counts in enumerate(expected["masks"]):
-            stored = parity.decode(counts, result["masks"].shape[1:]).bool()
+            stored = decode(counts, result["masks"].shape[1:]).bool()
             near = (result["scores"].double() - scores[rank]).abs() <= 3e-4
             near &= result["labels"] == expected["labels"][rank]
             wrong = int((result["masks"][near] ^ stored).flatten(1).sum(1).min()) if near.any() else stored.numel()

@@ -31,24 +31,31 @@ def arguments(root: Path, output: Path, *more: str) -> list[str]:
     return ["quickstart", *settings, "--data-root", str(root), "--output", str(output), "--device", "cpu", *more]
 
 
-def random_batch(config: Config, *, seed: int, images: int = 2, instances: int = 3, size: int = 64) -> dict:
-    """A batch with targets, of noise and rectangles; `instances` 0 gives empty images."""
+def random_batch(
+    config: Config, *, seed: int, images: int = 2, instances: int = 3, size: int | tuple[int, int] = 64
+) -> dict:
+    """A batch with targets, of noise and rectangles of 8 to 23 pixels; `instances` 0 gives empty images.
+
+    `size` is the side of the images, or their (height, width).
+    """
     generator = torch.Generator().manual_seed(seed)
+    height, width = (size, size) if isinstance(size, int) else size
     truths = []
     for _ in range(images):
-        start = torch.randint(0, size - 24, (instances, 2), generator=generator)
+        start = torch.randint(0, height - 24, (instances, 2), generator=generator)  # y, x
+        start[:, 1] = start[:, 1] * (width - 24) // (height - 24)
         extent = torch.randint(8, 24, (instances, 2), generator=generator)
-        masks = torch.zeros(instances, size, size, dtype=torch.uint8)
+        masks = torch.zeros(instances, height, width, dtype=torch.uint8)
         for mask, (y, x), (h, w) in zip(masks, start.tolist(), extent.tolist()):
             mask[y : y + h, x : x + w] = 1
         boxes = torch.cat([start.flip(1), (start + extent).flip(1)], dim=1).float()
         labels = torch.randint(0, config.model.num_classes, (instances,), generator=generator)
         truths.append({"boxes": boxes, "labels": labels, "masks": masks})
-    sizes = torch.tensor([[size, size]] * images)
+    sizes = torch.tensor([[height, width]] * images)
     return {
-        "pixels": torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator),
+        "pixels": torch.randint(0, 256, (images, 3, height, width), dtype=torch.uint8, generator=generator),
         "sizes": sizes, "original_sizes": sizes.clone(), "image_ids": list(range(images)),
-        "targets": build_assigner(config.model)(truths, (size, size)),
+        "targets": build_assigner(config.model)(truths, (height, width)),
     }  # fmt: skip
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_runs import flat_plan, random_batch, tiny_config  # noqa: E402
-
+from helpers.tiny_runs import flat_plan, random_batch, tiny_config  # noqa: E402
 from solov2 import distributed  # noqa: E402
 from solov2.build import build_criterion, construct  # noqa: E402
 from solov2.compute import Compute  # noqa: E402

@@ -21,11 +21,17 @@ import torch
 from torch import Tensor
 
 from solov2.build import build_model
+from solov2.config import load_config
 from solov2.convert import convert_state_dict
+from solov2.losses import SOLOv2Criterion
+from solov2.models.postprocess import postprocess
 from solov2.models.solov2 import SOLOv2
+from solov2.settings import PostprocessSettings
+from solov2.targets import TargetAssigner
 
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).resolve().parents[1] / "data"
 SEED = 20261122
+CPU = torch.device("cpu")
 GRIDS = (40, 36, 24, 16, 12)
 
 # the reference's name of a configuration -> ours
@@ -54,9 +60,20 @@ TO_MMDET = (
 
 
 def load(name: str) -> Any:
-    """A file of numbers in tests/data."""
+    """A file of numbers in tests/data; of an archive, its arrays by name."""
     path = DATA / name
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return dict(arrays)
     return json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_text())
+
+
+# Read at import, which takes a few hundredths of a second; nobody changes them.
+FORWARD = load("forward.json.gz")  # the reference's name of a configuration -> input, weights, outputs, instances
+BATCHES = {case["name"]: case for case in load("losses.json.gz")["cases"]}
+POSTPROCESS_CASES = {case["name"]: case for case in load("postprocess.json.gz")["cases"]}
+NMS_ARRAYS = load("matrix_nms.npz")  # "set.what" -> array
+NMS_SETS = sorted({name.split(".")[0] for name in NMS_ARRAYS})
 
 
 # ---- weights
@@ -122,14 +139,17 @@ def _ends_block(layer: str, names: Iterable[str]) -> bool:
 def reference_model(config: str, overrides: Mapping[str, Any]) -> SOLOv2:
     """Our model with the reference's weights, float32, in evaluation mode; loaded by way of the converter.
 
-    It is built without storage, because drawing weights that are thrown away takes seconds. The constants of
-    `normalize` therefore stay on the meta device; the inputs here are normalised already.
+    It is built without storage, because drawing weights that are thrown away takes seconds.
     """
     with torch.device("meta"):
         model = build_model(MODELS[config], device="meta")
     state, traits = convert_state_dict(mmdet_weights(mmdet_shapes(model), overrides))
     assert traits["family"] == "mmdet"
     model.load_state_dict(state, assign=True)
+    settings = load_config(MODELS[config]).model
+    model.pixel_mean, model.pixel_std = (  # no part of a state dict, so still without storage
+        torch.tensor(values).view(1, 3, 1, 1) for values in (settings.pixel_mean, settings.pixel_std)
+    )
     return model
 
 
@@ -137,7 +157,7 @@ def reference_model(config: str, overrides: Mapping[str, Any]) -> SOLOv2:
 
 
 def network_input(tag: str, shape: Sequence[int], valid: Sequence[Sequence[int]] = ()) -> Tensor:
-    """Normalised images, float32 [B, 3, H, W], zero outside `valid` (h, w of each image)."""
+    """Normalized images, float32 [B, 3, H, W], zero outside `valid` (h, w of each image)."""
     images = torch.from_numpy(draw(f"input/{tag}", shape).astype(np.float32))
     for image, (height, width) in zip(images, valid):
         image[:, height:] = 0
@@ -145,7 +165,7 @@ def network_input(tag: str, shape: Sequence[int], valid: Sequence[Sequence[int]]
     return images
 
 
-def raw_outputs(tag: str, params: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def raw_outputs(tag: str, params: Mapping[str, Any], dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Any]:
     """The raw dict of a made-up network: noise of given scales, smooth mask features, and single cells edited."""
     batch, channels, (height, width) = params["batch"], params["kernel_channels"], params["feat"]
     logits, kernels = [], []
@@ -161,9 +181,9 @@ def raw_outputs(tag: str, params: Mapping[str, Any], dtype: torch.dtype) -> dict
     for edit in params.get("edits", ()):
         _edit(logits, kernels, *edit)
     return {
-        "category_logits": [torch.from_numpy(level).to(dtype) for level in logits],
-        "kernels": [torch.from_numpy(level).to(dtype) for level in kernels],
-        "mask_features": torch.from_numpy(features.astype(np.float32)).to(dtype),
+        "category_logits": [torch.from_numpy(level).to(device, dtype) for level in logits],
+        "kernels": [torch.from_numpy(level).to(device, dtype) for level in kernels],
+        "mask_features": torch.from_numpy(features.astype(np.float32)).to(device, dtype),
     }
 
 
@@ -207,7 +227,116 @@ def instances(image: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def raw_tensors(raw: Mapping[str, Any]) -> list[Tensor]:
+    """The eleven tensors of a raw dict: category logits and kernels of five levels, mask features."""
+    return [*raw["category_logits"], *raw["kernels"], raw["mask_features"]]
+
+
+# ---- what is compared
+
+
+def run_network(model: SOLOv2, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(every stored output under its name, the raw dict) of one forward pass."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(letter: str, levels: Sequence[Tensor]) -> None:
+        outputs.update({f"{letter}{i}": level for i, level in enumerate(levels, 2)})
+
+    hooks = [
+        model.backbone.register_forward_hook(lambda module, inputs, result: keep("C", result)),
+        model.fpn.register_forward_hook(lambda module, inputs, result: keep("P", result)),
+    ]
+    with torch.no_grad():
+        raw = model(images)
+    for hook in hooks:
+        hook.remove()
+    outputs.update({f"cls{i}": level for i, level in enumerate(raw["category_logits"])})
+    outputs.update({f"kernel{i}": level for i, level in enumerate(raw["kernels"])})
+    return outputs | {"mask_feats": raw["mask_features"]}, raw
+
+
+def sampled_outputs(config: str) -> dict[str, Tensor]:
+    """Values of every stored output of a network, float64; `FORWARD` has their strides."""
+    stored = FORWARD[config]["outputs"]
+    values = torch.from_numpy(load("forward.npz")[config])
+    return dict(zip(stored, values.split([entry["count"] for entry in stored.values()]), strict=True))
+
+
+def criterion_of(case: Mapping[str, Any]) -> SOLOv2Criterion:
+    """The losses of a stored batch."""
+    return SOLOv2Criterion(num_classes=case["params"]["num_classes"])
+
+
+def stored_batch(
+    case: Mapping[str, Any], dtype: torch.dtype, device: torch.device = CPU
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(raw outputs that record gradients, targets) of a stored batch."""
+    raw = raw_outputs(case["tag"], case["params"], dtype, device)
+    for tensor in raw_tensors(raw):
+        tensor.requires_grad_()
+    assign = TargetAssigner(GRIDS, case["scale_ranges"], num_classes=case["params"]["num_classes"])
+    targets = assign([instances(image) for image in case["images"]], tuple(case["pad_shape"]))
+    return raw, {key: value.to(device) if isinstance(value, Tensor) else value for key, value in targets.items()}
+
+
+def postprocess_settings(case: Mapping[str, Any]) -> PostprocessSettings:
+    """The settings of a stored case under our names."""
+    stored = case["test_cfg"]
+    return PostprocessSettings(
+        category_threshold=stored["score_thr"],
+        mask_threshold=stored["mask_thr"],
+        max_candidates=stored["nms_pre"],
+        nms_kernel=stored["kernel"],
+        nms_sigma=stored["sigma"],
+        score_threshold=stored["filter_thr"],
+        max_instances=stored["max_per_img"],
+    )
+
+
+def postprocess_case(
+    case: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: torch.device = CPU, **options: Any
+) -> list[dict[str, Any]]:
+    """Results of the images of a stored case; `options` are those of `postprocess`."""
+    return postprocess(
+        raw_outputs(case["tag"], case["params"], dtype, device),
+        [meta["img_shape"] for meta in case["metas"]],
+        [meta["ori_shape"] for meta in case["metas"]],
+        postprocess_settings(case),
+        **options,
+    )
+
+
+def stored_set(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(masks, labels, scores) of a stored set, as Matrix NMS takes them."""
+    count, height, width = NMS_ARRAYS[f"{name}.shape"]
+    bits = np.unpackbits(NMS_ARRAYS[f"{name}.masks"], axis=1, count=height * width).reshape(count, height, width)
+    return (
+        torch.from_numpy(bits).bool(),
+        torch.from_numpy(NMS_ARRAYS[f"{name}.labels"]),
+        torch.from_numpy(NMS_ARRAYS[f"{name}.scores"]).to(dtype),
+    )
+
+
+def stored_decay(name: str, kernel: str) -> Tensor:
+    """Decayed scores of a stored set, float64."""
+    return torch.from_numpy(NMS_ARRAYS[f"{name}.{kernel}"])
+
+
 # ---- comparison
+
+
+def assert_outputs(config: str, outputs: Mapping[str, Tensor], tolerance: float) -> None:
+    """Sampled values, relative to the standard deviation of their tensor; its mean and deviation if it is whole."""
+    stored, values = FORWARD[config]["outputs"], sampled_outputs(config)
+    assert outputs.keys() == stored.keys()
+    for name, entry in stored.items():
+        actual, std = outputs[name].double(), entry["std"]
+        assert list(actual.shape[1:]) == entry["shape"][1:]
+        sampled = actual.flatten()[:: entry["stride"]]
+        assert (sampled - values[name][: len(sampled)]).abs().max() <= tolerance * std, name
+        if len(actual) == entry["shape"][0]:
+            assert abs(actual.mean().item() - entry["mean"]) <= tolerance * std, name
+            assert abs(actual.std(correction=0).item() - std) <= tolerance * std, name
 
 
 def assert_same_instances(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from solov2.build import build_model
 from solov2.checkpoint import FORMAT, Checkpoint, load_file, write_file
 from solov2.models.solov2 import SOLOv2
+from solov2.targets import TargetAssigner
 
 TINY = {
     "backbone_width": 8,
@@ -49,6 +51,21 @@ def lively(model: SOLOv2) -> SOLOv2:
             part.weight.mul_(30)
         model.head.category_predictor.bias.fill_(-2.0)
     return model
+
+
+def tiny_targets(model: SOLOv2, counts: Sequence[int], size: tuple[int, int]) -> dict[str, Any]:
+    """Targets of images of `size` (height, width) with `counts` rectangles, for a model of `TINY`."""
+    generator, truths = torch.Generator().manual_seed(3), []
+    for count in counts:
+        boxes, masks = torch.zeros(count, 4), torch.zeros(count, *size, dtype=torch.uint8)
+        for box, mask in zip(boxes, masks):
+            width, height = (int(torch.randint(10, 40, (1,), generator=generator)) for _ in range(2))
+            left, top = (int(torch.randint(0, side - 40, (1,), generator=generator)) for side in size[::-1])
+            mask[top : top + height, left : left + width] = 1
+            box[:] = torch.tensor([left, top, left + width, top + height])
+        truths.append({"boxes": boxes, "labels": torch.randint(0, 3, (count,), generator=generator), "masks": masks})
+    ranges = [(1, 24), (12, 48), (24, 96), (48, 192), (96, 384)]
+    return TargetAssigner(model.grid_sizes, ranges, num_classes=3)(truths, size)
 
 
 def save_content(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,100 @@
+"""`solov2.train()`: what it returns, what it takes, and that mistakes are exceptions of ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from dataclasses import fields
+
+import pytest
+import torch
+from helpers.tiny_runs import SETTINGS
+
+import solov2
+from solov2.config import SECTIONS, load_config
+from solov2.errors import InputError, RunFailed
+from solov2.training.signals import STOPPED, Stopped
+from solov2.weights import read_checkpoint
+
+TINY = load_config("quickstart", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(data, result) of two epochs."""
+    root = tmp_path_factory.mktemp("python")
+    result = solov2.train(TINY, data=root / "shapes", output=root / "run", device="cpu", epochs=2, learning_rate=0.001)
+    return root / "shapes", result
+
+
+def test_what_it_returns(run):
+    _, result = run
+    assert isinstance(result, solov2.TrainResult)
+    assert result.last == result.folder / "last.pth" and result.last.is_file()
+    assert result.best == result.folder / "best.pth" and result.best.is_file()
+    assert len(result.metrics) == 24 and 0 <= result.metrics["segm_AP"] <= result.metrics["segm_AP50"] <= 1
+    checkpoint = read_checkpoint(result.last)
+    assert checkpoint.config["train"]["epochs"] == 2 and checkpoint.config["train"]["learning_rate"] == 0.001
+    assert read_checkpoint(result.best).training.best == result.metrics["segm_AP"]
+    assert solov2.build_model(weights=checkpoint).class_names == checkpoint.class_names
+
+
+def test_settings_go_by_their_names_alone():
+    names = Counter(entry.name for section in SECTIONS.values() for entry in fields(section))
+    assert [name for name, count in names.items() if count > 1] == []
+    # nor may one be an argument of train or build_model
+    assert not names.keys() & {"name_or_config", "data", "weights", "output", "resume", "device", "overwrite"}
+
+
+def test_named_files_resume_and_weights(run, tmp_path):
+    """The four paths instead of a folder; fine-tuning from a checkpoint that was read before; going on to the bit."""
+    data, result = run
+    paths = {
+        f"{split}_{kind}": data
+        / (f"annotations/instances_{split}2017.json" if kind == "annotations" else f"{split}2017")
+        for split in ("train", "val")
+        for kind in ("annotations", "images")
+    }
+    quick = {"device": "cpu", "evaluate_every": 0}
+    more = solov2.train(
+        TINY, data=paths, weights=read_checkpoint(result.last), output=tmp_path / "a", shapes=False, epochs=1, **quick
+    )
+    assert more.metrics == {} and more.best is None
+    resumed = solov2.train(output=tmp_path / "a", resume=True, epochs=2, **quick)
+    whole = solov2.train(TINY, data=paths, weights=result.last, output=tmp_path / "b", shapes=False, epochs=2, **quick)
+    one, two = (read_checkpoint(each.last) for each in (resumed, whole))
+    assert one.training.position == (2, 0)
+    # The same recipe but for the cosine's length: the first epochs differ in the learning rate alone.
+    assert one.weights.keys() == two.weights.keys() and one.class_names == two.class_names
+
+
+def test_mistakes_are_exceptions(run, tmp_path):
+    data, result = run
+    for words, named in (
+        ({"epoch": 3}, "'epoch'.*epochs"),
+        ({"epochs": 0}, "train.epochs"),
+        ({"data": {"train": "x"}}, "'train'"),
+        ({"output": result.folder}, "already holds files"),
+        ({"weights": "none.pth"}, "none.pth"),
+        ({"device": "warp9"}, "warp9"),
+        ({"resume": True}, "nothing to resume"),
+        ({"fpn_channels": 64, "weights": result.last}, "does not fit"),
+    ):
+        with pytest.raises(InputError, match=named):
+            solov2.train(TINY, **{"data": data, "output": tmp_path / "x", "device": "cpu", **words})
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_signal_is_an_exception_with_the_way_on(run, tmp_path, monkeypatch):
+    data, _ = run
+
+    def told(_path, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros(3, 64, 64, dtype=torch.uint8)
+
+    monkeypatch.setattr("solov2.data.coco.read_image", told)
+    with pytest.raises(Stopped, match=f"SIGTERM.*--output {tmp_path}") as stopped:
+        solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=0)
+    assert stopped.value.code == STOPPED and isinstance(stopped.value, RunFailed)
+    assert read_checkpoint(tmp_path / "run" / "last.pth").training.position == (0, 1)
