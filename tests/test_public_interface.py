@@ -22,11 +22,16 @@ SIGNATURES = {
     ("solov2", "build_model"): "(name_or_config, *, weights=None, num_classes=None, device=None, **overrides)",
     ("solov2", "list_models"): "()",
     ("solov2", "draw_instances"): "(image, result, class_names)",
+    ("solov2", "train"): (
+        "(name_or_config, *, data=None, weights=None, output=None, resume=False, device=None, **overrides)"
+    ),
     ("solov2", "SOLOv2.forward"): "(images)",
     ("solov2", "SOLOv2.normalize"): "(pixels, sizes)",
     ("solov2", "SOLOv2.preprocess"): "(images)",
     ("solov2", "SOLOv2.postprocess"): "(raw, sizes, original_sizes, *, mask_format='bool', **settings)",
-    ("solov2", "SOLOv2.predict"): "(images, *, score_threshold=None, max_instances=None, batch_size=1)",
+    ("solov2", "SOLOv2.predict"): (
+        "(images, *, score_threshold=None, max_instances=None, batch_size=1, mask_format='bool')"
+    ),
     ("solov2.targets", "TargetAssigner"): "(grid_sizes, scale_ranges, *, num_classes, center_sigma=0.2)",
     ("solov2.targets", "TargetAssigner.__call__"): "(instances, padded_size)",
     ("solov2.losses", "SOLOv2Criterion"): "(*, num_classes, mask_weight=3.0, focal_gamma=2.0, focal_alpha=0.25)",
@@ -85,7 +90,7 @@ def test_the_comparison_sees_differences() -> None:
 def test_names_are_handed_on() -> None:
     for name in solov2.__all__:
         assert name in dir(solov2) and getattr(solov2, name) is not None
-    assert {"SOLOv2", "build_model", "draw_instances", "list_models"} <= set(solov2.__all__)
+    assert {"SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "train"} <= set(solov2.__all__)
     assert solov2.targets.TargetAssigner and solov2.losses.SOLOv2Criterion and solov2.ops.matrix_nms.matrix_nms
     with pytest.raises(AttributeError, match="no_such_name"):
         solov2.no_such_name  # noqa: B018

@@ -25,6 +25,7 @@ from solov2.models.postprocess import (
     widen,
 )
 from solov2.models.solov2 import SOLOv2
+from solov2.predict import Predictor
 from solov2.training.optim import build_optimizer
 from solov2.training.run import wrap
 from solov2.training.step import update_weights
@@ -56,6 +57,44 @@ def staged_postprocess(
         lap("mask resize")
         results.append({"scores": kept.scores, "labels": kept.labels, "masks": masks, "boxes": boxes})
     return results
+
+
+class StagedModel:
+    """A network as `Predictor` knows it, with a lap after each of its parts.
+
+    Its outputs are dropped for prepared ones, since a network with random weights finds nothing to decode.
+    """
+
+    def __init__(self, model: SOLOv2, raw: dict[str, Any], lap: Lap) -> None:
+        self.model, self.raw, self.lap = model.eval(), raw, lap
+
+    def eval(self) -> StagedModel:
+        """Itself: the network is in evaluation mode already."""
+        return self
+
+    def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """`SOLOv2.normalize`."""
+        return self.model.normalize(pixels, sizes)
+
+    def __call__(self, images: Tensor) -> dict[str, Any]:
+        """`SOLOv2.forward`, part by part; returns the prepared outputs."""
+        model, lap = self.model, self.lap
+        lap("preprocess")
+        features = model.backbone(images.to(model.backbone.conv1.weight.dtype))
+        lap("backbone")
+        pyramid = model.fpn(features)
+        lap("FPN")
+        model.head(pyramid)
+        lap("heads")
+        model.mask_feature_head(pyramid[:4])
+        lap("mask features")
+        return self.raw
+
+    def postprocess(
+        self, raw: dict[str, Any], sizes: Tensor, original_sizes: Tensor, *, mask_format: str
+    ) -> list[dict[str, Any]]:
+        """`SOLOv2.postprocess`, step by step."""
+        return staged_postprocess(raw, sizes, original_sizes, self.model.settings, self.lap, mask_format)
 
 
 def network_model(workload: Workload) -> tuple[SOLOv2, Tensor, Tensor]:
@@ -104,22 +143,11 @@ def _measure_form(model: SOLOv2, workload: Workload) -> dict[str, Any]:
     images, sizes, original_sizes = model.preprocess(photos)
     with compute.autocast():
         raw = synthetic_raw(model(images), workload.candidates, generator)
-    dtype = model.backbone.conv1.weight.dtype
 
     def step(lap: Lap) -> None:
-        images, sizes, original_sizes = model.preprocess(photos)
-        images = images.to(dtype).contiguous(memory_format=compute.memory_format)
-        lap("preprocess")
-        with compute.autocast():
-            features = model.backbone(images)
-            lap("backbone")
-            pyramid = model.fpn(features)
-            lap("FPN")
-            model.head(pyramid)
-            lap("heads")
-            model.mask_feature_head(pyramid[:4])
-            lap("mask features")
-        staged_postprocess(raw, sizes, original_sizes, model.settings, lap)
+        predictor = Predictor(StagedModel(model, raw, lap), compute, mask_format="bool")
+        predictor.launch(model.load_batch(photos))
+        predictor.collect()
 
     report = measure(step, workload)
     results = model.postprocess(raw, sizes, original_sizes)
