@@ -58,20 +58,16 @@ class Plan:
 
     def rate(self, step: int) -> float:
         """Learning rate of an optimizer step (0-based)."""
-        return self.learning_rate * recipe_factor(self.train, self.steps_per_epoch, step)
-
-
-def recipe_factor(train: TrainConfig, steps_per_epoch: int, step: int) -> float:
-    """Learning-rate factor of an optimizer step (0-based) of a recipe."""
-    return learning_rate_factor(
-        step,
-        train.schedule,
-        steps_per_epoch=steps_per_epoch,
-        epochs=train.epochs,
-        warmup_steps=train.warmup_steps,
-        warmup_start=train.warmup_start,
-        step_epochs=train.step_epochs,
-    )
+        factor = learning_rate_factor(
+            step,
+            self.train.schedule,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.train.epochs,
+            warmup_steps=self.train.warmup_steps,
+            warmup_start=self.train.warmup_start,
+            step_epochs=self.train.step_epochs,
+        )
+        return self.learning_rate * factor
 
 
 def announcement(config: Config, plan: Plan, *, parameters: int, images: int | None, device: torch.device) -> list[str]:
