@@ -97,8 +97,8 @@ class Checkpoint:
         """
         _check_entries(content, ENTRIES, REQUIRED, source)
         training = None
-        if "optimizer" in content:
-            _check_entries(content, RUN_ENTRIES, (*REQUIRED_OF_RUNS, *RUN_ENTRIES), source)
+        if all(name in content for name in (*REQUIRED_OF_RUNS, *RUN_ENTRIES)):
+            _check_entries(content, RUN_ENTRIES, (), source)
             kept = {entry.name: content[entry.name] for entry in fields(TrainingState) if entry.name in content}
             training = TrainingState(**{**kept, "weights": content["model"]})
         return cls(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from helpers.tiny_runs import SETTINGS
 
 import solov2
-from solov2.config import SECTIONS, load_config
+from solov2.config import SECTIONS, load_config, override_config
+from solov2.data.build import locate_data
 from solov2.errors import InputError, RunFailed
 from solov2.training.signals import STOPPED, Stopped
 from solov2.weights import read_checkpoint
@@ -98,3 +100,52 @@ def test_a_signal_is_an_exception_with_the_way_on(run, tmp_path, monkeypatch):
         solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=0)
     assert stopped.value.code == STOPPED and isinstance(stopped.value, RunFailed)
     assert read_checkpoint(tmp_path / "run" / "last.pth").training.position == (0, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_fails_leaves_no_process(run, tmp_path, monkeypatch, workers):
+    """Loading processes pass over the SIGTERM of Python's end: a script would never end."""
+    data, _ = run
+    before = set(multiprocessing.active_children())
+    with monkeypatch.context() as patch:
+        patch.setattr("solov2.training.epochs.take_step", lambda *_arguments, **_options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=workers)
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_an_interruption_tells_the_way_on(run, tmp_path, monkeypatch):
+    data, _ = run
+
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("solov2.training.epochs.take_step", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="interrupted; no checkpoint yet"):
+        solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=0)
+
+
+def test_what_cannot_be_resumed_is_refused_before_anything_is_emptied(run, tmp_path):
+    data, result = run
+    (tmp_path / "run").mkdir()
+    for name in ("log.jsonl", "mine.txt"):
+        (tmp_path / "run" / name).touch()
+    weights = tmp_path / "weights.pth"
+    replace(read_checkpoint(result.last), training=None).save(weights)
+    words = {"data": data, "output": tmp_path / "run", "device": "cpu", "overwrite": True}
+    for more, named in (
+        ({"resume": weights}, "no checkpoint of a training run"),
+        ({"resume": ""}, "nothing to resume"),
+        ({"resume": result.last, "epochs": 1}, "past the end"),
+        ({"resume": result.last, "optimizer": "sgd"}, "adamw"),
+    ):
+        with pytest.raises(InputError, match=named):
+            solov2.train(TINY, **words, **more)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "mine.txt"]
+
+
+def test_a_path_that_is_named_beside_the_folder_stays(tmp_path):
+    kept, stale = "/elsewhere/a.json", "/old/train2017"
+    config = override_config(TINY, {"train_annotations": kept, "train_images": stale})
+    located = locate_data(config, tmp_path, chosen={"data.train_annotations": kept}).data
+    assert (located.root, located.train_annotations, located.train_images) == (str(tmp_path), kept, "train2017")

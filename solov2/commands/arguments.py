@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
 SHARED: dict[str, dict[str, Any]] = {
     "--weights": {"metavar": "FILE", "help": "checkpoint of any family; official: the published one of the model"},
     "--device": {"help": "e.g. cpu (default: the accelerator, if there is one)"},
-    "--precision": {"choices": ("float32", "bf16", "fp16"), "help": "of the network (default: float32)"},
+    "--precision": {"choices": ("float32", "bf16", "fp16"), "help": "of the network"},
     "--batch-size": {"type": int, "metavar": "N", "help": "images at a time per process"},
     "--nproc": {"type": int, "metavar": "N", "help": "processes on this machine, one per GPU"},
     "--workers": {"type": int, "metavar": "N", "help": "loading processes per process"},
-    "--overwrite": {"action": "store_true", "help": "replace the output of an earlier run"},
+    "--overwrite": {"action": "store_true", "help": "replace what an earlier run wrote"},
     "--set": {
         "action": "append",
         "default": [],
@@ -24,10 +25,12 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
-    """Add flags of `SHARED`."""
+def add_shared_arguments(parser: argparse.ArgumentParser, *flags: str, notes: Mapping[str, str] | None = None) -> None:
+    """Add flags of `SHARED`; `notes` go behind the help text of a flag, such as what its default is here."""
     for flag in flags:
-        parser.add_argument(flag, **SHARED[flag])
+        note = (notes or {}).get(flag)
+        shared = SHARED[flag]
+        parser.add_argument(flag, **shared | {"help": f"{shared['help']} ({note})" if note else shared["help"]})
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

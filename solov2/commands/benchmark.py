@@ -109,7 +109,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="load from this COCO tree instead of generated shapes; --mode train loads too",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report as one JSON object")
-    add_shared_arguments(parser, "--nproc", "--device", "--precision", "--batch-size", "--overwrite")
+    notes = {"--precision": "default: float32", "--batch-size": "default: 1"}
+    add_shared_arguments(parser, "--nproc", "--device", "--precision", "--batch-size", "--overwrite", notes=notes)
     parser.set_defaults(batch_size=1, precision="float32")
     return parser.parse_args(argv)
 

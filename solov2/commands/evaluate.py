@@ -16,7 +16,7 @@ from solov2.checkpoint import Checkpoint
 from solov2.commands.arguments import add_data_arguments, add_shared_arguments, data_places, given
 from solov2.commands.exit import own_command, run_command
 from solov2.compute import select_device
-from solov2.config import Config, load_config, override_config
+from solov2.config import Config, load_config, override_config, parse_overrides
 from solov2.data.build import (
     locate_data,
     oracle_dataset,
@@ -54,8 +54,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="evaluate the training targets themselves: the AP this resolution and these grids allow",
     )
-    add_shared_arguments(parser, "--weights", "--nproc", "--device", "--precision", "--batch-size", "--workers")
-    add_shared_arguments(parser, "--set", "--overwrite")
+    flags = ("--weights", "--nproc", "--device", "--precision", "--batch-size", "--workers", "--set", "--overwrite")
+    notes = {
+        "--precision": "default: float32",
+        "--batch-size": "default: 1, at which an image has its own padding",
+    }
+    add_shared_arguments(parser, *flags, notes=notes)
     parser.set_defaults(precision="float32", batch_size=1)
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
     parser.add_argument(
@@ -96,6 +100,7 @@ def _run(argv: Sequence[str]) -> int:
         else:
             dataset, assigner = validation_dataset(config.data, args.split), None
             predictor = _predictor(config, checkpoint, dataset, device, args.precision)
+        source, checkpoint = None if checkpoint is None else checkpoint.source, None  # its training state is large
         evaluator = CocoEvaluator(
             dataset.coco, dataset.category_ids, backend="faster-coco-eval" if args.fast else "pycocotools"
         )
@@ -109,7 +114,7 @@ def _run(argv: Sequence[str]) -> int:
             per_class=args.per_class,
         )
         if distributed.is_main():
-            _report(summary, evaluator, args, config)
+            _report(summary, evaluator, args, config, source)
     return 0
 
 
@@ -125,8 +130,8 @@ def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> C
         raise InputError(
             f"{args.weights} does not say which model it is; name it: python eval.py NAME --weights {args.weights}"
         )
-    config = override_config(config, args.set)
-    return locate_data(override_config(config, given(args, {"workers": "data.workers"})), data_places(args))
+    overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers"})
+    return locate_data(override_config(config, overrides), data_places(args), chosen=overrides)
 
 
 def _predictor(
@@ -150,12 +155,14 @@ def _predictor(
     return Predictor(model, compute)
 
 
-def _report(summary: dict[str, Any], evaluator: CocoEvaluator, args: argparse.Namespace, config: Config) -> None:
+def _report(
+    summary: dict[str, Any], evaluator: CocoEvaluator, args: argparse.Namespace, config: Config, source: str | None
+) -> None:
     print(format_table(summary))
     if args.json is not None:
         content = {
             "config": config.name,
-            "weights": None if args.weights is None else str(args.weights),
+            "weights": source,
             "oracle": args.oracle,
             "split": args.split,
             "images": len(evaluator.coco.imgs),

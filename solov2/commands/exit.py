@@ -23,7 +23,7 @@ def run_command(
     Args:
         body: takes the arguments after the program name, returns the exit code.
         arguments: None for those of this process.
-        interrupted: printed after Ctrl-C.
+        interrupted: printed after Ctrl-C, unless the interruption itself says more.
 
     Returns:
         The body's code; 2 for a user's mistake, a full disk or missing permission; 1 for a run that failed (a loss that
@@ -38,8 +38,9 @@ def run_command(
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
             code = body(sys.argv[1:] if arguments is None else arguments)
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if _speaks():
+            print(str(error) or interrupted, file=sys.stderr)
     except (ImportError, RunFailed, TimeoutError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         code = FAILED
@@ -63,9 +64,13 @@ def own_command(name: str) -> list[str]:
 
 def _print_warning(message: Warning | str, *_details: object, **_named: object) -> None:
     """Rank 0 prints for all ranks; a loading process warns of its own images, so each of them prints."""
-    if os.environ.get("RANK", "0") == "0" or multiprocessing.parent_process() is not None:
+    if _speaks() or multiprocessing.parent_process() is not None:
         text = "\n".join(printable(line) for line in str(message).splitlines())
         print(f"warning: {text}", file=sys.stderr)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def sentence(error: BaseException) -> str:

@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 failed, 2 a user's mistake, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
-        written, 130 after Ctrl-C.
+        written, 130 after Ctrl-C (KeyboardInterrupt where `argv` was given).
     """
-    return run_command(_run, argv, interrupted="interrupted; go on with --resume")
+    return run_command(_run, argv)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -81,8 +81,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="print the resolved configuration, learning rates, batch sizes and memory of the run, and end",
     )
+    flags = ("--nproc", "--device", "--precision", "--batch-size", "--workers", "--set", "--overwrite")
+    recipe = "default: the configuration's"
     add_shared_arguments(
-        parser, "--nproc", "--device", "--precision", "--batch-size", "--workers", "--set", "--overwrite"
+        parser, *flags, notes={"--precision": recipe, "--batch-size": recipe, "--overwrite": "the whole run folder"}
     )
     add_data_arguments(parser)
     return parser.parse_args(argv)
@@ -95,7 +97,7 @@ def _run(argv: Sequence[str]) -> int:
         "data": data_places(args),
         "weights": args.weights,
         "output": args.output,
-        "resume": True if args.resume == "auto" else args.resume or False,
+        "resume": False if args.resume is None else True if args.resume == "auto" else args.resume,
         "overwrite": args.overwrite,
     }
     if args.dry_run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,16 @@ PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
 AssignTargets = Callable[[list[dict[str, torch.Tensor]], tuple[int, int]], dict[str, Any]]
 
 
-def locate_data(config: Config, data: str | Path | Mapping[str, str | Path] | None) -> Config:
+def locate_data(
+    config: Config, data: str | Path | Mapping[str, str | Path] | None, *, chosen: Iterable[str] = ()
+) -> Config:
     """The configuration with its data in another place.
 
     Args:
         config: what to start from.
         data: a folder with annotations/, train2017/ and val2017/, or some of {"root", "train_annotations",
             "train_images", "val_annotations", "val_images"}; None changes nothing.
+        chosen: settings that were asked for beside it and therefore stay, with or without their section.
 
     Raises:
         InputError: another key.
@@ -46,7 +49,8 @@ def locate_data(config: Config, data: str | Path | Mapping[str, str | Path] | No
     if "root" in places:
         overrides["data.root"] = str(places["root"])
         # A checkpoint remembers the absolute paths it was trained with; another root asks for the files below it.
-        stale = [key for key in PATHS if key not in places and os.path.isabs(getattr(config.data, key))]
+        kept = {*places, *(name.rpartition(".")[2] for name in chosen)}
+        stale = [key for key in PATHS if key not in kept and os.path.isabs(getattr(config.data, key))]
         overrides |= {f"data.{key}": getattr(DataConfig, key) for key in stale}
     return override_config(config, overrides)
 

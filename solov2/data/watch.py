@@ -53,7 +53,8 @@ def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, An
         reason = next((text for text in FAILURES if text in str(error)), None)
         if reason is None:
             raise
-        kill_children()
+        workers = getattr(getattr(loader, "_iterator", None), "_workers", [])
+        kill_children(but=set(multiprocessing.active_children()) - set(workers))
         batch = next(itertools.islice(loader.batch_sampler or (), delivered, None), [])
         indices = [entry if isinstance(entry, int) else entry[0] for entry in batch]
         names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index in indices)

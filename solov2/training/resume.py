@@ -8,7 +8,7 @@ import torch
 
 from solov2 import distributed
 from solov2.checkpoint import Checkpoint, TrainingState
-from solov2.config import changed_settings
+from solov2.config import Config, changed_settings
 from solov2.data.categories import class_difference
 from solov2.errors import InputError
 from solov2.training.folder import check_agreement, remove_leftovers, step_checkpoints, step_file
@@ -26,10 +26,11 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
         InputError: not a checkpoint of a run, or of another model, other classes, another optimizer or later than the
             run's end; or the processes do not see the same file.
     """
-    state, source = checkpoint.training, checkpoint.source
-    if state is None:
-        raise InputError(f"{source} is no checkpoint of a training run; start from its weights with --weights")
-    _check_resumable(run, checkpoint, state)
+    state, source = check_resumable(run.config, checkpoint), checkpoint.source
+    names = checkpoint.class_names or []
+    if names != run.model.class_names:
+        raise InputError(f"{source} was trained on other classes: {class_difference(names, run.model.class_names)}")
+    check_agreement(state.position, source)
     load_weights(run.model, state.weights, source)
     _restore_optimizer(run, state, source)
     _restore_average(run, checkpoint, state)
@@ -49,11 +50,15 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     _make_newest(run)
 
 
-def _check_resumable(run: Run, checkpoint: Checkpoint, state: TrainingState) -> None:
-    source, train = checkpoint.source, run.config.train
-    names = checkpoint.class_names or []
-    if names != run.model.class_names:
-        raise InputError(f"{source} was trained on other classes: {class_difference(names, run.model.class_names)}")
+def check_resumable(config: Config, checkpoint: Checkpoint) -> TrainingState:
+    """The training state of a checkpoint that a configuration can go on with; needs neither data nor a device.
+
+    Raises:
+        InputError: not a checkpoint of a run, of another optimizer, or later than the run's end.
+    """
+    source, train, state = checkpoint.source, config.train, checkpoint.training
+    if state is None:
+        raise InputError(f"{source} is no checkpoint of a training run; start from its weights with --weights")
     optimizer = (checkpoint.config or {}).get("train", {}).get("optimizer", train.optimizer)
     if optimizer != train.optimizer:
         raise InputError(
@@ -65,7 +70,7 @@ def _check_resumable(run: Run, checkpoint: Checkpoint, state: TrainingState) -> 
             f"{source} is in epoch {state.epoch + 1}, past the end of a run of {train.epochs}; resume with more "
             "--epochs"
         )
-    check_agreement(state.position, source)
+    return state
 
 
 def _restore_optimizer(run: Run, state: TrainingState, source: str) -> None:

@@ -29,9 +29,15 @@ class Stopped(RunFailed):
 
     def __init__(self, number: int, folder: Path) -> None:
         self.code = INTERRUPTED if number == signal.SIGINT else STOPPED
-        reason = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-        way_on = f"go on with: --resume --output {folder}" if latest_checkpoint(folder) else "no checkpoint yet"
-        super().__init__(f"{reason}; {way_on}")
+        super().__init__(way_on(number, folder))
+
+
+def way_on(number: int, folder: Path) -> str:
+    """The last line of a run that was told to stop: which signal, and how to go on."""
+    reason = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    return f"{reason}; " + (
+        f"go on with: --resume --output {folder}" if latest_checkpoint(folder) else "no checkpoint yet"
+    )
 
 
 class StopSignal:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import multiprocessing
+import signal
 import time
 import warnings
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from solov2.data.build import (
 )
 from solov2.data.categories import class_difference
 from solov2.data.coco import CocoInstances
+from solov2.data.watch import kill_children
 from solov2.data_check.quick import quick_check
 from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
@@ -39,8 +42,10 @@ from solov2.training.logger import RunLogger, format_seconds
 from solov2.training.optim import WeightAverage, build_optimizer
 from solov2.training.plan import Plan, announcement, config_text
 from solov2.training.randomness import determinism
+from solov2.training.resume import check_resumable
 from solov2.training.resume import resume as resume_run
 from solov2.training.run import Run
+from solov2.training.signals import way_on
 from solov2.weights import apply_weight_metadata, find_checkpoint, load_pretrained_backbone
 
 DEFAULT_MODEL = "solov2_r50_fpn_1x"
@@ -77,13 +82,15 @@ def train(
     data: str | Path | Mapping[str, str | Path] | None = None,
     weights: str | Path | Checkpoint | None = None,
     output: str | Path | None = None,
-    resume: bool | str | Path = False,
+    resume: bool | str | Path | None = False,
     device: str | None = None,
     overwrite: bool = False,
     tensorboard: bool = False,
     **overrides: Any,
 ) -> TrainResult:
     """Train a SOLOv2 and evaluate it. Under torchrun every process calls this, and they train together.
+
+    For the main thread, which hears signals and watches the loading processes.
 
     Args:
         name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default
@@ -116,11 +123,17 @@ def train(
         overrides=overrides,
     )
     chosen = select_device(device)
-    with (
-        distributed.process_group(chosen, timeout=job.config.train.stall_seconds),
-        determinism(job.config.train.deterministic),
-    ):
-        return _run_job(job, build_compute(job.config, chosen), tensorboard=tensorboard)
+    others = set(multiprocessing.active_children())
+    try:
+        with (
+            distributed.process_group(chosen, timeout=job.config.train.stall_seconds),
+            determinism(job.config.train.deterministic),
+        ):
+            return _run_job(job, build_compute(job.config, chosen), tensorboard=tensorboard)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(way_on(signal.SIGINT, job.folder)) from error
+    finally:
+        kill_children(but=others)
 
 
 def prepare_job(
@@ -129,7 +142,7 @@ def prepare_job(
     data: str | Path | Mapping[str, str | Path] | None = None,
     weights: str | Path | Checkpoint | None = None,
     output: str | Path | None = None,
-    resume: bool | str | Path = False,
+    resume: bool | str | Path | None = False,
     overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
     writes: bool = True,
@@ -144,14 +157,17 @@ def prepare_job(
     """
 
     def settled(config: Config) -> Config:
-        return locate_data(override_config(config, overrides or {}), data)
+        return locate_data(override_config(config, overrides or {}), data, chosen=overrides or {})
 
+    resume = False if resume is None else resume
     config = settled(_load(name_or_config or DEFAULT_MODEL))
     folder = Path(output or f"runs/{config.name}")
-    checkpoint = check_folder(folder, resume, overwrite) if writes or resume else None
+    checkpoint = check_folder(folder, resume, overwrite) if writes or resume is not False else None
     if checkpoint is not None and name_or_config is None:
         carried = checkpoint.configuration()
         config = config if carried is None else settled(carried)
+    if checkpoint is not None:
+        check_resumable(config, checkpoint)
     start = find_checkpoint(weights, config) if checkpoint is None else None
     fixed = checkpoint or start  # a resumed run keeps what the weights it started from had fixed
     if fixed is not None:
