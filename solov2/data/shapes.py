@@ -33,7 +33,7 @@ EMPTY_EVERY = 50  # one image in so many holds nothing
 CROWD_EVERY = 25  # one image in so many holds a crowd region
 SMALL_SHARE = 0.33  # of the objects are drawn smaller than 1/8 of the image side
 OVERLAP_SHARE = 0.4  # of the objects are put onto an earlier one
-LEAST_VISIBLE = 0.4  # no object may hide more of another than this leaves
+MIN_VISIBLE = 0.4  # no object may hide more of another than this leaves
 
 
 def generate_shapes(
@@ -188,11 +188,11 @@ def _place(
         polygon = _outline(name, center, side, random.uniform(0, 2 * math.pi))
         mask = _rasterise(polygon, size)
         area = _polygon_area(polygon)
-        if mask.sum() < LEAST_VISIBLE * area or (mask & blocked).any():
+        if mask.sum() < MIN_VISIBLE * area or (mask & blocked).any():
             continue
         touching = any((mask & other["mask"]).any() for other in shapes)
         if touching == onto and all(
-            (other["visible"] & ~mask).sum() >= LEAST_VISIBLE * other["area"] for other in shapes
+            (other["visible"] & ~mask).sum() >= MIN_VISIBLE * other["area"] for other in shapes
         ):
             return {
                 "name": name,

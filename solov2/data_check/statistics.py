@@ -20,7 +20,7 @@ SMALL, SMALL_QUANTILE = 24, 0.10
 BORDER_QUANTILES = (0.44, 0.65, 0.83, 0.96)
 PUBLISHED_BORDERS = (68, 136, 272, 543)
 PUBLISHED_CELLS = (800 / 40, 800 / 36, 800 / 24, 800 / 16, 800 / 12)  # px
-LEAST_INSTANCES = 20  # for a suggestion
+MIN_INSTANCES = 20  # for a suggestion
 CROWDED = 0.06  # share of instances whose centre cells are all shared; the published grids leave 3 to 5 % there
 
 
@@ -78,7 +78,7 @@ def suggest(instances: Instances, images: np.ndarray, config: Config) -> dict[st
     Returns:
         {"model": {...}, "data": {...}} with keys of the configuration, or None for too few instances.
     """
-    if len(instances.scales) < LEAST_INSTANCES:
+    if len(instances.scales) < MIN_INSTANCES:
         return None
     sizes = instances.image_size.astype(np.float64)
     data = config.data

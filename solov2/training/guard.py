@@ -32,7 +32,7 @@ class NonFiniteError(RunFailed):
 
 @dataclass
 class NonFiniteGuard:
-    """Watches whether optimiser steps were finite.
+    """Watches whether optimizer steps were finite.
 
     Args:
         folder: where a failed step's batches are saved.

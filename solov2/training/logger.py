@@ -28,14 +28,15 @@ class Meter:
         self._images, self._started = 0, time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], *, images: int) -> None:
-        """One optimiser step: its losses (scalars on any device) and how many images this process saw in it."""
+        """One optimizer step: its losses (scalars on any device) and how many images this process saw in it."""
         self._losses.append(losses)
         self._images += images
 
     def read(self) -> tuple[dict[str, float], float]:
-        """(mean losses with their sum as "loss" and images_per_second of all processes, seconds per step); starts anew.
+        """Figures of the steps since the last reading, and seconds per step.
 
-        Losses that are not finite are left out of the means. Waits for the device.
+        The figures are the mean losses, their sum as "loss", and images_per_second of all processes. Losses that are
+        not finite are left out of the means. Waits for the device.
         """
         names = list(self._losses[0])
         values = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
@@ -104,7 +105,7 @@ class RunLogger:
             )
 
     def advance(self) -> None:
-        """One optimiser step is done."""
+        """One optimizer step is done."""
         if self._bar is not None:
             with self._outliving_the_terminal():
                 self._bar.update()
