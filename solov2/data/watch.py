@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import signal
+import time
 from collections.abc import Collection, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,18 +20,18 @@ if TYPE_CHECKING:
     from solov2.data.coco import CocoInstances
 
 FROZEN_SECONDS = 5  # added to torch's own timeout, which does not cover a process that is frozen as a whole
-TIMED_OUT = "timed out after"
-FAILURES = {  # part of torch's message -> what it means
-    TIMED_OUT: "was silent for longer than train.stall_seconds: slow or hanging storage is the usual cause",
-    "exited unexpectedly": "ended unexpectedly: memory that ran out is the usual cause, fewer --workers help",
-    "is killed by signal": "was killed by a signal: memory that ran out is the usual cause, fewer --workers help",
-}
+LOOK_EVERY = 5  # seconds
+TIMED_OUT = "timed out after"  # part of torch's message
+SILENT = "was silent for longer than train.stall_seconds: slow or hanging storage is the usual cause"
+ENDED = "ended unexpectedly: memory that ran out is the usual cause, fewer --workers help"
+KILLED = "was killed by a signal: memory that ran out is the usual cause, fewer --workers help"
 
 
 def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, Any]]:
     """The loader's batches; a loading process that hangs or dies is an error that names its images.
 
-    For the main thread only: it is woken by a signal.
+    For the main thread only: it is woken by signals. torch's own handler of SIGCHLD, which raises wherever the main
+    thread is, is taken off.
 
     Args:
         loader: made by `solov2.data.build`.
@@ -38,50 +40,79 @@ def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, An
     Raises:
         RunFailed: the sentence says what usually helps.
     """
-    delivered = 0
+    delivered, before = 0, signal.getsignal(signal.SIGCHLD)
     try:
-        with _loader_timeout(loader):
+        with _waiting(loader):
             batches = iter(loader)
         while True:
-            with _loader_timeout(loader):
+            with _waiting(loader):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
             delivered += 1
-    except (RuntimeError, TimeoutError) as error:
-        reason = next((text for text in FAILURES if text in str(error)), None)
+    except Exception as error:
+        workers = _workers(loader)
+        reason = _failure(error, workers)
         if reason is None:
             raise
-        workers = getattr(getattr(loader, "_iterator", None), "_workers", [])
         kill_children(but=set(multiprocessing.active_children()) - set(workers))
         batch = next(itertools.islice(loader.batch_sampler or (), delivered, None), [])
         indices = [entry if isinstance(entry, int) else entry[0] for entry in batch]
         names = ", ".join(dataset.file_name(dataset.image_ids[index]) for index in indices)
-        raise RunFailed(f"a loading process {FAILURES[reason]}; it was at or near the images {names}") from error
+        raise RunFailed(f"a loading process {reason}; it was at or near the images {names}") from error
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @contextlib.contextmanager
-def _loader_timeout(loader: DataLoader) -> Iterator[None]:
-    """Limit the wait for loading processes to their timeout and a little more.
+def _waiting(loader: DataLoader) -> Iterator[None]:
+    """Meanwhile the end of a loading process and the end of patience are errors; at any other time nothing is.
 
     torch stops waiting for a batch by itself, but not for a tensor of a batch that was already announced, which it
     fetches from the process: a process that is frozen as a whole (SIGSTOP, a frozen container) never hands it over.
-
-    Raises:
-        TimeoutError: the wait took longer.
     """
+    deadline = time.monotonic() + loader.timeout + FROZEN_SECONDS
 
-    def give_up(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(TIMED_OUT)
+    def look(_number: int = 0, _frame: FrameType | None = None) -> None:
+        if _end_of(_workers(loader)) is not None:
+            raise EOFError
+        if time.monotonic() > deadline:
+            raise TimeoutError(TIMED_OUT)
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, loader.timeout + FROZEN_SECONDS if loader.num_workers else 0)
+    before = signal.signal(signal.SIGALRM, look)
     try:
+        look()  # one may have ended since the last wait
+        signal.signal(signal.SIGCHLD, look)
+        # Again and again, since an exception can be lost where Python runs a finalizer.
+        signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY if loader.num_workers else 0, LOOK_EVERY)
         yield
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _workers(loader: DataLoader) -> list[Any]:
+    return getattr(getattr(loader, "_iterator", None), "_workers", [])
+
+
+def _end_of(workers: Collection[Any]) -> str | None:
+    """How a loading process ended that should not have."""
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    return None if not codes else KILLED if codes[0] < 0 else ENDED
+
+
+def _failure(error: Exception, workers: Collection[Any]) -> str | None:
+    """What became of a loading process, where that is behind an error."""
+    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)):  # of the pipes to a process that is ending
+        ending = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        for worker in workers:
+            if worker.sentinel in ending:
+                worker.join(1)  # its files are closed before it has a code
+    if isinstance(error, (RuntimeError, TimeoutError)) and TIMED_OUT in str(error):
+        return _end_of(workers) or SILENT
+    return _end_of(workers)
 
 
 def kill_children(but: Collection[multiprocessing.process.BaseProcess] = ()) -> None:
