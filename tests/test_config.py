@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 
 import pytest
 
 from solov2.config import (
+    SETTING_NAMES,
     Config,
     DataConfig,
     ModelConfig,
     TrainConfig,
+    config_folder,
     find_config,
     list_models,
     load_config,
@@ -18,6 +21,7 @@ from solov2.config import (
     replace_model,
 )
 from solov2.errors import InputError
+from solov2.suggestions import OTHER_NAMES, did_you_mean
 
 PUBLISHED = {
     "solov2_r50_fpn_1x", "solov2_r50_fpn_3x", "solov2_r101_fpn_3x", "solov2_r101_dcn_fpn_3x", "solov2_x101_dcn_fpn_3x",
@@ -65,14 +69,25 @@ def test_round_trip_through_plain_types():
     [
         ("train: {epoch: 3}", ["epoch", "epochs"]),
         ("modell: {}", ["modell", "model"]),
-        ("train: {epochs: many}", ["train.epochs", "int", "many"]),
+        ("train: {epochs: many}", ["train.epochs", "integer", "many"]),
         ("train: {epochs: true}", ["train.epochs"]),
         ("train: {epochs: 0}", ["epochs", "at least 1"]),
         ("model: {input_scale: [1, 2, 3]}", ["input_scale"]),
-        ("model: {grid_sizes: [40, 36]}", ["grid_sizes", "5 entries"]),
+        ("model: {grid_sizes: [40, 36]}", ["grid_sizes", "5 integers"]),
         ("model: {head_norm: layer}", ["head_norm", "group, batch"]),
         ("train: {precision: fp8}", ["precision", "bf16"]),
         ("train: [1]", ["train", "mapping"]),
+        ("train: []", ["train", "mapping"]),
+        ("name: [1]", ["name", "text"]),
+        ("train: {num_classes: 4}", ["train.num_classes", "model.num_classes"]),
+        ("epochs: 4", ["epochs", "train.epochs"]),
+        ("base: ''", ["base", "mine.yaml"]),
+        ("base: [1]", ["base", "[1]"]),
+        ("base: " + 5000 * "x", ["base", "xxx"]),
+        ("base: solov2_r50_fpn", ["base", "solov2_r50_fpn_1x"]),
+        ("base: mine.yaml", ["mine.yaml -> ", "circle"]),
+        ("model: {'a\\nb': 1}", ["unknown", "model.a"]),
+        ("train: &x {epochs: *x}", ["train.epochs", "integer"]),
         ("- 1", ["mapping"]),
         ("train: {epochs: 3", ["not valid YAML"]),
         ("x: !!python/object/apply:os.system ['true']", ["not valid YAML"]),
@@ -88,11 +103,78 @@ def test_mistakes_are_one_sentence_with_the_key(tmp_path, text, words):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_base_of_a_base_is_refused(tmp_path):
-    for name, base in (("a", "b.yaml"), ("b", "c.yaml"), ("c", None)):
-        (tmp_path / f"{name}.yaml").write_text(f"base: {base}\n" if base else "")
-    with pytest.raises(InputError, match="base file cannot have a base"):
-        load_config(tmp_path / "a.yaml")
+def test_bases_to_any_depth(tmp_path):
+    """Files relative to the one that names them, and at the end a model; the name is the first file's."""
+    (tmp_path / "deep").mkdir()
+    texts = {
+        "a.yaml": "base: deep/b.yaml\ntrain: {epochs: 1}\n",
+        "deep/b.yaml": "base: c.yml\nname: b\ntrain: {epochs: 2, seed: 2}\n",
+        "deep/c.yml": f"base: {tmp_path / 'd.yaml'}\ntrain: {{seed: 3, log_every: 3}}\n",
+        "d.yaml": "base: quickstart\nname: d\ntrain: {log_every: 4, warmup_steps: 4}\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    config, base = load_config(tmp_path / "a.yaml"), load_config("quickstart")
+    train = config.train
+    assert (train.epochs, train.seed, train.log_every, train.warmup_steps) == (1, 2, 3, 4)
+    assert config.name == "a" and (config.model, config.data) == (base.model, base.data)
+    assert train.learning_rate == base.train.learning_rate
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED | {"quickstart"}))
+def test_every_model_is_a_base(tmp_path, name):
+    for base in (name, f"{name}.yaml", f"configs/{name}.yaml", config_folder() / f"{name}.yaml"):
+        (tmp_path / "mine.yaml").write_text(f"base: {base}\n")
+        assert replace(load_config(tmp_path / "mine.yaml"), name=name) == load_config(name)
+
+
+def test_bases_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name, base in (("a", "b"), ("b", "link/c"), ("c", "b")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    with pytest.raises(InputError) as error:
+        load_config(tmp_path / "link" / "a.yaml")
+    assert re.search(r"a\.yaml -> .*b\.yaml -> .*c\.yaml -> .*b\.yaml$", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lr", "train.learning_rate"),
+        ("bs", "train.batch_size"),
+        ("amp", "train.precision"),
+        ("max_epochs", "train.epochs"),
+        ("img_size", "model.input_scale or data.train_scales"),
+        ("num_workers", "data.workers"),
+        ("grad_clip", "train.clip_norm"),
+        ("conf_thres", "model.score_threshold"),
+        ("max_det", "model.max_instances"),
+        ("nc", "model.num_classes"),
+        ("num_classes", "model.num_classes"),
+        ("learning-rate", "train.learning_rate"),
+        ("Epochs", "train.epochs"),
+        ("score_treshold", "model.score_threshold"),
+    ],
+)
+def test_names_of_other_libraries_and_sections(typed, meant):
+    """Whichever section such a name is put into."""
+    assert did_you_mean(typed, SETTING_NAMES) == f" (did you mean {meant}?)"
+    for section in ("train", "data"):
+        with pytest.raises(InputError, match=re.escape(f"'{section}.{typed}' (did you mean {meant}?)")):
+            load_config("quickstart", [f"{section}.{typed}=1"])
+
+
+def test_suggestions_for_flags():
+    flags = ["--learning-rate", "--batch-size", "--precision"]
+    assert did_you_mean("--lr", flags) == " (did you mean --learning-rate?)"
+    assert did_you_mean("--batch-sise", flags) == " (did you mean --batch-size?)"
+    assert did_you_mean("--zzz", flags) == did_you_mean("--img-size", flags) == ""
+
+
+def test_other_names_stand_for_ours():
+    ours = {name.partition(".")[2] for name in SETTING_NAMES}
+    assert OTHER_NAMES.keys() <= ours
+    assert not ours & {other for others in OTHER_NAMES.values() for other in others.split()}
 
 
 def test_unknown_names_list_close_ones():

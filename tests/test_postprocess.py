@@ -57,7 +57,7 @@ def test_numbers_of_candidates(name: str) -> None:
     """(cell, class) pairs after points NMS, and those of them whose mask passes the area filter."""
     case = POSTPROCESS_CASES[name]
     raw = raw_outputs(case["tag"], case["params"], torch.float64)
-    settings = replace(postprocess_settings(case), max_candidates=-1)
+    settings = replace(postprocess_settings(case), max_candidates=0)
     scores, kernels, thresholds = flatten_raw(raw, settings)
     for image, expected in enumerate(case["results"]):
         assert (scores[image] > settings.category_threshold).sum() == expected["n_candidates"]
@@ -74,7 +74,7 @@ def test_candidates_in_chunks_are_those_of_one_go(limit: int) -> None:
     (scores,), (kernels,), thresholds = flatten_raw(raw, PostprocessSettings())
     assert (scores.amax(1) > 0.1).sum() > 2 * CELLS_AT_ONCE
     arguments = scores, kernels, raw["mask_features"][0], thresholds
-    everything = select_candidates(*arguments, PostprocessSettings(max_candidates=-1))
+    everything = select_candidates(*arguments, PostprocessSettings(max_candidates=0))
     found = select_candidates(*arguments, PostprocessSettings(max_candidates=limit))
     for name in ("scores", "labels", "cells", "masks"):
         assert torch.equal(getattr(found, name), getattr(everything, name)[:limit])
@@ -82,7 +82,7 @@ def test_candidates_in_chunks_are_those_of_one_go(limit: int) -> None:
     assert torch.equal(own, found.masks.flatten(1))
 
 
-@pytest.mark.parametrize("max_candidates", [500, -1])
+@pytest.mark.parametrize("max_candidates", [500, 0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["nothing_passes", "all_masks_too_small"])
 def test_nothing_found(name: str, dtype: torch.dtype, max_candidates: int) -> None:
@@ -206,7 +206,7 @@ def test_copies_under_the_linear_kernel() -> None:
     case = POSTPROCESS_CASES["duplicates_linear"]
     raw = raw_outputs(case["tag"], case["params"], torch.float32)
     (result,) = postprocess(
-        raw, [(160, 224)], [(160, 224)], PostprocessSettings(nms_kernel="linear", score_threshold=-1.0)
+        raw, [(160, 224)], [(160, 224)], PostprocessSettings(nms_kernel="linear", score_threshold=0.0)
     )
     assert torch.isfinite(result["scores"]).all()
     assert (result["scores"] == 0).sum() == 3

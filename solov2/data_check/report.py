@@ -9,14 +9,22 @@ from typing import Any
 
 import yaml
 
-from solov2.config import Config
+from solov2.config import Config, config_folder, find_config
 from solov2.data_check.check import Report
 from solov2.data_check.findings import REPAIRABLE, SEVERITIES, Finding
 from solov2.errors import printable
 
 
-def report_lines(report: Report, source: Path, config: Config, *, show: int) -> list[str]:
-    """The report for people; at most `show` findings of a kind are written out."""
+def report_lines(report: Report, source: Path, config: Config, *, model: str | Path, show: int) -> list[str]:
+    """The report for people.
+
+    Args:
+        report: to be told.
+        source: the annotation file.
+        config: what it was checked against.
+        model: the name or the file that `config` was made of.
+        show: how many findings of a kind are written out at most.
+    """
     figures, counts = report.statistics, report.counts()
     lines = [f"{source}: {figures['images']} images, {figures['instances']} usable instances"]
     by_kind: dict[str, list[Finding]] = defaultdict(list)
@@ -29,11 +37,14 @@ def report_lines(report: Report, source: Path, config: Config, *, show: int) -> 
         if len(found) > show:
             lines.append(f"    and {len(found) - show} more: --json and --show {len(found)} list them")
     lines.append(", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()))
-    return [printable(line) for line in [*lines, *statistics_lines(figures, config)]]
+    lines += statistics_lines(figures, config)
+    if figures["suggestion"] is not None:
+        lines += ["", *proposal(figures["suggestion"], model)]
+    return [printable(line) for line in lines]
 
 
 def statistics_lines(figures: Mapping[str, Any], config: Config) -> list[str]:
-    """The figures of `summarize` for people, with the suggestion as YAML."""
+    """The figures of `summarize` for people."""
     data, model = config.data, config.model
     size = f"short edge {max(data.train_scales)}, long edge at most {data.train_long_edge}"
     lines = [f"against {config.name}, {size}:"]
@@ -55,11 +66,19 @@ def statistics_lines(figures: Mapping[str, Any], config: Config) -> list[str]:
     lines.append(
         f"  classes: {len(present)} of {len(counts)} occur: " + ", ".join(f"{n} {c}".strip() for n, c in shown)
     )
-    suggestion = figures["suggestion"]
-    if suggestion is None:
-        return [*lines, "  too few instances to suggest sizes"]
-    text = yaml.safe_dump(suggestion, default_flow_style=None, sort_keys=False, width=120)
-    return [*lines, "sizes in the published model's proportion to its instances:", *text.splitlines()]
+    return lines if figures["suggestion"] is not None else [*lines, "  too few instances to suggest sizes"]
+
+
+def proposal(suggestion: Mapping[str, Any], model: str | Path) -> list[str]:
+    """A configuration file with the suggestion of `summarize` over the name or file of a model."""
+    path = find_config(model).resolve()
+    base = path.stem if path.parent == config_folder().resolve() else str(path)
+    text = yaml.safe_dump({"base": base, **suggestion}, default_flow_style=None, sort_keys=False, width=120)
+    return [
+        "# Sizes that are to this data set what the published ones are to COCO. Save this block as a file, for example",
+        "# mine.yaml, and give that file to train in place of the model's name.",
+        *text.splitlines(),
+    ]
 
 
 def to_json(report: Report, source: Path, config: Config) -> dict[str, Any]:

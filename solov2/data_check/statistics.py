@@ -88,7 +88,7 @@ def suggest(instances: Instances, images: np.ndarray, config: Config) -> dict[st
     wanted = SMALL / max(np.quantile(relative, SMALL_QUANTILE), 1e-6)
     short = _multiple_of_32(np.clip(wanted, min(256, 2 * native), min(1024, 2 * native)))
     if abs(short / max(data.train_scales) - 1) <= 0.25:  # not worth another size
-        short, long = max(data.train_scales), data.train_long_edge
+        short, long = min(max(data.train_scales), data.train_long_edge), data.train_long_edge
     else:
         long = _multiple_of_32(short * np.clip(aspect, 1, 2.5))
     scales = relative * np.minimum(short * np.ones(len(sizes)), long * sizes.min(1) / sizes.max(1))
@@ -96,7 +96,7 @@ def suggest(instances: Instances, images: np.ndarray, config: Config) -> dict[st
     for level in range(1, len(borders)):
         borders[level] = max(borders[level], 1.25 * borders[level - 1])
     low = [1, *(round(border / 2**0.5) for border in borders)]
-    high = [*(round(border * 2**0.5) for border in borders), max(2048, long)]
+    high = [*(round(border * 2**0.5) for border in borders), max(2048, long, round(borders[-1] * 2**0.5))]
     ranges = [list(pair) for pair in zip(low, high)]
     grids = suggest_grids(scales, instances.centers, images, short, borders, ranges)
     scaled = sorted(

@@ -280,16 +280,16 @@ def stored_batch(
 
 
 def postprocess_settings(case: Mapping[str, Any]) -> PostprocessSettings:
-    """The settings of a stored case under our names."""
+    """The settings of a stored case under our names; no limit is -1 there and 0 here."""
     stored = case["test_cfg"]
     return PostprocessSettings(
         category_threshold=stored["score_thr"],
         mask_threshold=stored["mask_thr"],
-        max_candidates=stored["nms_pre"],
+        max_candidates=max(0, stored["nms_pre"]),
         nms_kernel=stored["kernel"],
         nms_sigma=stored["sigma"],
-        score_threshold=stored["filter_thr"],
-        max_instances=stored["max_per_img"],
+        score_threshold=max(0, stored["filter_thr"]),
+        max_instances=max(0, stored["max_per_img"]),
     )
 
 
