@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigurations(build_py):
+    """The configurations stay at the top of the checkout, where they are edited, and travel inside the package."""
+
+    def run(self) -> None:
+        """Copy them too; an editable install finds them beside the package."""
+        super().run()
+        if not self.editable_mode:
+            for path in Path("configs").rglob("*.yaml"):
+                copy = Path(self.build_lib, "solov2", path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+
 
 FAST = ["faster-coco-eval>=1.8"]
+TENSORBOARD = ["tensorboard>=2.14"]
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # ONNX alone; .pt2 needs nothing further
+COMPLETION = ["shtab>=1.7"]
+SUPERVISION = ["supervision>=0.25"]
 # setuptools builds the wheel that tests/test_packaging.py looks into
-TEST = ["pytest>=8.0", "hypothesis>=6.100", "setuptools>=77", *FAST]
+TEST = ["pytest>=8.0", "hypothesis>=6.100", "setuptools>=77", "torchmetrics>=1.4", *FAST, *SUPERVISION]
 
 setup(
     name="solov2",
@@ -28,10 +48,12 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     python_requires=">=3.10",
-    # The configurations stay at the top of the checkout, where they are edited, and travel inside the package.
-    packages=[*find_packages(include=["solov2", "solov2.*"]), "solov2.configs", "solov2.configs.base"],
-    package_dir={"solov2.configs": "configs", "solov2.configs.base": "configs/base"},
-    package_data={"solov2.configs": ["*.yaml"], "solov2.configs.base": ["*.yaml"]},
+    packages=find_packages(include=["solov2", "solov2.*"]),
+    # With this, setuptools makes an editable install a path entry instead of a finder, which Python asks too late
+    # where it is started in the folder above a clone: `solov2` would be that clone's folder.
+    package_dir={"": "."},
+    package_data={"solov2": ["py.typed"]},
+    cmdclass={"build_py": BuildWithConfigurations},
     install_requires=[
         "torch>=2.10",  # weights_only=True had two holes before it: CVE-2025-32434 and CVE-2026-24747
         "torchvision>=0.25",
@@ -45,8 +67,10 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9", "import-linter>=2.3", "mypy>=1.15", "types-PyYAML", "types-tqdm"],
         "fast": FAST,
-        "tensorboard": ["tensorboard>=2.14"],
-        "export": ["onnx>=1.17", "onnxscript>=0.5"],  # ONNX alone; .pt2 needs nothing further
+        "tensorboard": TENSORBOARD,
+        "export": EXPORT,
+        "completion": COMPLETION,
+        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *SUPERVISION],
     },
     entry_points={
         "console_scripts": [

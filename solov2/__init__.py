@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from solov2.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from solov2.build import build_model
-    from solov2.config import list_models
-    from solov2.models.solov2 import SOLOv2
-    from solov2.training.train import TrainResult, train
-    from solov2.visualize import draw_instances
-
-__all__ = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "train"]
+__all__ = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "to_supervision", "train"]
 
 _HOMES = {
     "SOLOv2": "solov2.models.solov2",
@@ -23,6 +16,7 @@ _HOMES = {
     "build_model": "solov2.build",
     "draw_instances": "solov2.visualize",
     "list_models": "solov2.config",
+    "to_supervision": "solov2.interoperability",
     "train": "solov2.training.train",
 }
 # Attribute -> module to import for it; a package comes with the module that its users call.
@@ -36,15 +30,30 @@ _MODULES = {
     "evaluation": "solov2.evaluation.coco",
 }
 
+if TYPE_CHECKING:  # the same names for type checkers, which would take whatever __getattr__ returns for Any
+    from solov2 import convert as convert
+    from solov2 import data as data
+    from solov2 import evaluation as evaluation
+    from solov2 import losses as losses
+    from solov2 import models as models
+    from solov2 import ops as ops
+    from solov2 import targets as targets
+    from solov2.build import build_model
+    from solov2.config import list_models
+    from solov2.interoperability import to_supervision
+    from solov2.models.solov2 import SOLOv2
+    from solov2.training.train import TrainResult, train
+    from solov2.visualize import draw_instances
+else:
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in _MODULES:
-        importlib.import_module(_MODULES[name])
-        return sys.modules[f"solov2.{name}"]
-    raise AttributeError(f"module 'solov2' has no attribute '{name}'")
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        if name in _MODULES:
+            importlib.import_module(_MODULES[name])
+            return sys.modules[f"solov2.{name}"]
+        raise AttributeError(f"module 'solov2' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, *_MODULES])
+    return sorted([*__all__, *_MODULES, "__version__"])

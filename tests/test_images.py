@@ -192,14 +192,53 @@ def test_tensors(pixels):
     assert torch.equal(to_rgb_tensor(tensor[:1]), tensor[:1].expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_float_arrays_hold_the_same_pixels(pixels, dtype):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for array in (levels, pixels, pixels[:, ::-1]):
+        assert torch.equal(to_rgb_tensor((array / 255).astype(dtype)), to_rgb_tensor(array))
+    with_alpha = np.concatenate((pixels / 255, np.full((HEIGHT, WIDTH, 1), np.nan)), axis=2).astype(dtype)
+    assert torch.equal(to_rgb_tensor(with_alpha), planes(pixels))  # what is dropped is not looked at
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_float_tensors_hold_the_same_pixels(dtype):
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    for division in (levels.to(dtype) / 255, (levels.double() / 255).to(dtype)):
+        kept = division.clone()
+        assert torch.equal(to_rgb_tensor(division), levels.expand(3, -1, -1))
+        assert torch.equal(division, kept)
+    halves = torch.tensor([0.4999 / 255, 0.5001 / 255, 1 - 0.4999 / 255]).view(1, 1, 3)
+    assert to_rgb_tensor(halves)[0].tolist() == [[0, 1, 255]]  # the nearest level, not the one below
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(255.0, "values from 0 to 255"), (-0.25, "values from -0.25 to 0"), (1.001, "values from 0 to 1.001"),
+     (np.nan, "NaN"), (np.inf, "values from 0 to inf")],
+)  # fmt: skip
+def test_floats_of_another_range_are_refused_with_the_reason(value, found):
+    array = np.zeros((4, 5, 3), dtype=np.float32)
+    array[2, 3, 1] = value
+    for image in (array, array.astype(np.float64), torch.from_numpy(array).permute(2, 0, 1)):
+        with pytest.raises(InputError) as caught:
+            to_rgb_tensor(image)
+        advice = "; divide 0..255 by 255 or pass uint8"
+        assert str(caught.value) == f"a float image has values in 0..1, this one has {found}{advice}"
+
+
 @pytest.mark.parametrize(
     "image",
     [
-        np.zeros((4, 4, 3), dtype=np.float32),
+        np.zeros((4, 4, 3), dtype=np.int64),
+        np.zeros((4, 4, 3), dtype=bool),
+        np.zeros((4, 4, 3), dtype=np.complex64),
+        np.zeros((3, 40, 40), dtype=np.float32),
         np.zeros((3, 40, 40), dtype=np.uint8),
         np.zeros((0, 4, 3), dtype=np.uint8),
         np.zeros(4, dtype=np.uint8),
-        torch.zeros(3, 4, 4),
+        torch.zeros(3, 4, 4, dtype=torch.int64),
+        torch.zeros(4, 4, 3),
         torch.zeros(4, 4, 3, dtype=torch.uint8),
         torch.zeros(4, 4, dtype=torch.uint8),
         torch.zeros(3, 0, 4, dtype=torch.uint8),
@@ -207,7 +246,7 @@ def test_tensors(pixels):
     ids=lambda image: f"{type(image).__name__}-{image.dtype}-{list(image.shape)}",
 )
 def test_other_shapes_and_dtypes_are_refused(image):
-    with pytest.raises(InputError, match=r"an image (array|tensor) is uint8"):
+    with pytest.raises(InputError, match=r"an image (array|tensor) is uint8, or float with values in 0..1, of \["):
         to_rgb_tensor(image)
 
 

@@ -1,4 +1,4 @@
-"""What pip installs: sdist -> wheel -> a folder elsewhere, and an editable checkout. Nothing is downloaded."""
+"""What pip installs: sdist -> wheel -> a new environment, and an editable checkout. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,44 +11,75 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import solov2
 
 BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, sys.argv[1])(sys.argv[2]))"
-# The checkout under test may be installed in editable mode itself; its finder must not answer for the copy's.
-USE = (
-    "import sys, site; sys.meta_path[:] = [item for item in sys.meta_path if 'ditable' not in repr(item)]\n"
-    "for name in [name for name in sys.modules if 'editable' in name]: del sys.modules[name]\n"
-    "sys.path.insert(0, sys.argv[1]); site.addsitedir(sys.argv[1])\n"
-    "import solov2; from solov2.config import config_folder\n"
-    "print(solov2.__file__); print(config_folder()); print(*solov2.list_models())\n"
-    "if len(sys.argv) > 2: print(sum(p.numel() for p in solov2.build_model(sys.argv[2]).parameters()))"
-)
+USE = """
+import numpy
+import solov2
+from solov2.config import config_folder
+
+[result] = solov2.build_model("quickstart").predict(numpy.zeros((48, 64, 3), dtype=numpy.uint8))
+print(solov2.__file__, config_folder(), *result["masks"].shape[1:], sep="\\n")
+"""
+# What is wrong here has to be seen as wrong: a comment that ignores nothing is an error too.
+CONSUMER = """
+import numpy as np
+from torch import Tensor
+
+import solov2
+from solov2 import SOLOv2, build_model
 
 
-def python(*arguments: str, cwd: Path) -> str:
-    """Standard output of a Python process that sees neither the checkout nor the network."""
+def scores(image: np.ndarray, device: str | None) -> Tensor:
+    model: SOLOv2 = build_model("quickstart", device=device)
+    names: list[str] = model.class_names[: model.num_classes]
+    result = model.predict([image, "photo.jpg"], mask_format="rle")[0]
+    solov2.draw_instances(image, result, names).save("picture.png")
+    kept: Tensor = solov2.ops.matrix_nms.matrix_nms(result["masks"], result["labels"], result["scores"])
+    return kept
+
+
+assigner = solov2.targets.TargetAssigner([8, 6, 5, 4, 3], [(1, 96)] * 5, num_classes=80)
+best: float = solov2.train("quickstart", epochs=1).metrics["segm_AP"]
+count: int = solov2.build_model("quickstart")  # type: ignore[assignment]
+solov2.build_model("quickstart", weights=3)  # type: ignore[arg-type]
+solov2.ops.matrix_nms.matrix_nms(1)  # type: ignore[call-arg, arg-type]
+solov2.no_such_name  # type: ignore[attr-defined]
+"""
+
+
+def start(*arguments: str, cwd: Path, interpreter: str = sys.executable, path: Path | None = None) -> subprocess.Popen:
+    """A Python process without the network that finds packages beside its own only below `path`."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**environment, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    environment |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {} if path is None else {"PYTHONPATH": str(path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([interpreter, *arguments], cwd=cwd, text=True, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Its standard output."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def python(*arguments: str, cwd: Path, interpreter: str = sys.executable) -> str:
+    return finish(start(*arguments, cwd=cwd, interpreter=interpreter))
 
 
 @pytest.fixture(scope="session")
 def checkout(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git would hand out, so that building leaves nothing behind in the real one."""
+    """A copy of what git would hand out, named as a clone is; building leaves nothing behind in the real one."""
     pytest.importorskip("setuptools", reason="building needs setuptools: pip install -e '.[test]'")
     pytest.importorskip("pip", reason="installing needs pip")
-    copy = tmp_path_factory.mktemp("checkout")
-    for folder in ("solov2", "configs", "tests"):
+    copy = tmp_path_factory.mktemp("folder of clones") / "solov2"
+    for folder in ("solov2", "configs", "docs", "tests"):
         shutil.copytree(repo_root / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for path in repo_root.iterdir():
         if path.is_file() and not path.name.startswith("."):
@@ -76,6 +107,36 @@ def wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
+class Installed(NamedTuple):
+    """An interpreter that has the library, and what it is to find in the clone, beside it and elsewhere."""
+
+    python: str
+    package: Path
+    path: Path | None = None
+
+
+def new_environment(folder: Path) -> str:
+    """The interpreter of an environment that has the packages of this one, except those in editable mode."""
+    python("-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
+    [site_packages] = folder.rglob("site-packages")
+    outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site_packages / "outer.pth").write_text("\n".join(outer))  # whose own .pth files are not read
+    return str(folder / "bin" / "python")
+
+
+@pytest.fixture(scope="session", params=["clone", "wheel", "editable"])
+def installed(request: pytest.FixtureRequest, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp(request.param)
+    interpreter = new_environment(folder / "environment")
+    if request.param == "clone":
+        return Installed(interpreter, checkout, path=checkout)
+    what = ["-e", str(checkout)] if request.param == "editable" else [str(request.getfixturevalue("wheel"))]
+    options = ["--no-deps", "--no-build-isolation", "--ignore-installed"]
+    python("-m", "pip", "install", *options, *what, cwd=folder, interpreter=interpreter)
+    [site_packages] = folder.rglob("site-packages")
+    return Installed(interpreter, checkout if request.param == "editable" else site_packages)
+
+
 def configurations(root: Path) -> set[str]:
     return {path.relative_to(root / "configs").as_posix() for path in (root / "configs").rglob("*.yaml")}
 
@@ -84,9 +145,9 @@ def test_sdist_is_complete(checkout: Path, unpacked_sdist: Path) -> None:
     names = {path.relative_to(unpacked_sdist).as_posix() for path in unpacked_sdist.rglob("*") if path.is_file()}
     wanted = {
         path.relative_to(checkout).as_posix()
-        for folder in ("solov2", "configs", "tests")
+        for folder in ("solov2", "configs", "docs", "tests")
         for path in (checkout / folder).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in (".py", ".yaml", ".md", ".typed")
     }
     wanted |= {"LICENSE", "README.md", "pyproject.toml", "setup.py", "train.py", "eval.py", "benchmark.py"}
     assert wanted <= names
@@ -96,11 +157,19 @@ def test_wheel_holds_code_configurations_and_license(checkout: Path, wheel: Path
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     wanted = {path.relative_to(checkout).as_posix() for path in (checkout / "solov2").rglob("*.py")}
-    wanted |= {f"solov2/configs/{name}" for name in configurations(checkout)}
+    wanted |= {"solov2/py.typed"} | {f"solov2/configs/{name}" for name in configurations(checkout)}
     assert len(configurations(checkout)) >= 10
     packaged = {name for name in names if not name.startswith("solov2-")}
     assert packaged == wanted
     assert any(name.endswith("/LICENSE") for name in names)
+
+
+def test_checkout_and_sdist_give_the_same_wheel(checkout: Path, wheel: Path, tmp_path: Path) -> None:
+    python("-c", BUILD, "build_wheel", str(tmp_path), cwd=checkout)
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(tmp_path / wheel.name) as other:
+        assert {info.filename: info.CRC for info in one.infolist()} == {
+            info.filename: info.CRC for info in other.infolist()
+        }
 
 
 def test_entry_points_and_requirements(wheel: Path) -> None:
@@ -120,39 +189,49 @@ def test_entry_points_and_requirements(wheel: Path) -> None:
         assert function == "main" and module.replace(".", "/") + ".py" in modules
     required = set(re.findall(r"^Requires-Dist: ([A-Za-z]+)[^;\n]*$", metadata, re.MULTILINE))
     assert required == {"torch", "torchvision", "pycocotools", "numpy", "pillow", "pyyaml", "tqdm"}
-    assert set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE)) >= {"test", "dev", "fast", "tensorboard"}
+    extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE))
+    assert extras == {"test", "dev", "fast", "tensorboard", "export", "completion", "all"}
     assert re.search(r"^Version: (\S+)$", metadata, re.MULTILINE)[1] == solov2.__version__
 
 
-def test_installed_wheel_builds_a_model(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
-    python("-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
-    module, folder, models, parameters = python(
-        "-c", USE, str(target), "solov2_light_r18_fpn_3x", cwd=tmp_path
-    ).splitlines()
-    assert Path(module) == target / "solov2" / "__init__.py" and Path(folder) == target / "solov2" / "configs"
-    assert models.split() == solov2.list_models()
-    assert int(parameters) == 18_271_760
+def test_imports_builds_and_predicts(installed: Installed, checkout: Path, tmp_path: Path) -> None:
+    """Inside the clone, its own package comes before an installed one, as always in the folder of a package.
+
+    In the folder above, the clone is a folder `solov2` without code, which must not hide the package. Without
+    an installation, PYTHONPATH names the clone.
+    """
+    places = {"inside": checkout, "beside": checkout.parent, "outside": tmp_path}
+    running = {
+        place: start(
+            "-c", USE, cwd=cwd, interpreter=installed.python, path=None if place == "inside" else installed.path
+        )
+        for place, cwd in places.items()
+    }
+    for place, process in running.items():
+        module, configs, *size = finish(process).splitlines()
+        root = checkout if place == "inside" else installed.package
+        assert Path(module) == root / "solov2" / "__init__.py", place
+        assert Path(configs) == (root if root == checkout else root / "solov2") / "configs", place
+        assert size == ["48", "64"], place
 
 
-def test_editable_install_finds_the_configurations_beside_it(checkout: Path, tmp_path: Path) -> None:
-    python(
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "--ignore-installed",  # else pip uninstalls the library from this very environment
-        "--prefix",
-        str(tmp_path / "prefix"),
-        "-e",
-        ".",
-        cwd=checkout,
-    )
-    [site_packages] = (tmp_path / "prefix").rglob("site-packages")
-    module, folder, models = python("-c", USE, str(site_packages), cwd=tmp_path).splitlines()
-    assert Path(module) == checkout / "solov2" / "__init__.py" and Path(folder) == checkout / "configs"
-    assert models.split() == solov2.list_models()
+@pytest.mark.parametrize("installed", ["editable"], indirect=True)
+def test_an_editable_install_is_a_path_entry(installed: Installed, checkout: Path) -> None:
+    """A finder is asked only after a folder `solov2` has been taken for a package."""
+    [site_packages] = Path(installed.python).parents[1].rglob("site-packages")
+    entries = {path.name: path for path in site_packages.iterdir() if "editable" in path.name}
+    assert list(entries) == [f"__editable__.solov2-{solov2.__version__}.pth"]
+    assert [path.read_text().strip() for path in entries.values()] == [str(checkout)]
+
+
+@pytest.mark.parametrize("installed", ["wheel", "editable"], indirect=True)
+def test_a_type_checker_sees_the_types(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("mypy", reason="needs mypy: pip install -e '.[dev]'")
+    folder = tmp_path_factory.getbasetemp() / "consumer"  # one for both, so that torch is read once
+    folder.mkdir(exist_ok=True)
+    (folder / "consumer.py").write_text(CONSUMER)
+    checked = python("-m", "mypy", "--strict", "consumer.py", cwd=folder, interpreter=installed.python)
+    assert checked.startswith("Success: no issues found in 1 source file")
 
 
 def test_readme_has_the_one_test_command_that_ci_types(repo_root: Path) -> None:

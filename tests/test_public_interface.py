@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import solov2
 
@@ -22,6 +23,7 @@ SIGNATURES = {
     ("solov2", "build_model"): "(name_or_config, *, weights=None, num_classes=None, device=None, **overrides)",
     ("solov2", "list_models"): "()",
     ("solov2", "draw_instances"): "(image, result, class_names)",
+    ("solov2", "to_supervision"): "(result, class_names=None)",
     ("solov2", "train"): (
         "(name_or_config, *, data=None, weights=None, output=None, resume=False, device=None, **overrides)"
     ),
@@ -88,9 +90,12 @@ def test_the_comparison_sees_differences() -> None:
 
 
 def test_names_are_handed_on() -> None:
-    for name in solov2.__all__:
-        assert name in dir(solov2) and getattr(solov2, name) is not None
-    assert {"SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "train"} <= set(solov2.__all__)
+    names = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "to_supervision", "train"]
+    modules = ["convert", "data", "evaluation", "losses", "models", "ops", "targets"]
+    assert solov2.__all__ == names
+    assert dir(solov2) == sorted([*names, *modules, "__version__"])
+    for name in dir(solov2):
+        assert getattr(solov2, name) is not None
     assert solov2.targets.TargetAssigner and solov2.losses.SOLOv2Criterion and solov2.ops.matrix_nms.matrix_nms
     with pytest.raises(AttributeError, match="no_such_name"):
         solov2.no_such_name  # noqa: B018
@@ -116,7 +121,8 @@ def test_model_names() -> None:
     }
 
 
-def test_built_model_has_class_names() -> None:
+def test_attributes_of_a_built_model() -> None:
     model = solov2.build_model("quickstart")
     assert not model.training
-    assert all(isinstance(name, str) for name in model.class_names) and len(model.class_names) > 0
+    assert all(isinstance(name, str) for name in model.class_names) and len(model.class_names) == model.num_classes == 4
+    assert model.device == torch.device("cpu")

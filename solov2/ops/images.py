@@ -7,6 +7,7 @@ open either becomes RGB by a written rule or is refused in one sentence.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,12 +121,13 @@ def to_rgb_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tens
     """Any of the inputs that `SOLOv2.predict` takes, as uint8 [3, H, W] in RGB.
 
     Args:
-        image: a path (EXIF rotation applied); a PIL image (as it is); a uint8 array [H, W], [H, W, 1], [H, W, 3] or
-            [H, W, 4], RGB order, alpha dropped; a uint8 tensor [3, H, W] or [1, H, W].
+        image: a path (EXIF rotation applied); a PIL image (as it is); an array [H, W], [H, W, 1], [H, W, 3] or
+            [H, W, 4], RGB order, alpha dropped; a tensor [3, H, W] or [1, H, W]. Arrays and tensors are uint8, or float
+            (16, 32 or 64 bits) in 0..1, which becomes the nearest of 256 levels: uint8 / 255 comes back exactly.
 
     Raises:
         TypeError: another type of object.
-        InputError: another dtype or shape, no pixels, or a file that cannot be read.
+        InputError: another dtype or shape, no pixels, floats outside 0..1, or a file that cannot be read.
     """
     if isinstance(image, (str, Path)):
         return read_image(image, apply_exif=True)
@@ -135,14 +137,35 @@ def to_rgb_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tens
         return _array_to_tensor(image)
     if not isinstance(image, Tensor):
         raise TypeError(f"an image is a path, a PIL image, an array or a tensor, not {type(image).__name__}")
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
-        raise InputError(f"an image tensor is uint8 [3, H, W], not {image.dtype} {list(image.shape)}")
-    return image.expand(3, -1, -1)
+    known = image.dtype == torch.uint8 or image.is_floating_point()
+    if not known or image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
+        raise InputError(
+            "an image tensor is uint8, or float with values in 0..1, of [3, H, W] in RGB order, "
+            f"not {image.dtype} {list(image.shape)}"
+        )
+    return _gray_levels(image).expand(3, -1, -1)
 
 
 def _array_to_tensor(array: np.ndarray) -> Tensor:
     pixels = array[:, :, None] if array.ndim == 2 else array
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
-        raise InputError(f"an image array is uint8 [H, W, 3] in RGB order, not {array.dtype} {list(array.shape)}")
+    known = pixels.dtype.type in (np.uint8, np.float16, np.float32, np.float64)  # in either byte order
+    if not known or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
+        raise InputError(
+            "an image array is uint8, or float with values in 0..1, of [H, W, 3] in RGB order, "
+            f"not {array.dtype} {list(array.shape)}"
+        )
     # The copy makes BGR[..., ::-1] views and read-only arrays acceptable, and never aliases the caller's memory.
-    return torch.from_numpy(pixels[:, :, :3].copy()).permute(2, 0, 1).expand(3, -1, -1)
+    copied = pixels[:, :, :3].astype(pixels.dtype.newbyteorder("="), order="C")
+    return _gray_levels(torch.from_numpy(copied)).permute(2, 0, 1).expand(3, -1, -1)
+
+
+def _gray_levels(pixels: Tensor) -> Tensor:
+    """uint8 as it is; floats in 0..1 as the nearest of 0..255. InputError for other values."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    pixels = pixels.float()
+    low, high = (bound.item() for bound in pixels.aminmax())
+    if not (low >= 0 and high <= 1):  # nor with a NaN, which both bounds are then
+        found = "NaN" if math.isnan(low) else f"values from {low:.8g} to {high:.8g}"
+        raise InputError(f"a float image has values in 0..1, this one has {found}; divide 0..255 by 255 or pass uint8")
+    return (pixels * 255).round().to(torch.uint8)
