@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from solov2.checkpoint import Checkpoint
 from solov2.compute import Compute
-from solov2.config import Config, ModelConfig, changed_settings, load_config, replace_model
+from solov2.config import Config, ModelConfig, changed_settings, load_config, override_config, replace_model
 from solov2.data.categories import default_category_ids, default_class_names
 from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
@@ -81,14 +81,31 @@ def _model_config(given: str | Path | Config | ModelConfig | None, checkpoint: C
         return given
     if isinstance(given, Config):
         return given.model
-    if given is not None:
-        return load_config(given).model
-    if checkpoint is None:
-        raise InputError("name a model or give a weights file of this library")
-    carried = checkpoint.configuration()
-    if carried is None:
-        raise InputError("name a model: only checkpoints of this library carry their own configuration")
-    return carried.model
+    return resolve_config(given, checkpoint).model
+
+
+def resolve_config(
+    name: str | Path | None, checkpoint: Checkpoint | None, overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """The configuration of a model name or YAML file, else the one that a checkpoint carries, with entries changed.
+
+    Args:
+        name: model name or path; None for what the checkpoint says.
+        checkpoint: of any family; only this library's carry a configuration.
+        overrides: as of `solov2.config.override_config`.
+
+    Raises:
+        InputError: neither says which model it is, or a name or an entry is wrong.
+    """
+    if name is not None:
+        config: Config | None = load_config(name)
+    elif checkpoint is None:
+        raise InputError("name a model, or give a checkpoint of this library, which carries its configuration")
+    else:
+        config = checkpoint.configuration()
+    if config is None:
+        raise InputError(f"{checkpoint.source if checkpoint else ''} does not say which model it is; name the model")
+    return override_config(config, overrides or {})
 
 
 def _warn_config_mismatch(checkpoint: Checkpoint, config: ModelConfig, *, ignore: set[str]) -> None:

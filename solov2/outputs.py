@@ -12,19 +12,21 @@ from typing import Any, BinaryIO
 
 from solov2.errors import InputError
 
+SCREEN = "-"  # as an output file: standard output
+
 
 def check_output(path: str | Path | None, flag: str, *, overwrite: bool) -> None:
     """Whether a file can be written later; for the start of a command, before any long work.
 
     Args:
-        path: what will be written; None, where nothing was asked for, passes.
+        path: what will be written; None, where nothing was asked for, passes, and so does "-", the screen.
         flag: the argument that names it, for the sentence.
         overwrite: an existing file may be replaced.
 
     Raises:
         InputError: the file exists, is a folder, or lies where nothing can be written.
     """
-    if path is None:
+    if path is None or str(path) == SCREEN:
         return
     path = Path(path)
     if path.is_dir():
@@ -39,16 +41,21 @@ def check_output(path: str | Path | None, flag: str, *, overwrite: bool) -> None
 
 
 def write_json(path: str | Path, content: Any, *, indent: int | None = None, allow_nan: bool = True) -> None:
-    """Write JSON in UTF-8; folders are made as needed. NaN and infinities have no standard form: Python's, or an error.
+    """Write JSON in UTF-8, to standard output where `path` is "-"; folders are made as needed. NaN and infinities have
+    no standard form: Python's, or an error.
 
     Raises:
         OSError: disk full, no permission; an old file stays.
         TypeError: the content has no JSON form; an old file stays.
         ValueError: the same of a number, without `allow_nan`.
     """
+    text = json.dumps(content, indent=indent, allow_nan=allow_nan)
+    if str(path) == SCREEN:
+        print(text)
+        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
-        file.write(f"{json.dumps(content, indent=indent, allow_nan=allow_nan)}\n".encode())
+        file.write(f"{text}\n".encode())
 
 
 @contextlib.contextmanager

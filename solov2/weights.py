@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -29,27 +29,40 @@ IMAGENET_WEIGHTS = {
 }
 
 
-# What is published for each model. Names of mmdetection's files end in the first eight digits of their SHA-256; the
-# authors' files have no published hash. All of them are for academic use by the authors' license.
+class PublishedFile(NamedTuple):
+    """A file of weights that others have published, and the mask AP of that very file on COCO val2017 in percent."""
+
+    url: str
+    mask_ap: float
+
+
+# mmdetection's file names end in the first eight digits of their SHA-256. The authors' files have no published hash,
+# and are licensed for academic use.
 _MMDET, _AUTHORS = "https://download.openmmlab.com/mmdetection/v2.0/solov2", "https://huggingface.co/xinlongwang/SOLO"
 PUBLISHED_WEIGHTS = {
-    "solov2_r50_fpn_1x": f"{_MMDET}/solov2_r50_fpn_1x_coco/solov2_r50_fpn_1x_coco_20220512_125858-a357fa23.pth",
-    "solov2_r50_fpn_3x": f"{_MMDET}/solov2_r50_fpn_3x_coco/solov2_r50_fpn_3x_coco_20220512_125856-fed092d4.pth",
-    "solov2_r101_fpn_3x": f"{_AUTHORS}/resolve/main/SOLOv2_R101_3x.pth",
-    "solov2_r101_dcn_fpn_3x": (
-        f"{_MMDET}/solov2_r101_dcn_fpn_3x_coco/solov2_r101_dcn_fpn_3x_coco_20220513_214734-16c966cb.pth"
+    "solov2_r50_fpn_1x": PublishedFile(
+        f"{_MMDET}/solov2_r50_fpn_1x_coco/solov2_r50_fpn_1x_coco_20220512_125858-a357fa23.pth", 34.8
     ),
-    "solov2_x101_dcn_fpn_3x": (
-        f"{_MMDET}/solov2_x101_dcn_fpn_3x_coco/solov2_x101_dcn_fpn_3x_coco_20220513_214337-aef41095.pth"
+    "solov2_r50_fpn_3x": PublishedFile(
+        f"{_MMDET}/solov2_r50_fpn_3x_coco/solov2_r50_fpn_3x_coco_20220512_125856-fed092d4.pth", 37.5
     ),
-    "solov2_light_r18_fpn_3x": (
-        f"{_MMDET}/solov2_light_r18_fpn_3x_coco/solov2_light_r18_fpn_3x_coco_20220511_083717-75fa355b.pth"
+    "solov2_r101_fpn_3x": PublishedFile(f"{_AUTHORS}/resolve/main/SOLOv2_R101_3x.pth", 39.1),
+    "solov2_r101_dcn_fpn_3x": PublishedFile(
+        f"{_MMDET}/solov2_r101_dcn_fpn_3x_coco/solov2_r101_dcn_fpn_3x_coco_20220513_214734-16c966cb.pth", 41.2
     ),
-    "solov2_light_r34_fpn_3x": f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_448_R34_3x.pth",
-    "solov2_light_r50_fpn_3x": (
-        f"{_MMDET}/solov2_light_r50_fpn_3x_coco/solov2_light_r50_fpn_3x_coco_20220512_165256-c93a6074.pth"
+    "solov2_x101_dcn_fpn_3x": PublishedFile(
+        f"{_MMDET}/solov2_x101_dcn_fpn_3x_coco/solov2_x101_dcn_fpn_3x_coco_20220513_214337-aef41095.pth", 42.4
     ),
-    "solov2_light_r50_dcn_fpn_3x": f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_512_DCN_R50_3x.pth",  # DCNv1
+    "solov2_light_r18_fpn_3x": PublishedFile(
+        f"{_MMDET}/solov2_light_r18_fpn_3x_coco/solov2_light_r18_fpn_3x_coco_20220511_083717-75fa355b.pth", 29.7
+    ),
+    "solov2_light_r34_fpn_3x": PublishedFile(f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_448_R34_3x.pth", 32.0),
+    "solov2_light_r50_fpn_3x": PublishedFile(
+        f"{_MMDET}/solov2_light_r50_fpn_3x_coco/solov2_light_r50_fpn_3x_coco_20220512_165256-c93a6074.pth", 33.7
+    ),
+    "solov2_light_r50_dcn_fpn_3x": PublishedFile(  # DCNv1
+        f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_512_DCN_R50_3x.pth", 36.4
+    ),
 }
 TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # fields a weights file decides
 
@@ -99,7 +112,7 @@ def official_weights(name: str | Path | Config | ModelConfig | None) -> Path:
             f"no weights are published for {name}; there are some for: {', '.join(PUBLISHED_WEIGHTS)}; for others give "
             "a file"
         )
-    url = PUBLISHED_WEIGHTS[name]
+    url = PUBLISHED_WEIGHTS[name].url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path

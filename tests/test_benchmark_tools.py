@@ -1,63 +1,137 @@
-"""What the benchmark measures with: stopwatch, operations, memory, sweeps, and the comparison of two reports."""
+"""What the benchmark measures with: spans, operations, the peak, prepared inputs, comparisons and sweeps."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import itertools
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from helpers.tiny_models import tiny_model
+from torch import Tensor, nn
+from torch.autograd import DeviceType
 
-from solov2.benchmarking import machine, measure, sweep
-from solov2.benchmarking.compare import compare
-from solov2.benchmarking.machine import added_memory, convolution_peak
-from solov2.benchmarking.measure import Stopwatch, milliseconds
-from solov2.benchmarking.roofline import Lap, count_flops
-from solov2.commands.benchmark import main, parse_arguments, settings_of
+from solov2.benchmarking import measure, peak
+from solov2.benchmarking.flops import OUTSIDE, count_flops
+from solov2.benchmarking.measure import IDLE, profiled_shares, span_times
+from solov2.benchmarking.peak import convolution_peak
+from solov2.benchmarking.report import compare, format_part, read_report, sweep
+from solov2.benchmarking.synthetic import calibrate, ellipses, synthetic_raw, synthetic_sample
+from solov2.compute import span
 from solov2.errors import InputError
 from solov2.models.layers import DeformConv2d
-from solov2.training.environment import environment, git_commit
+from solov2.models.postprocess import suppress_neighbors, widen
+from solov2.training.environment import git_commit
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The convolutions of the peak are of the size that the real network has; this is not."""
-    monkeypatch.setattr(machine, "CONVOLUTIONS", ((3, 8, 16),))
-    monkeypatch.setattr(machine, "MIN_SECONDS", 0.0)
+def fresh_compiler() -> None:
+    """What other tests compiled counts towards torch's limit of graphs per function."""
+    torch._dynamo.reset()
 
 
-def test_stopwatch_splits_or_takes_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that advances by a second whenever it is read."""
-    seconds = itertools.count(0.0)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-    for split, wanted in ((True, [("a", [2] * 3), ("b", [1] * 3), ("total", [4] * 3)]), (False, [("total", [1] * 3)])):
-        watch = Stopwatch(CPU, split=split)
-        for _ in range(3):
-            watch.start()
-            for stage in ("a", "b", "a"):
-                watch.lap(stage)
-            watch.finish()
-        assert list(watch.samples.items()) == wanted
+def targets_of(graph: torch.fx.Graph) -> str:
+    return " ".join(str(node.target) for node in graph.nodes)
 
 
-def test_percentiles() -> None:
-    assert milliseconds([0.003, 0.001, 0.002]) == pytest.approx({"median_ms": 2.0, "p90_ms": 3.0})
-    assert milliseconds([value / 1000 for value in range(1, 101)])["p90_ms"] == pytest.approx(90, abs=1)
+def test_compiled_and_exported_graphs_hold_no_span() -> None:
+    """One graph of the forward pass, without an operation of the profiler; run as it is, the same pass has them."""
+    model, images, graphs = tiny_model().eval(), torch.randn(1, 3, 64, 64), []
+
+    def keep(module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        graphs.append(module.graph)
+        return module.forward
+
+    with torch.no_grad(), torch._dynamo.config.patch(capture_profiler_record_function=True):  # it drops them otherwise
+        torch.compile(model.forward, backend=keep)(images)
+        graphs.append(torch.export.export(model, (images,)).graph)
+    assert len(graphs) == 2 and all("conv" in targets_of(graph) for graph in graphs)
+    assert not any("profiler" in targets_of(graph) or "record" in targets_of(graph) for graph in graphs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler, torch.no_grad():
+        model(images)
+    assert {"solov2: backbone", "solov2: FPN", "solov2: head"} <= {event.name for event in profiler.events()}
 
 
-def test_commit_is_that_of_the_checkout(repo_root: Path) -> None:
-    commit = git_commit()
-    assert commit is None or len(commit.rstrip("+")) >= 12
-    if not (repo_root / ".git").exists():
-        assert commit is None
+def event(name: str, start: float, end: float, kernels: float = 0.0, **changes: Any) -> SimpleNamespace:
+    """An event of a profile, in microseconds."""
+    return SimpleNamespace(**{
+        "name": name, "device_type": DeviceType.CPU, "self_device_time_total": kernels,
+        "is_user_annotation": name.startswith("solov2: "),
+        "time_range": SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start), **changes,
+    })  # fmt: skip
+
+
+EVENTS = [  # outer 10-100 with inner 20-50 (twice), then outer again
+    event("aten::conv", 52, 60, 5.0),
+    event("solov2: inner", 20, 50, 99.0),
+    event("solov2: outer", 10, 100),
+    event("solov2: inner", 20, 30),
+    event("solov2: outer", 100, 110),
+    event("Optimizer.step", 12, 90, 99.0, is_user_annotation=True),
+    event("aten::mm", 25, 26, 7.0, thread=2),  # as of a backward pass
+    event("aten::mm", 35, 200, 1.0),  # a kernel counts where it was launched
+    event("solov2: inner", 300, 900, 99.0, device_type=DeviceType.CUDA),  # the same span on the device's own row
+    event("kernel", 300, 400, 99.0, device_type=DeviceType.CUDA),
+    event("aten::copy_", 5, 6, 3.0),
+]
+
+
+def test_spans_inside_spans_count_once() -> None:
+    assert span_times(EVENTS, on_device=False) == {"outer": 60 + 10, "inner": 20 + 10}
+    assert span_times(EVENTS, on_device=True) == {OUTSIDE: 3, "outer": 5, "inner": 7 + 1}
+    assert span_times(EVENTS[-1:], on_device=False) == {}
+
+
+def test_shares_of_wall_time() -> None:
+    def step() -> None:
+        with span("outer"), torch.profiler.record_function("of torch"):
+            torch.ones(1000).sum()
+            with span("inner"):
+                torch.ones(1000).sum()
+        torch.ones(1000).sum()
+
+    shares, seconds = profiled_shares(step, CPU, 2, 1.0)
+    assert list(shares) == ["outer", "inner", OUTSIDE] and min(shares.values()) > 0
+    assert sum(shares.values()) == pytest.approx(1) and 0 < seconds < 1
+
+
+def test_shares_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of two iterations over an unprofiled iteration; what they do not fill is idle time."""
+    profile = SimpleNamespace(__enter__=None, events=lambda: EVENTS)
+    manager = type("Profile", (), {"__enter__": lambda _: profile, "__exit__": lambda *_: None})
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: manager())
+    monkeypatch.setattr(measure, "seconds_of", lambda *_: 0.5)
+    shares, seconds = profiled_shares(lambda: None, torch.device("cuda"), 2, 16e-6)
+    assert seconds == 0.5 and list(shares) == ["outer", "inner", OUTSIDE, IDLE]
+    assert list(shares.values()) == pytest.approx([2.5 / 16, 4 / 16, 1.5 / 16, 8 / 16])
+    shares, _ = profiled_shares(lambda: None, torch.device("cuda"), 2, 4e-6)  # kernels that ran side by side
+    assert shares[IDLE] == 0 and sum(shares.values()) == pytest.approx(1)
+
+
+def test_totals_are_of_unprofiled_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[bool] = []
+    monkeypatch.setattr(measure, "seconds_of", lambda step, _device: (step(), len(steps) / 1000)[1])
+    monkeypatch.setattr(measure, "profiled_shares", lambda step, _device, count, median: ({"a": median * count}, 0.010))
+    workload = SimpleNamespace(compute=SimpleNamespace(device=CPU), iterations=4, warmup=2, batch_size=3)
+    part = measure.measure(lambda: steps.append(torch.autograd._profiler_enabled()), workload)  # type: ignore[arg-type]
+    assert steps == [True, *[False] * 6]  # one that is counted, two of the warm-up, four of 4, 5, 6, 7 ms
+    assert part["median_ms"] == pytest.approx(5.5) and part["p90_ms"] == pytest.approx(7)
+    assert part["images_per_second"] == part["queued_images_per_second"] == pytest.approx(3 / 0.0055)
+    with pytest.MonkeyPatch.context() as patch:  # beside a process that takes twice as long
+        patch.setattr(measure.distributed, "all_gather_objects", lambda own: [own, tuple(2 * x for x in own)])
+        steps.clear()
+        both = measure.measure(lambda: steps.append(False), workload)  # type: ignore[arg-type]
+        assert both["images_per_second"] == pytest.approx(2 * 3 / 0.011) and both["median_ms"] == part["median_ms"]
+    assert part["profiler_cost"] == pytest.approx(10 / 5.5) and part["profiled_iterations"] == 3
+    assert (
+        part["stages"]["a"]["ms"] == pytest.approx(5.5 * 0.0165) and part["stages"]["total"]["ms"] == part["median_ms"]
+    )
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 16, 3, padding=1, bias=False), DeformConv2d(8, 16, 3, padding=1)])
@@ -67,183 +141,144 @@ def test_operations_of_forward_and_backward(layer: nn.Module) -> None:
     own = 2 * (2 * 16 * 6 * 5) * (8 * 3 * 3)
     offsets = 2 * (2 * 27 * 6 * 5) * (8 * 3 * 3) if isinstance(layer, DeformConv2d) else 0
 
-    def step(lap: Lap) -> None:
-        y = layer(x)
-        lap("forward")
-        y.relu()
-        lap("nothing")
-        y.sum().backward()
-        lap("backward")
+    def step() -> None:
+        with span("whole"):
+            with span("forward"):
+                y = layer(x)
+            with torch.profiler.record_function("of torch"):
+                torch.ones(2, 3) @ torch.ones(3, 4)
+                with span("backward"):
+                    y.sum().backward()
+        torch.ones(2, 3) @ torch.ones(3, 5)
 
     forward = own + offsets
-    assert count_flops(step) == {"forward": forward, "nothing": 0, "backward": 2 * forward}
+    assert count_flops(step) == {"forward": forward, "backward": 2 * forward, "whole": 48, OUTSIDE: 60}
 
 
 @pytest.mark.parametrize(("precision", "layouts"), [("float32", 2), ("bf16", 1)])
 def test_peak_is_the_best_convolution(precision: str, layouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_fastest", lambda function, device: (function(), 0.5)[1])
-    peak = convolution_peak(CPU, precision)
-    height, width = machine.CONVOLUTION_SIZE
-    assert peak["gflop_per_second"] == pytest.approx(2 * height * width * 16 * 8 * 9 / 0.5 / 1e9)
-    assert (
-        peak["convolution"].startswith(f"3x3 8->16 on 1 x {height} x {width}") and len(peak["convolutions"]) == layouts
-    )
+    monkeypatch.setattr(peak, "CONVOLUTIONS", ((3, 8, 16),))
+    monkeypatch.setattr(peak, "seconds_of", lambda function, *_: (function(), 0.5)[1])
+    found = convolution_peak(CPU, precision)
+    height, width = peak.CONVOLUTION_SIZE
+    assert found["gflop_per_second"] == pytest.approx(2 * height * width * 16 * 8 * 9 / 0.5 / 1e9)
+    assert found["convolution"].startswith(f"3x3 8->16 on 1 x {height} x {width}")
+    assert len(found["convolutions"]) == layouts
 
 
-def test_added_memory_is_what_a_step_holds() -> None:
-    kept = torch.ones(2**20)
-    added = added_memory(lambda: (torch.ones(16 * 2**20) + kept.sum()).sum(), CPU)  # 64 MiB twice
-    if added is not None:
-        assert 110 < added < 180
-        assert added_memory(lambda: None, CPU) < 16
+def test_commit_is_that_of_the_checkout(repo_root: Path) -> None:
+    commit = git_commit()
+    assert commit is None or len(commit.rstrip("+")) >= 12
+    if not (repo_root / ".git").exists():
+        assert commit is None
 
 
-def test_memory_is_unknown_where_the_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: Any, **_more: Any) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(Path, "write_text", refuse)
-    done: list[int] = []
-    assert added_memory(lambda: done.append(1), CPU) is None and done == [1]
-
-
-def sweep_arguments(*more: str) -> list[str]:
-    return ["--config", "quickstart", "--size", "64", "64", "--iterations", "1", "--device", "cpu", *more]
-
-
-def test_sweep_runs_every_point_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """A real process for one value; the peak is the parent's, the figures are the child's."""
-    path = tmp_path / "sweep.json"
-    arguments = sweep_arguments("--mode", "nms", "--sweep", "candidates", "50", "--threads", "1", "--json", str(path))
-    assert main(arguments) == 0
-    content = json.loads(path.read_text())
-    assert [row["part"] for row in content["sweep"]] == [
-        "nms_coco_classes", "nms_one_class", "postprocess", "postprocess_rle"
-    ]  # fmt: skip
-    for row in content["sweep"]:
-        assert row["value"] == 50 and row["ms_per_unit"] == pytest.approx(row["ms"] / 50)
-    [report] = content["reports"]
-    assert report["candidates"] == 50 and report["postprocess"]["stages"]["total"]["share_of_peak"] > 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_synthetic_raw_keeps_shapes_types_and_layout(dtype: torch.dtype) -> None:
+    like = {
+        "category_logits": [torch.zeros(2, 5, size, size, dtype=dtype) for size in (12, 6)],
+        "kernels": [torch.zeros(2, 8, size, size, dtype=dtype) for size in (12, 6)],
+        "mask_features": torch.zeros(2, 8, 16, 16, dtype=dtype).to(memory_format=torch.channels_last),
+    }
+    raw = synthetic_raw(like, 40, torch.Generator().manual_seed(0))
+    for key in ("category_logits", "kernels"):
+        assert [(x.shape, x.dtype) for x in raw[key]] == [(x.shape, x.dtype) for x in like[key]]
+    assert raw["mask_features"].stride() == like["mask_features"].stride()
+    assert raw["mask_features"].min() == -8 and 7 < raw["mask_features"].max() <= 8
+    scores = [widen(level).sigmoid() for level in raw["category_logits"]]
+    assert sum(int((level > 0.1).sum()) for level in scores) == 2 * 40
+    assert 2 * 25 <= sum(int((suppress_neighbors(level) > 0.1).sum()) for level in scores) <= 2 * 40
+    again = synthetic_raw(like, 40, torch.Generator().manual_seed(0))
+    assert torch.equal(raw["mask_features"], again["mask_features"])
 
 
-def part(milliseconds: float, **more: Any) -> dict[str, Any]:
-    """A measured part with nothing but its total."""
+def test_synthetic_ground_truth() -> None:
+    sample = synthetic_sample(6, (64, 96), 3, torch.Generator().manual_seed(0))
+    assert sample["image"].shape == (3, 64, 96) and sample["original_size"] == (64, 96)
+    assert sample["masks"].shape == (6, 64, 96) and sample["masks"].dtype == torch.uint8
+    area = sample["masks"].flatten(1).sum(1)
+    sides = sample["boxes"][:, 2:] - sample["boxes"][:, :2]
+    assert (area > 0).all() and (sides > 0).all() and (area < 64 * 96 / 3).all()
+    assert torch.equal(sample["extents"], sample["boxes"].long())
+    whole = ellipses(200, 64, 96, torch.Generator().manual_seed(0))
+    assert (whole.amax((1, 2)) > 0.9).all() and (whole.amin((1, 2)) < 0).all()
+
+
+def test_calibrated_norms_hold_the_statistics() -> None:
+    model, images = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).eval(), 5 + 2 * torch.randn(4, 3, 8, 8)
+    calibrate(model, images)
+    assert not model[0].training and model[0].running_mean.allclose(images.mean((0, 2, 3)))
+    assert model[1].running_mean.abs().max() < 1e-5
+
+
+def report_of(milliseconds: float) -> dict[str, Any]:
+    """A report of one part."""
+    part = {
+        "median_ms": milliseconds, "p90_ms": milliseconds, "images_per_second": 1000 / milliseconds,
+        "queued_images_per_second": 1000 / milliseconds,
+        "peak_memory_mib": 100.0, "iterations": 3, "profiled_iterations": 3, "profiler_cost": 1.5,
+        "stages": {
+            "backbone": {"share": 0.6, "ms": 0.6 * milliseconds, "gflop": 0.3},
+            "masks": {"share": 0.4, "ms": 0.4 * milliseconds, "gflop": 0.0},
+            "total": {"share": 1.0, "ms": milliseconds, "gflop": 0.3},
+        },
+    }  # fmt: skip
     return {
-        "stages": {"total": {"median_ms": milliseconds}},
-        "images_per_second": 1000 / milliseconds,
-        "peak_memory_mib": 100.0,
-        "step_memory_mib": 10.0,
-        **more,
+        "environment": {"threads": 2, "load": 0.1},
+        "settings": {"size": [64, 64]},
+        "model": {"num_classes": 4},
+        "peak": None,
+        "parts": {"optimized_inference": part},
     }
 
 
-def report_of(args: Any, milliseconds: float, name: str = "inference") -> dict[str, Any]:
-    return {
-        "config": "quickstart",
-        "size": list(args.size),
-        "batch_size": args.batch_size,
-        "precision": "float32",
-        "candidates": args.candidates,
-        "instances": args.instances,
-        name: part(milliseconds),
-    }
-
-
-@pytest.mark.parametrize(
-    ("over", "values", "per_unit"),
-    [
-        ("batch", ["1", "4"], [100.0, 25.0]),
-        ("size", ["64", "64x128"], [100 / 0.004096, 100 / 0.008192]),
-        ("candidates", ["0", "20"], [None, 5.0]),
-        ("instances", ["1", "50"], [100.0, 2.0]),
-    ],
-)
-def test_units_of_a_sweep(
-    over: str, values: list[str], per_unit: list[float | None], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(sweep, "measure_apart", lambda name, args, peak: (report_of(args, 100.0), None))
-    mode = "train" if over == "instances" else "infer"
-    assert main(sweep_arguments("--mode", mode, "--sweep", over, *values)) == 0
-    rows, reports = sweep.run_sweep(
-        settings_of(parse_arguments(sweep_arguments("--mode", mode, "--sweep", over, *values))), None, lambda _: None
-    )
-    assert [row["ms_per_unit"] for row in rows] == [value and pytest.approx(value) for value in per_unit]
-    assert len(reports) == 2 and [row["step_memory_mib"] for row in rows] == [10, 10]
-    output = capsys.readouterr().out
-    assert f"{over:>12}" in output and "peak MiB" in output and "in a process of its own" in output
-
-
-def test_a_point_that_does_not_fit_is_said_and_passed_over(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def measured(name: str, args: Any, peak: Any) -> tuple[Any, Any]:
-        return (None, "does not fit into memory") if args.batch_size == 2 else (report_of(args, 10.0), None)
-
-    monkeypatch.setattr(sweep, "measure_apart", measured)
-    assert main(sweep_arguments("--mode", "infer", "--sweep", "batch", "1", "2", "4")) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith(" ")] == ["batch", "1", "4", "2"]
-    assert lines[-2].endswith("2  does not fit into memory")
-
-
-def test_processes_that_end_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(error: Exception) -> Any:
-        class Executor:
-            def __init__(self, *_args: Any, **_more: Any) -> None: ...
-            def __enter__(self) -> Executor:
-                return self
-
-            def __exit__(self, *_args: Any) -> None: ...
-            def submit(self, *_args: Any) -> Any:
-                raise error
-
-        return Executor
-
-    args = settings_of(parse_arguments(sweep_arguments()))
-    for error, text in ((InputError("does not fit"), "does not fit"), (sweep.BrokenProcessPool(), "want of memory")):
-        monkeypatch.setattr(sweep, "ProcessPoolExecutor", fail(error))
-        report, reason = sweep.measure_apart("quickstart", args, None)
-        assert report is None and text in reason
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> dict[str, Any]:
-    """A report as `--json` writes it."""
-    args = settings_of(parse_arguments(sweep_arguments()))
-    return {"environment": environment(CPU), "settings": dataclasses.asdict(args), "reports": [report_of(args, 100.0)]}
-
-
-def test_comparison(old: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    new = copy.deepcopy(old)
-    new["reports"][0]["inference"] = part(50.0)
-    assert "warning" not in compare(old, new)
-    new["environment"] |= {"threads": 77, "torch": "9.9"}
-    new["reports"][0]["training"] = part(30.0)  # not in the old one
-    new["reports"].append({**copy.deepcopy(new["reports"][0]), "batch_size": 8})
-    for name, content in (("old", old), ("new", new)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert main(["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("warning: threads differs:") and lines[1].startswith("warning: torch differs:")
-    assert lines[2].startswith("quickstart: 64 x 64, batch 1, float32")
-    assert lines[4].split() == ["total", "100.00", "50.00", "2.00"]
-    assert lines[5:] == [
-        "the old report has nothing on quickstart: 64 x 64, batch 8, float32, 500 candidates, 8 instances"
+def test_rates_belong_to_the_peak() -> None:
+    part = report_of(10.0)["parts"]["optimized_inference"]
+    rows = [line.split() for line in format_part("optimized_inference", part, {"gflop_per_second": 100.0}).splitlines()]
+    assert rows[-3:] == [
+        ["backbone", "60.0%", "6.00", "0.3", "50.0", "50%"],
+        ["masks", "40.0%", "4.00", "-", "-", "-"],
+        ["total", "100.0%", "10.00", "0.3", "30.0", "30%"],
     ]
 
 
-def test_reports_of_before_can_be_compared(old: dict[str, Any]) -> None:
-    """Earlier reports had candidates and instances in the settings only, and no number of processes."""
-    new = copy.deepcopy(old)
-    del old["environment"]["processes"], old["reports"][0]["candidates"], old["reports"][0]["instances"]
-    assert compare(old, new).splitlines()[-1].split() == ["total", "100.00", "100.00", "1.00"]
+def test_comparison(tmp_path: Path) -> None:
+    old, new = report_of(100.0), report_of(50.0)
+    new["environment"] |= {"threads": 4, "load": 3.0}
+    new["settings"]["size"] = [64, 96]
+    new["parts"]["training"] = copy.deepcopy(new["parts"]["optimized_inference"])
+    del new["parts"]["optimized_inference"]["stages"]["masks"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    assert [" ".join(line.split()) for line in compare(read_report(str(path)), new).splitlines()] == [
+        "warning: threads differs: 2 (old), 4 (new)",
+        "warning: size differs: [64, 64] (old), [64, 96] (new)",
+        "optimized inference old ms new ms old / new",
+        "backbone 60.00 30.00 2.00",
+        "total 100.00 50.00 2.00",
+        "the old report has no training",
+    ]
 
 
-@pytest.mark.parametrize("content", ["[]", "3", '{"reports": []}', '{"reports": [{}], "settings": {}}'])
-def test_foreign_files_are_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", ["[]", "3", "{", '{"parts": {}}', '{"sweep": "size", "reports": {}}'])
+def test_foreign_files_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
-    assert main(["--compare", str(path)]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line == f"error: --compare {path} is not a report of benchmark.py --json"
+    with pytest.raises(InputError, match=f"^--compare {path} is not a report that --json wrote$"):
+        read_report(str(path))
+
+
+def test_a_value_that_fails_is_a_row_and_the_sweep_goes_on() -> None:
+    write = f"import json, sys; json.dump({report_of(10.0)}, open(sys.argv[-1], 'w'))"
+    fail = "import sys; sys.exit('warning: something\\nerror: it does not fit')"
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    commands = {name: [sys.executable, "-c", code] for name, code in (("8", fail), ("4", kill), ("2", write))}
+    shown: list[str] = []
+    content = sweep("batch-size", commands, shown.append)
+    assert content["sweep"] == "batch-size" and content["reports"]["2"] == report_of(10.0)
+    assert [" ".join(row.split()) for row in shown] == [
+        "batch-size part ms images/s peak MiB",
+        "8 it does not fit",
+        "4 ended by signal 9, most likely for want of memory",
+        "2 optimized inference 10.00 100.00 100",
+    ]

@@ -6,23 +6,23 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-import yaml
 from helpers.coco_files import CocoTree, annotation, rectangle
 from PIL import Image
 
 from solov2.commands.check_data import main
-from solov2.config import Config, load_config
+from solov2.config import Config, load_config, override_config
 from solov2.data.annotations import load_json, shift_of_categories
 from solov2.data.coco import CocoInstances
 from solov2.data_check.check import check_data
-from solov2.data_check.findings import SEVERITIES
+from solov2.data_check.findings import SEVERITIES, Instances
 from solov2.data_check.quick import quick_check
-from solov2.data_check.statistics import PUBLISHED_BORDERS, crowded_share, suggest_grids
+from solov2.data_check.statistics import PUBLISHED_BORDERS, crowded_share, suggest, suggest_grids
 
 
 def config_of(*settings: str) -> Config:
@@ -140,12 +140,14 @@ def test_fix(tree: CocoTree, capsys: pytest.CaptureFixture, tmp_path: Path) -> N
     assert main([str(out), "--images", str(tree.images), "--workers", "1"]) == 0
     assert tree.file.read_bytes() == before
     capsys.readouterr()
-    for target in (tree.file, out):  # neither the input nor anything else that exists
-        assert run(tree, "--fix", str(target)) == 2
-        assert re.fullmatch(r"error: .* exists already and is not overwritten.*\n", capsys.readouterr().err)
-    assert run(tree, "--json", str(tree.file)) == 2
+    for flag in ("--fix", "--json"):  # the input stays, whatever is asked for
+        assert run(tree, flag, str(tree.file), "--overwrite") == 2
+        assert re.fullmatch(rf"error: {flag} .* would replace the annotations.*\n", capsys.readouterr().err)
+    assert run(tree, "--fix", str(out)) == 2
+    assert "exists already" in capsys.readouterr().err
     out.unlink()
     assert run(tree, "--fix", str(out)) == 2  # the list of changes is still there
+    assert run(tree, "--fix", str(out), "--overwrite") == 1 and json.loads(out.read_text()) == fixed
 
 
 def test_fix_does_not_write_an_empty_file(tree: CocoTree, tmp_path: Path) -> None:
@@ -228,17 +230,50 @@ def test_shift_of_categories(used: range, declared: range, shift: int) -> None:
     assert shift_of_categories(used, declared) == shift
 
 
-def test_suggestion_is_yaml_that_training_takes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("given", ["quickstart", "configs/quickstart.yaml", "a file"])
+def test_the_proposal_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture, given: str) -> None:
+    """The printed block, saved as a file, is a configuration: the one that was checked against, with the sizes."""
     annotations, images = generated(tmp_path)
-    assert main([str(annotations), "--images", str(images), "--workers", "1", "--config", "quickstart"]) == 0
-    out = capsys.readouterr().out
-    text = out[out.index("\nmodel:") + 1 :]
+    if given == "a file":
+        (tmp_path / "a file").mkdir()
+        given = str(tmp_path / "a file" / "base of mine: 1.yaml")
+        Path(given).write_text("base: quickstart\ntrain: {epochs: 3}\nmodel: {center_sigma: 0.3}\n")
+    words = [str(annotations), "--images", str(images), "--workers", "1", "--config", given]
+    assert main([*words, "--json", str(tmp_path / "report.json")]) == 0
+    _, block = capsys.readouterr().out.split("\n\n")
+    assert block.startswith("# ") and ("\nbase: quickstart\n" in block) == (
+        given in ("quickstart", "configs/quickstart.yaml")
+    )
     path = tmp_path / "mine.yaml"
-    path.write_text("base: " + str(Path(__file__).parents[1] / "configs" / "base" / "solov2.yaml") + "\n" + text)
-    config = load_config(path)
-    assert yaml.safe_load(text)["data"]["train_scales"] == list(config.data.train_scales)
+    path.write_text(block)
+    config, base = load_config(path), load_config(given)
+
+    suggestion = json.loads((tmp_path / "report.json").read_text())["statistics"]["suggestion"]
+    assert suggestion.keys() == {"model", "data"}
+    overrides = {f"{name}.{key}": value for name in suggestion for key, value in suggestion[name].items()}
+    assert config == replace(override_config(base, overrides), name="mine") != replace(base, name="mine")
     report = check_data(load_json(annotations), images, config)
     assert report.statistics["unseen_instances"] == []
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "long"),
+    [((1333, 2100), 1333, 2100), ((40, 40), 80, 64)],
+    ids=["all large", "long edge too short"],
+)
+def test_a_suggestion_is_always_a_configuration(size: tuple[int, int], short: int, long: int) -> None:
+    """A tenth of the instances is tiny and the others fill their image."""
+    config = config_of(f"data.train_scales=[{short}]", f"data.train_long_edge={long}")
+    count, full = 100, (size[0] * size[1]) ** 0.5 * min(short / min(size), long / max(size))
+    ones = np.ones(count)
+    instances = Instances(
+        image_size=np.tile(size, (count, 1)), ids=ones, labels=ones, cells=ones, hidden=0 * ones,
+        scales=np.where(np.arange(count) < 12, 0.01, 1) * full, centers=np.full((count, 2), 0.5),
+    )  # fmt: skip
+    suggestion = suggest(instances, np.arange(count), config)
+    values = {f"{name}.{key}": value for name in suggestion for key, value in suggestion[name].items()}
+    model = override_config(config, values).model
+    assert model.input_scale == (long, min(short, long)) and model.scale_ranges[-1][1] >= 2048
 
 
 def test_suggestion_reproduces_the_published_grids() -> None:

@@ -430,7 +430,7 @@ def test_published_weights_are_fetched_into_the_hub_cache(tmp_path: Path, monkey
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     for _ in range(2):  # the second time it is in the cache
         model = build_model("solov2_light_r18_fpn_3x", weights="official", **TINY)
-    assert asked == [(PUBLISHED_WEIGHTS["solov2_light_r18_fpn_3x"], "75fa355b")]
+    assert asked == [(PUBLISHED_WEIGHTS["solov2_light_r18_fpn_3x"].url, "75fa355b")]
     assert_same_function(model, scrambled(tiny_model()))
 
 

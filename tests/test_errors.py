@@ -6,8 +6,21 @@ import errno
 
 import pytest
 
-from solov2.commands.exit import own_command, run_command, sentence
+from solov2.commands import exit as ending
+from solov2.commands.arguments import Parser
+from solov2.commands.exit import sentence
 from solov2.errors import InputError, RunFailed, printable
+
+
+def run_command(body, words):
+    """Run a command that takes any words."""
+
+    def build_parser(typed):
+        parser = Parser(prog=typed)
+        parser.add_argument("all", nargs="*")
+        return parser
+
+    return ending.run_command("train", build_parser, body, words)
 
 
 @pytest.mark.parametrize(
@@ -43,20 +56,6 @@ def test_an_interruption_is_a_code_for_the_shell_and_an_exception_for_python(cap
     assert capsys.readouterr().err == "interrupted\n" * 2
 
 
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [
-        ("train.py", ["train.py"]),
-        ("/env/bin/solov2-train", ["/env/bin/solov2-train"]),
-        ("/env/bin/solov2", ["/env/bin/solov2", "train"]),
-        ("/env/solov2/__main__.py", ["-m", "solov2", "train"]),
-    ],
-)
-def test_a_command_knows_how_to_start_itself_again(script, words, monkeypatch):
-    monkeypatch.setattr("sys.argv", [script, "--nproc", "2"])
-    assert own_command("train") == words
-
-
 def test_what_nobody_expected_keeps_its_traceback():
     def body(_arguments):
         raise ZeroDivisionError
@@ -66,7 +65,7 @@ def test_what_nobody_expected_keeps_its_traceback():
 
 
 def test_the_body_gets_the_arguments_and_gives_the_code():
-    assert run_command(lambda arguments: len(arguments), ["a", "b", "c"]) == 3
+    assert run_command(lambda args: len(args.words) + len(args.all) - 3, ["a", "b", "c"]) == 3
 
 
 def test_the_sentence_of_an_error_from_a_loading_process():
@@ -78,3 +77,19 @@ def test_the_sentence_of_an_error_from_a_loading_process():
 
 def test_text_from_files_cannot_steer_a_terminal():
     assert printable("a\x1b[2Jb\nc ü") == r"a\x1b[2Jb\nc ü"
+
+
+def test_a_rank_that_is_not_the_first_lets_it_speak(monkeypatch, capsys):
+    """The launcher ends it meanwhile, or it is alone with its error and speaks after all."""
+
+    def body(_arguments):
+        raise InputError("broken")
+
+    waited = []
+    monkeypatch.setattr(ending.time, "sleep", waited.append)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert run_command(body, []) == 2
+    assert capsys.readouterr().err == "error: broken\n" * 2
+    assert waited == [ending.HEAD_START + 3 * ending.STAGGER]

@@ -162,13 +162,13 @@ def test_deep_pickle_does_not_crash(tmp_path: Path) -> None:
         (
             "model:\n  num_classes: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
             + "".join(f"  x{n}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(9)),
-            "unknown key 'x0'",
+            "unknown setting 'model.x0'",
         ),
-        ("name: &a [1, 2]\nbase: *a", "base must be the name of a file"),
+        ("name: &a [1, 2]\nbase: *a", "base must be the name of a model or a file"),
         (
             "data:\n  root:\n    - &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
             + "".join(f"    - &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(9)),
-            "data.root must be str",
+            "data.root must be .*text",
         ),
     ],
     ids=["call", "name", "own tag", "deep", "laughs in unknown keys", "list as base", "laughs in a value"],
@@ -225,7 +225,11 @@ def test_downloads_are_checked_by_hash(tmp_path: Path, monkeypatch: pytest.Monke
     digest = hashlib.sha256(content).hexdigest()[:8] if honest else "00000000"
     published = tmp_path / f"solov2-{digest}.pth"
     published.write_bytes(content)
-    monkeypatch.setitem(published_weights.PUBLISHED_WEIGHTS, "solov2_r50_fpn_1x", published.as_uri())
+    monkeypatch.setitem(
+        published_weights.PUBLISHED_WEIGHTS,
+        "solov2_r50_fpn_1x",
+        published_weights.PublishedFile(published.as_uri(), 34.8),
+    )
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     if honest:
         assert published_weights.official_weights("solov2_r50_fpn_1x").read_bytes() == content

@@ -52,14 +52,14 @@ def run(*arguments: str | Path) -> int:
     return main([str(argument) for argument in arguments])
 
 
-def test_folder_with_json(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_with_results(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(
         photos,
         "--weights",
         weights,
         "--output",
         tmp_path / "out",
-        "--json",
+        "--results",
         tmp_path / "out" / "found.json",
         "--max-instances",
         "5",
@@ -82,8 +82,8 @@ def test_folder_with_json(weights: Path, photos: Path, tmp_path: Path, capsys: p
     assert all(f"{photos / name}: " in output for name in ("a.jpg", "b.png", "c.bmp"))
 
 
-def test_json_holds_what_the_model_predicts(weights: Path, photos: Path, tmp_path: Path) -> None:
-    assert run(photos / "b.png", "--weights", weights, "--output", tmp_path, "--json", tmp_path / "found.json") == 0
+def test_results_hold_what_the_model_predicts(weights: Path, photos: Path, tmp_path: Path) -> None:
+    assert run(photos / "b.png", "--weights", weights, "--output", tmp_path, "--results", tmp_path / "found.json") == 0
     entries = json.loads((tmp_path / "found.json").read_text())
     (result,) = build_model(weights=weights).predict([photos / "b.png"], score_threshold=0.3)
     assert [entry["score"] for entry in entries] == pytest.approx(result["scores"].tolist(), abs=1e-6)
@@ -108,7 +108,7 @@ def test_photographs_are_turned_upright(weights: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     image.save(tmp_path / "phone.jpg", exif=exif)
-    arguments = ("--weights", weights, "--output", tmp_path / "out", "--json", tmp_path / "found.json")
+    arguments = ("--weights", weights, "--output", tmp_path / "out", "--results", tmp_path / "found.json")
     assert run(tmp_path / "phone.jpg", *arguments, "--score-threshold", "0") == 0
     with Image.open(tmp_path / "out" / "phone.jpg") as picture:
         assert picture.size == (80, 120)
@@ -144,7 +144,7 @@ def test_inputs_and_earlier_outputs_are_safe(
     assert (out / "a.jpg").read_bytes() != b"mine"
 
     (tmp_path / "found.json").write_text("mine")
-    arguments = (photos / "b.png", "--weights", weights, "--output", out, "--json", tmp_path / "found.json")
+    arguments = (photos / "b.png", "--weights", weights, "--output", out, "--results", tmp_path / "found.json")
     assert run(*arguments) == 2
     assert (tmp_path / "found.json").read_text() == "mine" and not (out / "b.png").exists()
 
@@ -173,7 +173,7 @@ def test_mistakes_are_one_sentence(
     for arguments, word in (
         ((tmp_path / "gone.jpg", "--weights", weights), "gone.jpg"),
         ((image, "--weights", tmp_path / "gone.pth"), "gone.pth"),
-        ((image, "--weights", weights, "--model", "quikstart"), "quickstart"),
+        ((image, "--weights", weights, "--config", "quikstart"), "quickstart"),
         ((image, "--weights", weights, "--device", "abacus"), "abacus"),
         ((image, "--weights", image), "a.jpg"),
     ):
@@ -181,11 +181,24 @@ def test_mistakes_are_one_sentence(
         output = capsys.readouterr()
         assert output.err.startswith("error: ") and output.err.count("\n") == 1 and word in output.err
         assert not (tmp_path / "out").exists()
-    for option in (("--score-threshold", "1.5"), ("--batch-size", "0"), ("--max-instances", "-1")):
-        with pytest.raises(SystemExit) as stop:
-            run(image, "--weights", weights, *option)
-        assert stop.value.code == 2
-        assert option[1] in capsys.readouterr().err
+    for option in (("--score-threshold", "1.5"), ("--batch-size", "0"), ("--max-instances", "-1"), ("--json", "x")):
+        assert run(image, "--weights", weights, *option, "--output", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and option[0].strip("-").replace("-", "_") in error.replace("-", "_")
+
+
+def test_results_on_the_screen_and_settings(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Standard output holds nothing but JSON; --set and --precision reach the network."""
+    found = []
+    for more in ((), ("--precision", "bf16"), ("--set", "model.input_scale=[96,96]")):
+        out = tmp_path / f"out{len(found)}"
+        assert run(photos / "b.png", "--weights", weights, "--output", out, "--results", "-", *more) == 0
+        output = capsys.readouterr()
+        found.append([entry["score"] for entry in json.loads(output.out)])
+        assert "b.png: " in output.err
+    assert found[0] != found[1] and found[0] != found[2] and not (tmp_path / "-").exists()
 
 
 def test_the_module_runs(weights: Path, photos: Path, tmp_path: Path, repo_root: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.tiny_models import lively, tiny_model
 
+from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
 
 
@@ -47,6 +48,29 @@ def test_normalize_in_bgr_order() -> None:
     assert images[0, :, 5, 5].tolist() == pytest.approx([30 - 103.53, (20 - 116.28) / 2, (10 - 123.675) / 4], rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 60, 96), (2, 3, 64, 97), (3, 64, 96), (1, 1, 64, 96)])
+def test_a_size_the_network_does_not_take_is_named(predictor: SOLOv2, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        predictor(torch.zeros(shape))
+    assert str(caught.value) == (
+        f"the network takes images [B, 3, H, W] with H and W multiples of 32, not {list(shape)}; "
+        "SOLOv2.preprocess pads them"
+    )
+
+
+def test_the_compiled_network_names_a_wrong_size(predictor: SOLOv2) -> None:
+    """A size that it was compiled for runs in one graph; another one still ends in the sentence."""
+    compiled = torch.compile(predictor.forward, backend="eager", dynamic=False)
+    compiled(torch.zeros(1, 3, 64, 96))
+    with pytest.raises(InputError, match="multiples of 32"):
+        compiled(torch.zeros(1, 3, 60, 96))
+
+
+def test_what_a_model_says_of_itself(predictor: SOLOv2) -> None:
+    assert predictor.num_classes == len(predictor.class_names) == predictor.head.category_predictor.out_channels == 3
+    assert predictor.device == torch.device("cpu") and tiny_model().to("meta").device == torch.device("meta")
+
+
 def test_preprocess(predictor: SOLOv2) -> None:
     """Resized to the model's scale, ratio kept, one padded batch of multiples of 32, zero in the padding."""
     given = [picture(200, 300), torch.from_numpy(picture(120, 60)).permute(2, 0, 1)]
@@ -69,11 +93,13 @@ def test_every_form_of_an_image_gives_the_same(predictor: SOLOv2, tmp_path: Path
         PIL.Image.fromarray(array),
         array,
         torch.from_numpy(array).permute(2, 0, 1),
+        (array / 255).astype(np.float32),
+        torch.from_numpy(array).permute(2, 0, 1) / 255,
     ]
     kept = array.copy()
     results = predictor.predict(forms)
     assert np.array_equal(array, kept)
-    assert len(results) == 5 and len(results[0]["scores"]) > 3
+    assert len(results) == len(forms) and len(results[0]["scores"]) > 3
     for result in results:
         assert result["masks"].shape[1:] == (80, 110)
         assert all(torch.equal(result[key], results[0][key]) for key in results[0])
@@ -115,7 +141,7 @@ def test_predict_settings(predictor: SOLOv2) -> None:
 
 def test_nothing_to_predict_and_nothing_found(predictor: SOLOv2) -> None:
     assert predictor.predict([]) == []
-    (result,) = predictor.predict(picture(50, 70), score_threshold=1.1)
+    (result,) = predictor.predict(picture(50, 70), score_threshold=1.0)
     assert [tuple(result[key].shape) for key in ("scores", "labels", "masks", "boxes")] == [
         (0,),
         (0,),
@@ -138,7 +164,7 @@ def test_predict_keeps_the_mode_of_the_model() -> None:
     assert not result["scores"].requires_grad
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     with pytest.raises(ValueError):
-        model.predict([np.zeros((4, 4, 3), dtype=np.float32)])
+        model.predict([np.full((4, 4, 3), 255, dtype=np.float32)])
     assert model.training
     model.eval().predict(picture(64, 96))
     assert not model.training

@@ -1,1 +1,1 @@
-"""The benchmark: the real step and the real post-processing, stage by stage."""
+"""The benchmark: the real predictor, training step and loader, timed whole, and shared out to the spans in them."""

@@ -1,149 +1,151 @@
-"""How the benchmark times a step: stage by stage, with its operations and its memory."""
+"""How a step is measured: its time without a profiler, then the shares of its spans in a profiled pass."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, supported_activities
 
 from solov2 import distributed
-from solov2.benchmarking.machine import added_memory, peak_memory
-from solov2.benchmarking.roofline import Lap, add_rates, count_flops
-from solov2.compute import Compute, synchronize
+from solov2.benchmarking.flops import OUTSIDE, count_flops
+from solov2.compute import SPAN, Compute, synchronize
 from solov2.config import Config
 
-PERCENTILE = 0.9
-SEED = 0
-
-
-@dataclass(frozen=True)
-class BenchmarkSettings:
-    """What a benchmark was asked for; None stands for a default that depends on model or device."""
-
-    config: list[str]  # model names or YAML files
-    mode: str = "all"
-    sweep: list[str] | None = None  # what to vary, then its values
-    size: list[int] | None = None  # (height, width) of the network input in pixels
-    batch_size: int = 1
-    precision: str = "float32"
-    device: str | None = None
-    threads: int | None = None
-    iterations: int | None = None
-    warmup: int | None = None
-    instances: int = 8  # ellipses per image as ground truth
-    candidates: int = 500  # (cell, class) pairs per image above the category threshold
-    images: int = 20  # of the evaluation
-    data_root: str | None = None  # a COCO tree; None generates shapes
+PROFILED = 3  # iterations of the profiled pass, at most
+IDLE = "device idle"  # the row of an accelerator's time without a kernel
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: a model configuration, input (height, width) in pixels, and how often."""
+    """What is measured."""
 
-    config: Config
-    size: tuple[int, int]
+    config: Config  # the model, and the recipe of its training
+    size: tuple[int, int]  # (height, width) of the network input in pixels
     compute: Compute
-    batch_size: int
-    warmup: int
-    iterations: int
-    instances: int
-    candidates: int
+    batch_size: int  # images per step and process
+    instances: int  # ellipses per image as ground truth
+    candidates: int  # (cell, class) pairs per image that post-processing gets
+    iterations: int  # timed ones
+    warmup: int  # those before them, after a first one whose operations are counted
+    data_root: str | None = None  # a COCO tree; None generates shapes
 
 
-class Stopwatch:
-    """Seconds of named stages and of their `total`. With `split` every stage waits for the device, so that it pays for
-    its own work; without, only the total is taken.
-    """
-
-    def __init__(self, device: torch.device, *, split: bool) -> None:
-        self.device, self.split = device, split
-        self.samples: dict[str, list[float]] = {}
-
-    def start(self) -> None:
-        """Begin an iteration."""
-        self._current: dict[str, float] = {}
-        self._begin = self._last = self._now()
-
-    def lap(self, stage: str) -> None:
-        """End a stage; a stage may come several times in an iteration."""
-        if self.split:
-            now = self._now()
-            self._current[stage] = self._current.get(stage, 0.0) + now - self._last
-            self._last = now
-
-    def finish(self) -> None:
-        """End the iteration."""
-        self._current["total"] = self._now() - self._begin
-        for stage, seconds in self._current.items():
-            self.samples.setdefault(stage, []).append(seconds)
-
-    def _now(self) -> float:
-        synchronize(self.device)
-        return time.perf_counter()
-
-
-def measure(step: Callable[[Lap], None], workload: Workload) -> dict[str, Any]:
-    """Time `step` stage by stage and, on an accelerator, in turn with that as a whole without the waits in between.
-
-    Where several processes run, all of them measure at once and the slowest decides.
+def measure(step: Callable[[], object], workload: Workload) -> dict[str, Any]:
+    """Count the operations of a step, warm up, time it, profile it; where several processes run, all at once.
 
     Returns:
-        stages: {name: {median_ms, p90_ms, gflop, gflop_per_second}} of this process with `total` last, operations None
-        where a stage has none; sum_of_stages_ms; warmup and iterations; processes, slowest_process_ms (its median
-        total) and images_per_second of all processes together; peak_memory_mib (of the device; on a CPU the resident
-        memory of the process) and step_memory_mib (what a step adds to it, see `added_memory`).
+        median_ms, p90_ms: of the iterations, each of which waits for the device, timed without a profiler; the nearest
+        sample at or above the percentile. images_per_second: of all processes, by the median of the slowest;
+        queued_images_per_second: the same with one wait, behind the last iteration (on a CPU, which queues nothing, by
+        the mean of the same iterations). peak_memory_mib: see `peak_memory`. iterations: timed ones.
+        profiled_iterations, profiler_cost: those of the profiled pass, and their mean time / that of the timed ones.
+        stages: {span, `OUTSIDE`, `IDLE` or "total": {"share": of the profiled pass, "ms": that share of median_ms,
+        "gflop": 1e9 operations}}, per iteration.
     """
-    operations, step_memory = warm_up(step, workload)
-    on_cpu = workload.compute.device.type == "cpu"
-    watches = [Stopwatch(workload.compute.device, split=split) for split in ((True,) if on_cpu else (True, False))]
+    device, iterations = workload.compute.device, workload.iterations
+    operations = count_flops(step)
+    for _ in range(workload.warmup):
+        step()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
     distributed.barrier()
-    for _ in range(workload.iterations):
-        for watch in watches:
-            watch.start()
-            step(watch.lap)
-            watch.finish()
-    stages = {name: milliseconds(samples) for name, samples in (watches[0].samples | watches[-1].samples).items()}
-    add_rates(stages, operations)
-    total = stages["total"]["median_ms"]
-    slowest = max(distributed.all_gather_objects(total))
+    samples = sorted(seconds_of(step, device) for _ in range(iterations))
+    mean, median = statistics.mean(samples), statistics.median(samples)
+    queued = mean if device.type == "cpu" else seconds_of(step, device, iterations)
+    memory, profiled = peak_memory(device), min(iterations, PROFILED)
+    shares, profiled_mean = profiled_shares(step, device, profiled, median)
+    operations["total"], shares["total"] = operations.total(), 1.0
+    every = distributed.all_gather_objects((median, queued))
+    images = workload.batch_size * len(every)
     return {
-        "stages": stages,
-        "sum_of_stages_ms": sum(stage["median_ms"] for stage in stages.values()) - total,
-        "warmup": unmeasured(workload),
-        "iterations": workload.iterations,
-        "processes": distributed.world_size(),
-        "slowest_process_ms": slowest,
-        "images_per_second": 1000 * workload.batch_size * distributed.world_size() / slowest,
-        "peak_memory_mib": peak_memory(workload.compute.device),
-        "step_memory_mib": step_memory,
+        "median_ms": 1000 * median,
+        "p90_ms": 1000 * samples[min(iterations - 1, int(0.9 * iterations))],
+        "images_per_second": images / max(own for own, _ in every),
+        "queued_images_per_second": images / max(own for _, own in every),
+        "peak_memory_mib": memory,
+        "iterations": iterations,
+        "profiled_iterations": profiled,
+        "profiler_cost": profiled_mean / mean,
+        "stages": {
+            name: {"share": share, "ms": 1000 * share * median, "gflop": operations[name] / 1e9}
+            for name, share in shares.items()
+        },
     }
 
 
-def warm_up(step: Callable[[Lap], None], workload: Workload) -> tuple[dict[str, int], float | None]:
-    """The iterations that are not timed: operations are counted in the first, memory in the last.
+def seconds_of(step: Callable[[], object], device: torch.device, iterations: int = 1) -> float:
+    """Mean seconds of iterations with one wait for the device, behind the last."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(iterations):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - start) / iterations
+
+
+def profiled_shares(
+    step: Callable[[], object], device: torch.device, iterations: int, median: float
+) -> tuple[dict[str, float], float]:
+    """Run `step` under torch's profiler.
+
+    On a CPU a share is one of the wall time of the profiled iterations. On an accelerator, whose kernels the profiler
+    does not slow down, it is one of the unprofiled `median`, in seconds; what no kernel fills is `IDLE`.
 
     Returns:
-        ({stage: operations}, MiB that a step adds or None).
+        ({row: share}, seconds per profiled iteration); the shares sum to 1.
     """
-    operations: dict[str, int] = {}
-    runs: list[Callable[[], Any]] = [lambda: operations.update(count_flops(step))]
-    runs += [lambda: step(lambda _: None)] * (unmeasured(workload) - 1)
-    for run in runs[:-1]:
-        run()
-    return operations, added_memory(runs[-1], workload.compute.device)
+    on_cpu = device.type == "cpu"
+    with torch.profiler.profile(activities={ProfilerActivity.CPU} if on_cpu else supported_activities()) as profiler:
+        mean = seconds_of(step, device, iterations)
+    times = {name: us / 1e6 / iterations for name, us in span_times(profiler.events(), on_device=not on_cpu).items()}
+    rest = max(0.0, (mean if on_cpu else median) - sum(times.values()))
+    times |= {OUTSIDE: rest} if on_cpu else {OUTSIDE: times.pop(OUTSIDE, 0.0), IDLE: rest}
+    total = sum(times.values())
+    return {name: seconds / total for name, seconds in times.items()}, mean
 
 
-def unmeasured(workload: Workload) -> int:
-    """Iterations before those that are timed; at least two, since counting operations takes memory of its own."""
-    return max(2, workload.warmup)
+def span_times(events: Iterable[Any], *, on_device: bool) -> dict[str, float]:
+    """Microseconds of each span without the spans inside it, in the order in which they start.
+
+    Args:
+        events: torch's `FunctionEvent`s of a profile.
+        on_device: instead of wall time, the time of the kernels that were launched while a span was the innermost one,
+            by whatever thread (a backward pass has its own); `OUTSIDE` has those that were launched outside of all.
+    """
+    times: dict[str, float] = {}
+    around: list[tuple[str, float]] = []  # spans that are open: name, end
+    on_host = (event for event in events if event.device_type == DeviceType.CPU)
+    for event in sorted(on_host, key=lambda event: (event.time_range.start, -event.time_range.end)):
+        while around and around[-1][1] <= event.time_range.start:
+            around.pop()
+        outer = around[-1][0] if around else OUTSIDE
+        if event.name.startswith(SPAN):
+            name = event.name.removeprefix(SPAN)
+            around.append((name, event.time_range.end))
+            times[name] = times.get(name, 0.0) + (0.0 if on_device else event.time_range.elapsed_us())
+            if outer != OUTSIDE and not on_device:
+                times[outer] -= event.time_range.elapsed_us()
+        elif on_device and not event.is_user_annotation:  # the "kernel" of an annotation is all that ran during it
+            times[outer] = times.get(outer, 0.0) + event.self_device_time_total
+    return times
 
 
-def milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median and 90th percentile (the nearest sample at or above it)."""
-    ordered = sorted(seconds)
-    rank = min(len(ordered) - 1, int(PERCENTILE * len(ordered)))
-    return {"median_ms": 1000 * statistics.median(ordered), "p90_ms": 1000 * ordered[rank]}
+def peak_memory(device: torch.device) -> float | None:
+    """MiB: tensors on an accelerator since its peak was reset; on a CPU resident memory since the process started.
+
+    None where the system does not say (/proc/self/status, Linux).
+    """
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)

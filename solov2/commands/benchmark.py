@@ -1,223 +1,140 @@
-"""benchmark.py: images per second of inference, training, data, post-processing and evaluation, stage by stage.
-
-Images, ground truth and network outputs are synthetic and seeded, weights are random, so that nothing has to be
-downloaded. A random network finds nothing; decoding therefore works on prepared outputs of the network's own shapes and
-types that hold about `--candidates` candidates and ellipses as masks.
-"""
+"""Images per second of inference, training and data loading, stage by stage: `python benchmark.py [MODEL]`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from solov2 import distributed
-from solov2.benchmarking.compare import compare, read_report
-from solov2.benchmarking.machine import convolution_peak
-from solov2.benchmarking.measure import BenchmarkSettings
-from solov2.benchmarking.suite import MODES, make_workload, measure_workload
-from solov2.benchmarking.sweep import SWEEPS, points, run_sweep
-from solov2.benchmarking.tables import format_machine, format_peak, format_sweep
-from solov2.commands.arguments import add_shared_arguments
+from solov2.commands.arguments import Parser, add_model_argument, add_shared_arguments, at_least, text_stream
 from solov2.commands.exit import own_command, run_command
-from solov2.compute import select_device
+from solov2.config import load_config, parse_overrides
 from solov2.errors import InputError
 from solov2.outputs import check_output, write_json
-from solov2.training.environment import environment
 
-DEFAULT_CONFIGS = ("solov2_r50_fpn_1x", "solov2_light_r50_fpn_3x")
-MINIMA = {  # smallest value of each number
-    "batch_size": 1,
-    "threads": 1,
-    "iterations": 1,
-    "warmup": 0,
-    "instances": 0,
-    "candidates": 0,
-    "images": 1,
-}
+if TYPE_CHECKING:
+    import torch
 
+    from solov2.benchmarking.measure import Workload
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of benchmark.py."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        description="Measure images per second, stage by stage, "
-        "on synthetic images with random weights; needs no data.",
-        epilog="several processes train together: torchrun --nproc-per-node 8 benchmark.py, or benchmark.py --nproc 8",
-    )
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        default=list(DEFAULT_CONFIGS),
-        metavar="NAME",
-        help=f"model names or YAML files (default: {' '.join(DEFAULT_CONFIGS)})",
-    )
-    parser.add_argument(
-        "--mode",
-        choices=(*MODES, "all"),
-        default="all",
-        help="infer: photograph to masks, plain and model.optimize(); train: one optimiser step; data: files to "
-        "batches with targets; nms: Matrix NMS and post-processing alone; eval: results to run lengths and AP",
-    )
-    parser.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar=("WHAT", "VALUE"),
-        help=f"measure at several values, each in a fresh process: {', '.join(SWEEPS)} (sizes as HxW)",
-    )
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        metavar=("OLD.json", "NEW.json"),
-        help="then print the ratios to an earlier report; with two reports, compare them and measure nothing",
-    )
-    parser.add_argument(
-        "--size",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="network input in pixels, multiples of "
-        "32 from 64 on (default: 800 1216 or 448 768, by the test scale of the model)",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
-    parser.add_argument(
-        "--iterations", type=int, help="measured ones (default: 3 on a CPU, 50 elsewhere; data and nms: at least 20)"
-    )
-    parser.add_argument(
-        "--warmup",
-        type=int,
-        help="unmeasured ones before them (default: 2 on a CPU, 20 elsewhere; data and nms: at least 5); two always "
-        "run, to count operations and memory",
-    )
-    parser.add_argument("--instances", type=int, default=8, help="ellipses per image as ground truth")
-    parser.add_argument(
-        "--candidates",
-        type=int,
-        default=500,
-        help="(cell, class) pairs per image prepared to pass the category threshold in inference, where direct "
-        "neighbors of one class suppress each other; masks given to Matrix NMS in --mode nms",
-    )
-    parser.add_argument("--images", type=int, default=20, help="images of 100 results each in --mode eval")
-    parser.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="load from this COCO tree instead of generated shapes; --mode train loads too",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the report as one JSON object")
-    notes = {"--precision": "default: float32", "--batch-size": "default: 1"}
-    add_shared_arguments(parser, "--nproc", "--device", "--precision", "--batch-size", "--overwrite", notes=notes)
-    parser.set_defaults(batch_size=1, precision="float32")
-    return parser.parse_args(argv)
-
-
-def settings_of(args: argparse.Namespace) -> BenchmarkSettings:
-    """The part of the command line that says what to measure."""
-    return BenchmarkSettings(
-        **{entry.name: getattr(args, entry.name) for entry in dataclasses.fields(BenchmarkSettings)}
-    )
+DEFAULT_MODEL = "solov2_r50_fpn_1x"
+SWEEPS = ("batch-size", "size", "candidates", "instances", "precision", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 1 failed, 2 a user's mistake, 130 interrupted)."""
-    return run_command(_run, argv)
+    return run_command("benchmark", build_parser, _run, argv)
 
 
-def _run(argv: Sequence[str]) -> int:
-    args = parse_arguments(argv)
-    _check(args)
-    old = None
-    if args.compare is not None:
-        old, *new = [read_report(path) for path in args.compare]
-        if new:
-            print(compare(old, new[0]))
-            return 0
-    _check_workloads(settings_of(args))
-    if args.nproc is not None:
-        distributed.relaunch(args.nproc, [*own_command("benchmark"), *distributed.without_nproc(argv)], args.device)
-    device = select_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    with distributed.process_group(device):
-        content = _measure(settings_of(args), device, _say if distributed.is_main() else _say_nothing)
-        if distributed.is_main():
-            if args.json is not None:
-                write_json(args.json, content, indent=1, allow_nan=False)
-            if old is not None:
-                print(f"compared with {args.compare[0]}:\n{compare(old, content)}")
+def build_parser(typed: str = "solov2 benchmark") -> Parser:
+    """The flags; `typed` is the command as the user typed it."""
+    parser = Parser(
+        prog=typed,
+        description="Measure images per second, stage by stage, with random weights on synthetic images.",
+        epilog="several GPUs: --nproc 8, or torchrun --nproc-per-node 8 benchmark.py MODEL",
+    )
+    add_model_argument(parser, default=DEFAULT_MODEL)
+    text = "data: files to batches; infer: photographs to masks, plain and optimized; train: one optimizer step"
+    parser.add_argument("--mode", choices=("all", "data", "infer", "train"), default="all", help=text)
+    numbers = {
+        "iterations": (1, None, "that are timed (default: 3 on a CPU, 50 elsewhere; of loading at least 20)"),
+        "warmup": (0, None, "iterations before those (default: 1 on a CPU, 20 elsewhere)"),
+        "threads": (1, None, "of the CPU (default: torch's own choice)"),
+        "instances": (0, 8, "ellipses per image as ground truth"),
+        "candidates": (0, 500, "(cell, class) pairs per image to post-process, as random weights find none"),
+    }
+    for name, (minimum, default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=at_least(minimum), default=default, metavar="N", help=text)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--compare", metavar="FILE", help="print the ratios to an earlier report too (default: none)")
+    text = f"measure at several values of a flag ({', '.join(SWEEPS)}; sizes as HxW), each in a process of its own"
+    group.add_argument("--sweep", nargs="+", metavar=("FLAG", "VALUE"), help=f"{text} (default: none)")
+    notes = {"--size": "default: the model's test scale, rounded up", "--data-root": "default: generated shapes"}
+    flags = ("--batch-size", "--precision", "--device", "--nproc", "--set", "--json", "--overwrite")
+    add_shared_arguments(parser, *notes, *flags, notes=notes)
+    parser.set_defaults(batch_size=1, precision="float32")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells of its every start
+    import torch
+
+    from solov2 import distributed
+    from solov2.benchmarking.report import compare, read_report, sweep
+    from solov2.benchmarking.workloads import measure_workload
+    from solov2.compute import select_device
+
+    check_output(args.json, "--json", overwrite=args.overwrite)
+    speaks = distributed.launched_rank() == 0
+
+    def show(text: str) -> None:
+        if speaks:
+            print(text, file=text_stream(args.json), flush=True)
+
+    if args.sweep is not None:
+        report = sweep(args.sweep[0], _points(args), show)
+    else:
+        old = None if args.compare is None else read_report(args.compare)
+        _workload(args, torch.device("cpu"))  # a mistake is told before processes start
+        if args.nproc is not None:
+            words = distributed.without_nproc(args.words)
+            distributed.relaunch(args.nproc, [*own_command("benchmark"), *words], args.device)
+        device = select_device(args.device)
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        with distributed.process_group(device):
+            report = measure_workload(args.mode, _workload(args, device), show)
+        if old is not None:
+            show(f"\ncompared with {args.compare}:\n{compare(old, report)}")
+    if args.json is not None and speaks:
+        write_json(args.json, report, indent=1, allow_nan=False)
     return 0
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
+def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
+    """What was asked for; refuses what would only fail after minutes."""
+    from solov2.benchmarking.measure import Workload
+    from solov2.build import build_compute
+    from solov2.data.build import locate_data, require_data
+
+    config = load_config(args.model or DEFAULT_MODEL, parse_overrides(args.set) | {"train.precision": args.precision})
+    height, width = args.size or (-(-edge // 32) * 32 for edge in reversed(config.model.input_scale))
+    if min(height, width) < 64 or height % 32 or width % 32:
+        raise InputError(f"--size must be two multiples of 32, at least 64, got {height} {width}")
+    cells = sum(side**2 for side in config.model.grid_sizes)
+    if args.candidates > cells:
+        raise InputError(f"--candidates {args.candidates} is more than the {cells} grid cells of {config.name}")
+    if args.data_root is not None:
+        require_data(locate_data(config, args.data_root).data, splits=["train"])
+    iterations, warmup = (3, 1) if device.type == "cpu" else (50, 20)
+    return Workload(
+        config,
+        size=(height, width),
+        compute=build_compute(config, device),
+        batch_size=args.batch_size,
+        instances=args.instances,
+        candidates=args.candidates,
+        iterations=args.iterations or iterations,
+        warmup=warmup if args.warmup is None else args.warmup,
+        data_root=args.data_root,
+    )
 
 
-def _say_nothing(text: str) -> None:
-    pass
+def _points(args: argparse.Namespace) -> dict[str, list[str]]:
+    """{value of a sweep: the command that measures it}, all of them checked."""
+    import torch
 
-
-def _measure(settings: BenchmarkSettings, device: torch.device, show: Callable[[str], None]) -> dict[str, Any]:
-    """Everything that was asked for; the content of the JSON file."""
-    content: dict[str, Any] = {"environment": environment(device), "settings": dataclasses.asdict(settings)}
-    show(format_machine(content["environment"]))
-    show("synthetic images and masks, random weights; median and 90th percentile of (measured after unmeasured) steps")
-    peak = None
-    if settings.mode not in ("data", "eval"):  # which multiply nothing
-        content["peak"] = peak = convolution_peak(device, settings.precision)
-        show(format_peak(peak))
-    if settings.sweep is not None:
-        rows, reports = run_sweep(settings, peak, show)
-        show(format_sweep(settings.sweep[0], rows))
-        return {**content, "sweep": rows, "reports": reports}
-    workloads = [make_workload(name, settings, device) for name in settings.config]
-    return {**content, "reports": [measure_workload(workload, settings, peak, show) for workload in workloads]}
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what would only fail after minutes.
-
-    Raises:
-        InputError: a number out of range, or flags that exclude each other.
-    """
-    _check_numbers(settings_of(args))
-    if args.data_root is not None and args.mode not in ("data", "train", "all"):
-        raise InputError("--data-root measures the loading of training data; use it with --mode data, train or all")
-    if args.compare is not None and len(args.compare) > 2:
-        raise InputError(f"--compare takes one or two reports, got {len(args.compare)}")
-    check_output(args.json, "--json", overwrite=args.overwrite)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.nproc is not None:
-        distributed.launched_processes(args.nproc)
-        processes = args.nproc
-    if processes > 1 and args.mode not in ("train", "all"):
-        raise InputError(f"several processes measure the training step only; use --mode train, not {args.mode}")
-    if processes > 1 and args.sweep is not None:
-        raise InputError("--sweep measures one process; leave out --nproc and torchrun")
-    if processes > 1 and args.data_root is not None:
-        raise InputError("--data-root measures one process; leave out --nproc and torchrun")
-
-
-def _check_numbers(settings: BenchmarkSettings) -> None:
-    for name, least in MINIMA.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if settings.size is not None and (min(settings.size) < 64 or any(side % 32 for side in settings.size)):
-        raise InputError(f"--size must be two multiples of 32, at least 64, got {settings.size[0]} {settings.size[1]}")
-
-
-def _check_workloads(settings: BenchmarkSettings) -> None:
-    """Every configuration at every value of a sweep, before anything is measured: names and numbers may be wrong."""
-    every = [settings] if settings.sweep is None else [each for _, each in points(settings)]
-    for each in every:
-        _check_numbers(each)
-        for name in settings.config:
-            make_workload(name, each, torch.device("cpu"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    flag, *values = args.sweep
+    if flag not in SWEEPS or not values:
+        raise InputError(f"--sweep takes one of {', '.join(SWEEPS)} and its values, e.g. --sweep batch-size 1 2 4")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--sweep starts processes of its own: leave out torchrun and give --nproc")
+    start = args.words.index("--sweep")
+    words = args.words[:start] + args.words[start + 1 + len(args.sweep) :]
+    points = {value: [*words, f"--{flag}", *(value.split("x") if flag == "size" else [value])] for value in values}
+    for point in points.values():
+        _workload(build_parser().parse_args(point), torch.device("cpu"))
+    return {value: [sys.executable, *own_command("benchmark"), *point] for value, point in points.items()}

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from solov2.commands.arguments import add_shared_arguments
+from solov2.commands.arguments import Parser, add_shared_arguments, at_least, text_stream
 from solov2.commands.exit import run_command
 from solov2.config import load_config
-from solov2.data.annotations import load_json
-from solov2.data_check.check import Report, check_data
-from solov2.data_check.repair import repair
-from solov2.data_check.report import report_lines, to_json
 from solov2.errors import InputError
 from solov2.outputs import check_output, write_json
+
+if TYPE_CHECKING:
+    from solov2.data_check.check import Report
 
 UNUSABLE_FILES = ("missing file", "unreadable file", "wrong size")
 
@@ -32,48 +30,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 without errors in the data, 1 with some, 2 for a mistake in what was asked for, 130 after Ctrl-C.
     """
-    return run_command(_run, argv, interrupted="interrupted; nothing was written")
+    return run_command("check-data", build_parser, _run, argv, interrupted="interrupted; nothing was written")
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of `solov2 check-data`."""
-    parser = argparse.ArgumentParser(prog="solov2 check-data", description="Check a COCO data set before training.")
-    parser.add_argument("annotations", type=Path, help="annotation file in COCO's JSON format")
+def build_parser(typed: str = "solov2 check-data") -> Parser:
+    """The flags; `typed` is the command as the user typed it."""
+    parser = Parser(prog=typed, description="Check a data set in COCO's format before training.")
+    parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="annotation file in COCO's JSON format")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
-    parser.add_argument("--config", default="solov2_r50_fpn_1x", metavar="NAME", help="what to check sizes against")
-    add_shared_arguments(parser, "--set", "--overwrite")
-    workers = min(8, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help=f"processes, default {workers}")
-    parser.add_argument("--show", type=int, default=20, metavar="N", help="findings of a kind to print, default 20")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings and figures")
     parser.add_argument(
-        "--fix", type=Path, metavar="OUT", help="write a repaired annotation file, and what changed to OUT.changes.json"
+        "--fix",
+        metavar="FILE",
+        help="write a repaired annotation file, and what changed to FILE.changes.json (default: none)",
     )
-    return parser.parse_args(argv)
+    parser.add_argument("--show", type=at_least(0), default=20, metavar="N", help="findings of a kind to print at most")
+    notes = {
+        "--config": "the sizes are checked against it; default: solov2_r50_fpn_1x",
+        "--workers": "default: one per core, at most 8",
+    }
+    add_shared_arguments(parser, "--config", "--json", "--workers", "--set", "--overwrite", notes=notes)
+    parser.set_defaults(model="solov2_r50_fpn_1x")
+    return parser
 
 
-def _run(argv: Sequence[str]) -> int:
-    args = parse_arguments(argv)
-    config = load_config(args.config, args.set)
-    changes_file = None if args.fix is None else args.fix.with_name(f"{args.fix.name}.changes.json")
-    if args.json is not None and args.json.resolve() == args.annotations.resolve():
-        raise InputError(f"--json {args.json} would replace the annotations; name another file")
-    check_output(args.json, "--json", overwrite=args.overwrite)
-    for path in (args.fix, changes_file):
-        if path is not None and path.exists():
-            raise InputError(f"{path} exists already and is not overwritten; name another file")
-        check_output(path, "--fix", overwrite=False)
+def _run(args: argparse.Namespace) -> int:
+    from solov2.data.annotations import load_json
+    from solov2.data_check.check import check_data
+    from solov2.data_check.report import report_lines, to_json
+
+    config = load_config(args.model, args.set)
+    fixed = None if args.fix is None else Path(args.fix)
+    changes_file = None if fixed is None else fixed.with_name(f"{fixed.name}.changes.json")
+    for flag, path in (("--json", args.json), ("--fix", fixed), ("--fix", changes_file)):
+        if path is not None and Path(path).resolve() == args.annotations.resolve():
+            raise InputError(f"{flag} {path} would replace the annotations; name another file")
+        check_output(path, flag, overwrite=args.overwrite)
     content = load_json(args.annotations)
-    report = check_data(content, args.images, config, workers=args.workers)
-    print("\n".join(report_lines(report, args.annotations, config, show=args.show)))
+    workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
+    report = check_data(content, args.images, config, workers=workers)
+    screen = text_stream(args.json)
+    print("\n".join(report_lines(report, args.annotations, config, model=args.model, show=args.show)), file=screen)
     if args.json is not None:
         write_json(args.json, to_json(report, args.annotations, config), indent=1)
-    if changes_file is not None:
-        print(_write_repaired(content, report, args.fix, changes_file))
+    if fixed is not None and changes_file is not None:
+        print(_write_repaired(content, report, fixed, changes_file), file=screen)
     return 1 if report.counts()["error"] else 0
 
 
 def _write_repaired(content: dict[str, Any], report: Report, path: Path, changes_file: Path) -> str:
+    from solov2.data_check.repair import repair
+
     unusable = {f.image_id: f.message for f in report.findings if f.kind in UNUSABLE_FILES and f.image_id is not None}
     repaired, changes = repair(content, unusable)
     if not repaired["images"] or not repaired["annotations"] or not repaired["categories"]:
@@ -83,7 +89,3 @@ def _write_repaired(content: dict[str, Any], report: Report, path: Path, changes
     removed = Counter(change["section"] for change in changes if change["action"] == "removed")
     parts = ", ".join(f"{count} {section}" for section, count in removed.items()) or "nothing"
     return f"wrote {path}: {len(changes)} changes, {parts} removed; {changes_file} lists them"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

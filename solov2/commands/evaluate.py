@@ -3,79 +3,90 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from solov2 import distributed
-from solov2.build import build_assigner, build_compute, build_model
-from solov2.checkpoint import Checkpoint
-from solov2.commands.arguments import add_data_arguments, add_shared_arguments, data_places, given
-from solov2.commands.exit import own_command, run_command
-from solov2.compute import select_device
-from solov2.config import Config, load_config, override_config, parse_overrides
-from solov2.data.build import (
-    locate_data,
-    oracle_dataset,
-    prepare_data,
-    validation_dataset,
-    validation_loader,
-    with_classes,
+from solov2.commands.arguments import (
+    Parser,
+    add_data_arguments,
+    add_model_argument,
+    add_shared_arguments,
+    data_places,
+    given,
+    text_stream,
 )
-from solov2.data.categories import class_difference, default_class_names
-from solov2.data.coco import CocoInstances
-from solov2.data.watch import watched
+from solov2.commands.exit import own_command, run_command
+from solov2.config import Config, parse_overrides
 from solov2.errors import InputError
-from solov2.evaluation.coco import CocoEvaluator, format_table
-from solov2.evaluation.loop import LaunchAndCollect, evaluate
-from solov2.evaluation.oracle import Oracle
 from solov2.outputs import check_output, write_json
-from solov2.predict import Predictor
-from solov2.targets import TargetAssigner
-from solov2.weights import find_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from solov2.checkpoint import Checkpoint
+    from solov2.data.coco import CocoInstances
+    from solov2.evaluation.coco import CocoEvaluator
+    from solov2.evaluation.loop import LaunchAndCollect
+    from solov2.predict import Predictor
+    from solov2.targets import TargetAssigner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 1 failed, 2 a user's mistake, 130 interrupted)."""
-    return run_command(_run, argv)
+    return run_command("eval", build_parser, _run, argv)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of eval.py."""
-    parser = argparse.ArgumentParser(prog="eval.py", description="COCO mask AP, and box AP from the masks.")
-    parser.add_argument(
-        "config", nargs="?", help="model name or YAML file; may be left out for a checkpoint of train.py"
-    )
+def build_parser(typed: str = "solov2 eval") -> Parser:
+    """The flags; `typed` is the command as the user typed it."""
+    parser = Parser(prog=typed, description="COCO mask AP, and box AP from the masks.")
+    add_model_argument(parser, default="what the checkpoint says")
     parser.add_argument(
         "--oracle",
         action="store_true",
-        help="evaluate the training targets themselves: the AP this resolution and these grids allow",
+        help="evaluate the training targets themselves: the AP that this resolution and these grids allow",
     )
-    flags = ("--weights", "--nproc", "--device", "--precision", "--batch-size", "--workers", "--set", "--overwrite")
-    notes = {
-        "--precision": "default: float32",
-        "--batch-size": "default: 1, at which an image has its own padding",
-    }
-    add_shared_arguments(parser, *flags, notes=notes)
-    parser.set_defaults(precision="float32", batch_size=1)
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
+    parser.add_argument("--per-class", action="store_true", help="AP of each class too")
     parser.add_argument(
         "--fast",
         action="store_true",
         help="compute the figures by faster-coco-eval (pip install 'solov2[fast]'): the same to 15 decimals, sooner",
     )
-    parser.add_argument("--per-class", action="store_true", help="AP of each class too")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    parser.add_argument("--results", metavar="FILE", help="write the instances in COCO results format")
+    add_shared_arguments(
+        parser,
+        "--weights",
+        "--json",
+        "--results",
+        "--nproc",
+        "--device",
+        "--precision",
+        "--batch-size",
+        "--workers",
+        "--set",
+        "--overwrite",
+        notes={
+            "--weights": "needed, but for --oracle; default: none",
+            "--batch-size": "default: 1, at which an image has its own padding",
+            "--workers": "default: the configuration's",
+        },
+    )
+    parser.set_defaults(precision="float32", batch_size=1)
     add_data_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
-def _run(argv: Sequence[str]) -> int:
-    args = parse_arguments(argv)
+def _run(args: argparse.Namespace) -> int:
+    from solov2 import distributed
+    from solov2.build import build_assigner
+    from solov2.compute import select_device
+    from solov2.data.build import oracle_dataset, prepare_data, validation_dataset, validation_loader, with_classes
+    from solov2.data.watch import watched
+    from solov2.evaluation.coco import CocoEvaluator
+    from solov2.evaluation.loop import evaluate
+    from solov2.evaluation.oracle import Oracle
+    from solov2.weights import find_checkpoint
+
     if args.weights is None and not args.oracle:
         raise InputError(
             "name the weights to evaluate: python eval.py solov2_r50_fpn_1x --weights FILE (a checkpoint of "
@@ -83,10 +94,10 @@ def _run(argv: Sequence[str]) -> int:
         )
     check_output(args.json, "--json", overwrite=args.overwrite)
     check_output(args.results, "--results", overwrite=args.overwrite)
-    checkpoint = find_checkpoint(args.weights, args.config)
+    checkpoint = find_checkpoint(args.weights, args.model)
     config = _configuration(args, checkpoint)
     if args.nproc is not None:
-        distributed.relaunch(args.nproc, [*own_command("eval"), *distributed.without_nproc(argv)], args.device)
+        distributed.relaunch(args.nproc, [*own_command("eval"), *distributed.without_nproc(args.words)], args.device)
     device = select_device(args.device)
     with distributed.process_group(device, timeout=config.train.stall_seconds):
         prepare_data(config, splits=[args.split])
@@ -120,23 +131,21 @@ def _run(argv: Sequence[str]) -> int:
 
 def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Config:
     """The named configuration, or the one that the checkpoint carries, with the flags applied."""
-    if args.config is not None:
-        config: Config | None = load_config(args.config)
-    elif checkpoint is None:
-        raise InputError("name a model for the oracle: python eval.py solov2_r50_fpn_1x --oracle")
-    else:
-        config = checkpoint.configuration()
-    if config is None:
-        raise InputError(
-            f"{args.weights} does not say which model it is; name it: python eval.py NAME --weights {args.weights}"
-        )
+    from solov2.build import resolve_config
+    from solov2.data.build import locate_data
+
     overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers"})
-    return locate_data(override_config(config, overrides), data_places(args), chosen=overrides)
+    config = resolve_config(args.model, checkpoint, overrides)
+    return locate_data(config, data_places(args), chosen=overrides)
 
 
 def _predictor(
     config: Config, checkpoint: Checkpoint, dataset: CocoInstances, device: torch.device, precision: str
 ) -> Predictor:
+    from solov2.build import build_compute, build_model
+    from solov2.data.categories import class_difference, default_class_names
+    from solov2.predict import Predictor
+
     model = build_model(config, weights=checkpoint, device=device)
     if len(model.class_names) != len(dataset.class_names):
         raise InputError(
@@ -158,7 +167,9 @@ def _predictor(
 def _report(
     summary: dict[str, Any], evaluator: CocoEvaluator, args: argparse.Namespace, config: Config, source: str | None
 ) -> None:
-    print(format_table(summary))
+    from solov2.evaluation.coco import format_table
+
+    print(format_table(summary), file=text_stream(args.json, args.results))
     if args.json is not None:
         content = {
             "config": config.name,
@@ -171,7 +182,3 @@ def _report(
         write_json(args.json, content, indent=2)
     if args.results is not None:
         write_json(args.results, evaluator.results())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

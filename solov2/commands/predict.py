@@ -7,20 +7,21 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from solov2.build import build_model
-from solov2.commands.arguments import add_shared_arguments
+from solov2.commands.arguments import LIMITS, Parser, add_shared_arguments, given, text_stream
 from solov2.commands.exit import run_command
-from solov2.compute import select_device
+from solov2.config import parse_overrides
 from solov2.errors import InputError
-from solov2.models.solov2 import SOLOv2
-from solov2.ops.images import read_image
 from solov2.outputs import check_output, write_json
-from solov2.visualize import draw_instances
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from solov2.models.solov2 import SOLOv2
+    from solov2.predict import Predictor
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")  # other inputs are drawn as PNG
@@ -36,15 +37,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if some images could not be read (the others are done); 2 for a mistake in what was asked for; 130 after
         Ctrl-C.
     """
-    return run_command(_run, argv, interrupted="interrupted; the pictures written so far are complete")
+    return run_command(
+        "predict", build_parser, _run, argv, interrupted="interrupted; the pictures written so far are complete"
+    )
 
 
-def _run(argv: Sequence[str]) -> int:
-    args = parse_arguments(argv)
+def build_parser(typed: str = "solov2 predict") -> Parser:
+    """The flags; `typed` is the command as the user typed it."""
+    parser = Parser(prog=typed, description="Segment photographs and draw what was found.")
+    parser.add_argument("images", nargs="+", metavar="SOURCE", help="image files, and folders with images")
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder of the pictures"
+    )
+    add_shared_arguments(
+        parser,
+        "--config",
+        "--weights",
+        "--results",
+        "--score-threshold",
+        "--max-instances",
+        "--device",
+        "--precision",
+        "--batch-size",
+        "--set",
+        "--overwrite",
+        notes={"--config": "default: what the checkpoint says", "--max-instances": "default: the model's own"},
+        required=("--weights",),
+    )
+    parser.set_defaults(score_threshold=0.3, batch_size=1, precision="float32")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from solov2.build import build_model, resolve_config
+    from solov2.compute import Compute, select_device
+    from solov2.predict import Predictor
+    from solov2.weights import find_checkpoint
+
     jobs = plan_outputs(find_images(args.images), args.output, overwrite=args.overwrite)
-    check_output(args.json, "--json", overwrite=args.overwrite)
-    model = build_model(args.model, weights=args.weights, device=select_device(args.device))
-    return _predict_all(model, jobs, args)
+    check_output(args.results, "--results", overwrite=args.overwrite)
+    checkpoint = find_checkpoint(args.weights, args.model)
+    config = resolve_config(args.model, checkpoint, parse_overrides(args.set))
+    device = select_device(args.device)
+    model = build_model(config, weights=checkpoint, device=device, **given(args, LIMITS))
+    return _predict_all(model, Predictor(model, Compute(device, args.precision)), jobs, args)
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
@@ -119,24 +155,11 @@ def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], model
     ]
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of `solov2 predict`."""
-    parser = argparse.ArgumentParser(prog="solov2 predict", description="Segment photographs and draw what was found.")
-    parser.add_argument("images", nargs="+", help="image files, and folders with images")
-    parser.add_argument(
-        "--weights", required=True, metavar="FILE", help="checkpoint; official: the published one of --model"
-    )
-    parser.add_argument("--model", metavar="NAME", help="model name; default: what the checkpoint says")
-    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions/")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the instances in COCO results format too")
-    parser.add_argument("--score-threshold", type=_share, default=0.3, metavar="X", help="minimum score, default 0.3")
-    parser.add_argument("--max-instances", type=_positive, metavar="N", help="maximum instances per image")
-    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="images at a time, default 1")
-    add_shared_arguments(parser, "--device", "--overwrite")
-    return parser.parse_args(argv)
+def _predict_all(
+    model: SOLOv2, predictor: Predictor, jobs: Sequence[tuple[Path, Path]], args: argparse.Namespace
+) -> int:
+    from solov2.visualize import draw_instances
 
-
-def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     unreadable = 0
@@ -144,22 +167,18 @@ def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argpars
         for batch in _batches(jobs, args.batch_size):
             readable = list(_read(jobs, batch))
             unreadable += len(batch) - len(readable)
-            results = model.predict(
-                [pixels for _, pixels in readable],
-                score_threshold=args.score_threshold,
-                max_instances=args.max_instances,
-                batch_size=args.batch_size,
-                mask_format="rle",
-            )
-            for (number, pixels), result in zip(readable, results, strict=True):
+            if readable:
+                predictor.launch(model.load_batch([pixels for _, pixels in readable]))
+            for (number, pixels), result in zip(readable, predictor.collect() if readable else [], strict=True):
                 image, picture = jobs[number]
                 drawn = draw_instances(pixels, result, model.class_names, score_threshold=0.0)
                 drawn.save(picture, quality=95, subsampling=0)  # JPEG's usual half-resolution color blurs the labels
                 entries += coco_entries(number + 1, str(image), result, model)
-                progress.write(_report(image, picture, result["labels"].tolist(), model.class_names, args))
+                line = _report(image, picture, result["labels"].tolist(), model.class_names, args)
+                progress.write(line, file=text_stream(args.results))
             progress.update(len(batch))
-    if args.json is not None:
-        write_json(args.json, entries)
+    if args.results is not None:
+        write_json(args.results, entries)
     return 1 if unreadable else 0
 
 
@@ -169,6 +188,8 @@ def _batches(jobs: Sequence[Any], size: int) -> list[range]:
 
 def _read(jobs: Sequence[tuple[Path, Path]], batch: range) -> Iterator[tuple[int, Tensor]]:
     """The readable images of a batch, uint8 [3, H, W], turned upright; the others are named on stderr."""
+    from solov2.ops.images import read_image
+
     for number in batch:
         try:
             yield number, read_image(jobs[number][0], apply_exif=True)
@@ -184,21 +205,3 @@ def _report(
     counts = Counter(class_names[label] for label in labels)
     found = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     return f"{image}: {found} -> {picture}"
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Train SOLOv2 on COCO-format data: `python train.py [CONFIG]`, torchrun, or `--nproc N`."""
+"""Train SOLOv2 on data in COCO's format: `python train.py [MODEL]`, torchrun, or `--nproc N`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from solov2 import distributed
-from solov2.commands.arguments import add_data_arguments, add_shared_arguments, data_places, given
+from solov2.commands.arguments import (
+    Parser,
+    add_data_arguments,
+    add_model_argument,
+    add_shared_arguments,
+    choices,
+    data_places,
+    given,
+)
 from solov2.commands.exit import own_command, run_command
-from solov2.compute import select_device
 from solov2.config import parse_overrides
-from solov2.data.build import require_data
-from solov2.training.signals import Stopped
-from solov2.training.train import prepare_job, splits_of, train
 
 FLAGS = {
     "epochs": "train.epochs",
@@ -37,61 +40,77 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 a user's mistake, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
         written, 130 after Ctrl-C (KeyboardInterrupt where `argv` was given).
     """
-    return run_command(_run, argv)
+    return run_command("train", build_parser, _run, argv)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of train.py."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train SOLOv2. Without a configuration: solov2_r50_fpn_1x on data/coco.",
-        epilog="several GPUs: torchrun --nproc-per-node 8 train.py CONFIG, or python train.py CONFIG --nproc 8",
+def build_parser(typed: str = "solov2 train") -> Parser:
+    """The flags; `typed` is the command as the user typed it."""
+    recipe = "default: the configuration's"
+    parser = Parser(
+        prog=typed,
+        description="Train SOLOv2 on data in COCO's format.",
+        epilog="several GPUs: --nproc 8, or torchrun --nproc-per-node 8 train.py MODEL",
     )
-    parser.add_argument(
-        "config",
-        nargs="?",
-        help="model name or YAML file (default: solov2_r50_fpn_1x, or with --resume what the run was started with)",
-    )
+    add_model_argument(parser, default="solov2_r50_fpn_1x, or with --resume the model of the run")
     parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME)")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="start from these weights (fine-tuning); official: the published ones"
-    )
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="FILE",
-        help="go on with a checkpoint; without FILE (or with auto), with the newest of the run folder that can be read",
+        help="go on with a checkpoint; without FILE with the newest of the run folder that can be read (default: no)",
     )
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--learning-rate", "--lr", type=float, help="for the reference batch size of the configuration")
-    parser.add_argument("--accumulate", type=int, metavar="N", help="batches per optimizer step")
-    parser.add_argument("--optimizer", choices=("sgd", "adamw"))
-    parser.add_argument("--evaluate-every", type=int, metavar="EPOCHS", help="0: never")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--epochs", type=int, metavar="N", help=f"passes over the training images ({recipe})")
+    parser.add_argument(
+        "--learning-rate", "--lr", type=float, metavar="X", help=f"for the configuration's reference batch ({recipe})"
+    )
+    parser.add_argument("--accumulate", type=int, metavar="N", help=f"batches per optimizer step ({recipe})")
+    parser.add_argument("--optimizer", choices=choices("optimizer"), help=f"update rule ({recipe})")
+    parser.add_argument(
+        "--evaluate-every", type=int, metavar="N", help=f"epochs between evaluations, 0 for none ({recipe})"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help=f"of weights and augmentation ({recipe})")
     parser.add_argument(
         "--deterministic",
         action="store_const",
         const=True,
-        help="the same bits for the same seed, processes and device; an operation that cannot promise it is an error",
+        help="the same bits for the same seed, processes and device; an operation that cannot promise it is an error "
+        f"({recipe})",
     )
-    parser.add_argument("--tensorboard", action="store_true")
+    parser.add_argument("--tensorboard", action="store_true", help="write event files too")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved configuration, learning rates, batch sizes and memory of the run, and end",
     )
-    flags = ("--nproc", "--device", "--precision", "--batch-size", "--workers", "--set", "--overwrite")
-    recipe = "default: the configuration's"
     add_shared_arguments(
-        parser, *flags, notes={"--precision": recipe, "--batch-size": recipe, "--overwrite": "the whole run folder"}
+        parser,
+        "--weights",
+        "--nproc",
+        "--device",
+        "--precision",
+        "--batch-size",
+        "--workers",
+        "--set",
+        "--overwrite",
+        notes={
+            "--weights": "default: ImageNet's backbone",
+            "--precision": recipe,
+            "--batch-size": recipe,
+            "--workers": recipe,
+            "--overwrite": "the whole run folder; default: no",
+        },
     )
     add_data_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
-def _run(argv: Sequence[str]) -> int:
-    args = parse_arguments(argv)
+def _run(args: argparse.Namespace) -> int:
+    from solov2 import distributed
+    from solov2.data.build import require_data
+    from solov2.training.signals import Stopped
+    from solov2.training.train import prepare_job, splits_of, train
+
     overrides = parse_overrides(args.set) | given(args, FLAGS)
     what: dict[str, Any] = {
         "data": data_places(args),
@@ -104,12 +123,12 @@ def _run(argv: Sequence[str]) -> int:
         return _dry_run(args, what, overrides)
     if args.nproc is not None and distributed.launched_processes(args.nproc) != args.nproc:
         # A mistake that can be seen now is reported once, instead of by each of the processes.
-        config = prepare_job(args.config, **what, overrides=overrides).config
+        config = prepare_job(args.model, **what, overrides=overrides).config
         if not config.data.shapes:
             require_data(config.data, splits=splits_of(config))
-        distributed.relaunch(args.nproc, [*own_command("train"), *distributed.without_nproc(argv)], args.device)
+        distributed.relaunch(args.nproc, [*own_command("train"), *distributed.without_nproc(args.words)], args.device)
     try:
-        train(args.config, **what, device=args.device, tensorboard=args.tensorboard, **overrides)
+        train(args.model, **what, device=args.device, tensorboard=args.tensorboard, **overrides)
     except Stopped as stopped:
         if distributed.launched_rank() == 0:
             print(stopped, file=sys.stderr)
@@ -118,9 +137,12 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _dry_run(args: argparse.Namespace, what: dict[str, Any], overrides: dict[str, Any]) -> int:
-    from solov2.training.dry_run import describe  # of no use to a real run
+    from solov2 import distributed
+    from solov2.compute import select_device
+    from solov2.training.dry_run import describe
+    from solov2.training.train import prepare_job, splits_of
 
-    config = prepare_job(args.config, **what, overrides=overrides, writes=False).config
+    config = prepare_job(args.model, **what, overrides=overrides, writes=False).config
     if args.nproc is not None:
         distributed.launched_processes(args.nproc)
     device = select_device(args.device)
@@ -129,7 +151,3 @@ def _dry_run(args: argparse.Namespace, what: dict[str, Any], overrides: dict[str
             processes = args.nproc or distributed.world_size()
             describe(config, device=device, processes=processes, splits=splits_of(config))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,6 +23,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from solov2.compute import span
 from solov2.data.annotations import (
     ImageRecord,
     read_annotations,
@@ -154,7 +155,8 @@ class CocoInstances(Dataset):
     def _load(self, position: int) -> dict[str, Any]:
         record, instances = self._entry(position)
         size = (record.height, record.width)
-        masks, extents = segmentations_to_masks([segmentation for _, _, segmentation in instances], size)
+        with span("annotation masks"):
+            masks, extents = segmentations_to_masks([segmentation for _, _, segmentation in instances], size)
         return {
             "image": self._read_image(record),
             "boxes": torch.tensor([box for box, _, _ in instances], dtype=torch.float32).reshape(-1, 4),
@@ -169,7 +171,8 @@ class CocoInstances(Dataset):
         path = self.image_root / record.file_name
         stated = f"{self.annotation_file} says {record.width} x {record.height}"
         try:
-            image = read_image(path, apply_exif=False)
+            with span("decode"):
+                image = read_image(path, apply_exif=False)
         except InputError as error:
             raise InputError(f"{error} ({stated})") from error
         height, width = image.shape[1:]

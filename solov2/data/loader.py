@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from solov2.compute import span
 from solov2.data.transforms import Sample, seeded_generator
 from solov2.ops.resize import padded_size
 
@@ -39,9 +40,10 @@ class Collate:
         """The batch of these samples, in their order."""
         sizes = torch.tensor([sample["image"].shape[1:] for sample in samples])
         height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
-        pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-        for canvas, sample, (h, w) in zip(pixels, samples, sizes.tolist()):
-            canvas.numpy()[:, :h, :w] = sample["image"].numpy()  # numpy turns interleaved memory into planes faster
+        with span("pad"):
+            pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+            for canvas, sample, (h, w) in zip(pixels, samples, sizes.tolist()):
+                canvas.numpy()[:, :h, :w] = sample["image"].numpy()  # numpy turns interleaved memory into planes faster
         batch = {
             "pixels": pixels,
             "sizes": sizes,
@@ -50,7 +52,8 @@ class Collate:
         }
         if self.assign_targets is not None:
             instances = [{key: sample[key] for key in ("boxes", "labels", "masks", "extents")} for sample in samples]
-            batch["targets"] = self.assign_targets(instances, (height, width))
+            with span("targets"):
+                batch["targets"] = self.assign_targets(instances, (height, width))
         return batch
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from solov2.compute import span
 from solov2.data.coco import CocoInstances
 from solov2.ops.resize import resize_extents, resize_image, resize_masks, resized_size
 
@@ -151,7 +152,9 @@ class TransformedDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int, int]) -> Sample:
         """The transformed sample at `index`."""
         index, epoch, position = (index, 0, index) if isinstance(index, int) else index
-        return self.transform(self.dataset[index], seeded_generator(self.seed, epoch, position))
+        sample = self.dataset[index]
+        with span("transform"):
+            return self.transform(sample, seeded_generator(self.seed, epoch, position))
 
 
 def seeded_generator(*values: int) -> torch.Generator:

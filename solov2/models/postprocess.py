@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from solov2.compute import span
 from solov2.ops.matrix_nms import matrix_nms
 from solov2.ops.resample import MaskResampler
 from solov2.settings import PostprocessSettings
@@ -65,14 +66,18 @@ def postprocess(
         raise ValueError(f"mask_format must be 'bool' or 'rle', got {mask_format!r}")
     results = []
     with torch.autocast(raw["mask_features"].device.type, enabled=False):
-        category_scores, kernels, area_thresholds = flatten_raw(raw, settings)  # [B, cells, C], [B, cells, E], [cells]
+        with span("candidates"):
+            scores, kernels, area_thresholds = flatten_raw(raw, settings)  # [B, cells, C], [B, cells, E], [cells]
         for i, (size, original_size) in enumerate(zip(_pairs(sizes), _pairs(original_sizes), strict=True)):
             features = widen(raw["mask_features"][i])  # [E, h, w]
-            candidates = select_candidates(category_scores[i], kernels[i], features, area_thresholds, settings)  # n
-            kept = suppress(candidates, settings)  # N of them
-            masks, boxes = final_masks(
-                kept.cells, kernels[i], features, size, original_size, settings.mask_threshold, mask_format
-            )  # [N, H, W], [N, 4]
+            with span("candidates"):
+                candidates = select_candidates(scores[i], kernels[i], features, area_thresholds, settings)  # n
+            with span("Matrix NMS"):
+                kept = suppress(candidates, settings)  # N of them
+            with span("masks"):
+                masks, boxes = final_masks(
+                    kept.cells, kernels[i], features, size, original_size, settings.mask_threshold, mask_format
+                )  # [N, H, W], [N, 4]
             results.append({"scores": kept.scores, "labels": kept.labels, "masks": masks, "boxes": boxes})
     return results
 

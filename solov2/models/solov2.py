@@ -12,7 +12,8 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from solov2.compute import Compute
+from solov2.compute import Compute, span
+from solov2.errors import InputError
 from solov2.models.fpn import FPN
 from solov2.models.head import SOLOv2Head
 from solov2.models.mask_feature import MaskFeatureHead
@@ -74,6 +75,11 @@ class SOLOv2(nn.Module):
         return self.pixel_mean.device
 
     @property
+    def num_classes(self) -> int:
+        """C: labels are 0..C-1."""
+        return len(self.class_names)
+
+    @property
     def grid_sizes(self) -> tuple[int, ...]:
         """S of each level, finest first."""
         return self.head.grid_sizes
@@ -87,11 +93,24 @@ class SOLOv2(nn.Module):
         Returns:
             category_logits: list of [B, C, S, S] (before the sigmoid); kernels: list of [B, E, S, S];
             mask_features: [B, E, H / 4, W / 4].
+
+        Raises:
+            InputError: images of another shape.
         """
+        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.divisor for side in images.shape[2:]):
+            raise InputError(
+                f"the network takes images [B, 3, H, W] with H and W multiples of {self.divisor}, not "
+                f"{list(images.shape)}; SOLOv2.preprocess pads them"
+            )
         images = images.to(self.backbone.conv1.weight.dtype)  # of a model that `optimize` cast
-        pyramid = self.fpn(self.backbone(images))
-        category_logits, kernels = self.head(pyramid)
-        mask_features = self.mask_feature_head(pyramid[:4])
+        with span("backbone"):
+            stages = self.backbone(images)
+        with span("FPN"):
+            pyramid = self.fpn(stages)
+        with span("head"):
+            category_logits, kernels = self.head(pyramid)
+        with span("mask features"):
+            mask_features = self.mask_feature_head(pyramid[:4])
         return {"category_logits": category_logits, "kernels": kernels, "mask_features": mask_features}
 
     def optimize(self, *, precision: str = "float32", compile: bool = False) -> SOLOv2:
@@ -137,7 +156,8 @@ class SOLOv2(nn.Module):
             int64 [B, 2].
 
         Raises:
-            ValueError: no image, or one that cannot be read or is of another dtype or shape; the sentence names it.
+            ValueError: no image, or one that cannot be read or is of another dtype, shape or range; the sentence says
+                which.
             TypeError: an object of another type.
         """
         batch = self.load_batch(images)
@@ -160,17 +180,20 @@ class SOLOv2(nn.Module):
         if not images:
             raise ValueError("preprocess needs at least one image")
         long, short = self.input_scale
-        loaded = [to_rgb_tensor(image) for image in images]
+        with span("decode"):
+            loaded = [to_rgb_tensor(image) for image in images]
         original_sizes = [(image.shape[1], image.shape[2]) for image in loaded]
-        resized = [
-            resize_image(image, resized_size(size, long=long, short=short))
-            for image, size in zip(loaded, original_sizes, strict=True)
-        ]
-        sizes = torch.tensor([tuple(image.shape[-2:]) for image in resized])
-        height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
-        pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8)
-        for target, image in zip(pixels, resized, strict=True):
-            target[:, : image.shape[-2], : image.shape[-1]] = image
+        with span("resize"):
+            resized = [
+                resize_image(image, resized_size(size, long=long, short=short))
+                for image, size in zip(loaded, original_sizes, strict=True)
+            ]
+        with span("pad"):
+            sizes = torch.tensor([tuple(image.shape[-2:]) for image in resized])
+            height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
+            pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8)
+            for target, image in zip(pixels, resized, strict=True):
+                target[:, : image.shape[-2], : image.shape[-1]] = image
         return {"pixels": pixels, "sizes": sizes, "original_sizes": torch.tensor(original_sizes)}
 
     def postprocess(
@@ -205,8 +228,8 @@ class SOLOv2(nn.Module):
 
         Args:
             images: paths (turned upright by their EXIF), PIL images (taken as they are: `PIL.ImageOps.exif_transpose`
-                turns them), uint8 arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or gray [H, W], uint8 tensors
-                [3, H, W] in RGB or gray [1, H, W]; may be mixed. One image counts as a list of one.
+                turns them), arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or gray [H, W], tensors [3, H, W] in RGB
+                or gray [1, H, W], both uint8 or float in 0..1; may be mixed. One image counts as a list of one.
             score_threshold: minimum final score; default the model's own (0.05).
             max_instances: maximum number of instances per image, 0 for all; default the model's own (100).
             batch_size: images per forward pass. Images of one batch share its padding, which shifts the grids a little:
@@ -219,8 +242,8 @@ class SOLOv2(nn.Module):
             given (or N RLE), boxes float32 [N, 4] x1, y1, x2, y2.
 
         Raises:
-            ValueError: an image that cannot be read or is of another dtype or shape, a batch size under 1, or another
-                mask_format.
+            ValueError: an image that cannot be read or is of another dtype, shape or range, a batch size under 1, or
+                another mask_format.
             TypeError: an object of another type.
         """
         images = _as_list(images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solov2 import distributed
-from solov2.compute import Compute
+from solov2.compute import Compute, span
 from solov2.losses import SOLOv2Criterion
 from solov2.training.guard import FAILED, OVERFLOWED
 
@@ -56,10 +56,11 @@ def take_step(
     ]
     before = [buffer.clone() for buffer in statistics]
     losses = backward(model, criterion, batches, scaler, compute)
-    finite = torch.stack(list(losses.values())).isfinite().all()
-    for buffer, old in zip(statistics, before, strict=True):
-        buffer.copy_(torch.where(finite, buffer, old))
-    norm = update_weights(optimizer, scaler, clip_norm=clip_norm)
+    with span("update"):
+        finite = torch.stack(list(losses.values())).isfinite().all()
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, old))
+        norm = update_weights(optimizer, scaler, clip_norm=clip_norm)
     overflow = norm.isfinite().logical_not() * (OVERFLOWED if scaler.is_enabled() else FAILED)
     return losses, distributed.all_reduce_max(torch.where(finite, overflow, FAILED))
 
@@ -85,7 +86,8 @@ def backward(
         last = j == len(batches) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             losses = forward(model, criterion, batch, num_positives, compute)
-            scaler.scale(functools.reduce(torch.add, losses.values())).backward()
+            with span("backward"):
+                scaler.scale(functools.reduce(torch.add, losses.values())).backward()
         total = {name: loss.detach() + total.get(name, 0) for name, loss in losses.items()}
     return total
 
@@ -98,7 +100,8 @@ def forward(
     images = compute.images(unwrap(model), batch)  # float32 [B, 3, H, W]
     with compute.autocast():
         raw = model(images)
-    return criterion(raw, batch["targets"], num_positives)
+    with span("loss"):
+        return criterion(raw, batch["targets"], num_positives)
 
 
 def repeat_forward(

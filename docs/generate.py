@@ -1,0 +1,127 @@
+"""Write the reference pages of this folder from the code: python docs/generate.py"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from solov2.commands.arguments import Parser
+from solov2.commands.main import COMMANDS, command_module
+from solov2.config import SECTIONS
+from solov2.settings import Settings, rules
+
+CONFIGURATION = """\
+# Configuration
+
+A configuration says which network is built (`model`), on which data (`data`) and how it is trained (`train`). Each
+published model is a file in `configs/`, and the name of the file is the name of the model. Your own file names only
+what differs from one of them:
+
+```yaml
+# mine.yaml
+base: solov2_r50_fpn_1x
+data:
+  train_scales: [640]
+train:
+  epochs: 6
+```
+
+`solov2 train mine.yaml` trains with it. `base` is the name of a model, or the path of another YAML file, relative to
+the file that names it; that one may have a base of its own. Without `base`, the defaults below hold, which are those of
+solov2_r50_fpn_1x. `name` is what the configuration is called; without it, that is the name of the file.
+
+A single value is changed without a file, on the command line or in Python, where the section may be left out:
+
+```bash
+solov2 train solov2_r50_fpn_1x --set train.epochs=6 --set "data.train_scales=[640]"
+```
+
+```python
+solov2.train("solov2_r50_fpn_1x", epochs=6, train_scales=[640])
+solov2.build_model("solov2_r50_fpn_1x", score_threshold=0.3)  # settings of the model alone
+```
+
+A value that a setting does not take is refused, wherever it comes from, in a sentence that names the setting, what it
+takes and the value. Sizes are in pixels. A relative path in `data` is relative to `data.root`.
+"""
+
+
+def configuration_page() -> str:
+    """All settings, a table for each section."""
+    tables = [f"## {name}\n\n{_first_line(cls)}\n\n{settings_table(cls)}\n" for name, cls in SECTIONS.items()]
+    return "\n".join([CONFIGURATION, *tables])
+
+
+def settings_table(cls: type[Settings]) -> str:
+    """The settings of a section as a table."""
+    rows = [("Setting", "Takes", "Default", "Meaning"), ("---",) * 4]
+    own = rules(cls)
+    for entry in dataclasses.fields(cls):
+        rule = own[entry.name]
+        rows.append((f"`{entry.name}`", rule.words, f"`{_yaml(entry.default)}`", rule.doc))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").partition("\n")[0]
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("...\n").strip()
+
+
+COMMANDS_INTRODUCTION = """\
+# Commands
+
+`solov2 COMMAND …` and `python -m solov2 COMMAND …` are the same, and `solov2 COMMAND --help` prints what stands here.
+`train.py`, `eval.py` and `benchmark.py` in a checkout are the commands of that name. Without a network, nothing but
+`--weights official` and ImageNet's backbone is missing.
+
+A flag means the same in every command. `-` as the file of `--json` or `--results` is the screen; text for people then
+goes to standard error. Figures in JSON are fractions. Exit codes: 0 done; 1 failed, or errors found by check-data; 2 a
+mistake in what was asked for, told in one sentence; 75 stopped by a signal, with a checkpoint; 130 after Ctrl-C.
+
+`pip install 'solov2[completion]'` and `solov2 --print-completion bash` (or zsh, tcsh) make a completion script for a
+shell.
+"""
+
+
+def commands_page() -> str:
+    """All commands, a table for each."""
+    parsers = {name: command_module(name).build_parser(f"solov2 {name}") for name in COMMANDS}
+    tables = [f"## {parser.prog}\n\n{parser.description}\n\n{arguments_table(parser)}\n" for parser in parsers.values()]
+    return "\n".join([COMMANDS_INTRODUCTION, *tables])
+
+
+def arguments_table(parser: Parser) -> str:
+    """What a command takes as a table, the positionals first."""
+    formatter, actions = parser._get_formatter(), [action for action in parser._actions if action.dest != "help"]
+    rows = [("Argument", "Meaning"), ("---",) * 2]
+    for action in sorted(actions, key=lambda action: bool(action.option_strings)):
+        rows.append((f"`{_invocation(action)}`", formatter._expand_help(action).replace("|", "\\|")))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _invocation(action: argparse.Action) -> str:
+    names = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or "",)
+    value = f"{{{','.join(action.choices)}}}" if action.choices else " ".join(names)
+    several = {"?": f"[{value}]", "+": f"{value}…"}.get(str(action.nargs), value)
+    return f"{', '.join(action.option_strings)} {several}".strip()
+
+
+PAGES = {"configuration.md": configuration_page, "commands.md": commands_page}
+
+
+def main() -> None:
+    """Write every page."""
+    for name, page in PAGES.items():
+        (Path(__file__).parent / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Tables of the benchmark, the comparison of two reports, and sweeps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from solov2.errors import InputError
+
+Report = Mapping[str, Any]
+OWN_FIGURES = ("worker_images_per_second", "instances_per_image", "loss_category", "loss_mask", "peak_memory_mib")
+
+
+def format_header(report: Report) -> str:
+    """What is measured, where, and the peak."""
+    asked, machine, peak = report["settings"], report["environment"], report["peak"]
+    height, width = asked["size"]
+    lines = [
+        f"{asked['model']}: {height} x {width}, batch {asked['batch_size']}, {asked['precision']}, "
+        f"{asked['instances']} instances, {asked['candidates']} candidates; random weights, "
+        + ("synthetic images" if asked["data_root"] is None else f"images of {asked['data_root']}"),
+        f"{machine['device_name']} ({machine['device']}), {machine['processes']} x {machine['threads']} threads on "
+        f"{machine['cpu_count']} cores, load {machine['load']}; torch {machine['torch']}, torchvision "
+        f"{machine['torchvision']}, solov2 {machine['solov2']} (commit {machine['commit']})",
+    ]
+    if peak is not None:
+        best = f"{peak['convolution']}, the best of {len(peak['convolutions'])}"
+        lines.append(f"convolution peak {peak['gflop_per_second']:.1f} GFLOP/s in {peak['precision']}: {best}")
+    return "\n".join(lines)
+
+
+def format_part(name: str, part: Report, peak: Report | None) -> str:
+    """The table of a part, below what its figures are; `peak` is that of the report."""
+    more = [f"{_title(key)} {part[key]:.4g}" for key in OWN_FIGURES if part.get(key) is not None]
+    lines = [
+        f"\n{_title(name)}: {part['images_per_second']:.2f} images/s, {', '.join(more)}",
+        f"  totals, timed without a profiler: median {part['median_ms']:.2f} ms, p90 {part['p90_ms']:.2f} ms of "
+        f"{part['iterations']} iterations; {part['queued_images_per_second']:.2f} images/s with one wait at their end",
+        f"  stages, shares of a profiled pass of {part['profiled_iterations']} iterations, each of which took "
+        f"{part['profiler_cost']:.2f} times as long:",
+        f"  {'stage':<20}{'share':>8}{'ms':>12}{'GFLOP':>10}{'GFLOP/s':>10}{'of peak':>9}",
+    ]
+    for stage, row in part["stages"].items():
+        rate, rates = row["gflop"] / row["ms"] * 1000 if row["ms"] else 0.0, f"{'-':>10}{'-':>10}{'-':>9}"
+        if rate and peak is not None:
+            rates = f"{row['gflop']:>10.3g}{rate:>10.1f}{rate / peak['gflop_per_second']:>9.0%}"
+        lines.append(f"  {stage:<20}{row['share']:>8.1%}{row['ms']:>12.2f}{rates}")
+    return "\n".join(lines)
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def read_report(path: str) -> Report:
+    """A report that `--json` wrote.
+
+    Raises:
+        InputError: missing, no JSON, or JSON of something else.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        compare(report, report)
+    except OSError as error:
+        raise InputError(f"--compare {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--compare {path} is not a report that --json wrote") from error
+    return report
+
+
+def compare(old: Report, new: Report) -> str:
+    """Ratios old / new (above 1 the new one is faster) of totals and stages, below a warning for all that differs."""
+    lines = [
+        f"warning: {key} differs: {old[section].get(key)} (old), {value} (new)"
+        for section in ("environment", "settings", "model")
+        for key, value in new[section].items()
+        if key != "load" and old[section].get(key) != value
+    ]
+    for name, part in new["parts"].items():
+        if name not in old["parts"]:
+            lines.append(f"the old report has no {_title(name)}")
+            continue
+        lines.append(f"{_title(name):<22}{'old ms':>12}{'new ms':>12}{'old / new':>12}")
+        for stage, row in part["stages"].items():
+            if (before := old["parts"][name]["stages"].get(stage)) is not None:
+                ratio = f"{before['ms'] / row['ms']:.2f}" if row["ms"] else "-"
+                lines.append(f"  {stage:<20}{before['ms']:>12.2f}{row['ms']:>12.2f}{ratio:>12}")
+    return "\n".join(lines)
+
+
+def sweep(flag: str, commands: Mapping[str, Sequence[str]], show: Callable[[str], object]) -> dict[str, Any]:
+    """Run a benchmark command for each value of a flag, in processes whose memory nothing else has touched.
+
+    Returns:
+        {"sweep": flag, "reports": {value: report, or {"error": why there is none}}}
+    """
+    show(f"{flag:>12}  {'part':<22}{'ms':>12}{'images/s':>12}{'peak MiB':>12}")
+    reports = {}
+    for value, command in commands.items():
+        report = reports[value] = _run_apart(command)
+        if "error" in report:
+            show(f"{value:>12}  {report['error']}")
+        for name, part in report.get("parts", {}).items():
+            memory = "-" if part["peak_memory_mib"] is None else f"{part['peak_memory_mib']:.0f}"
+            figures = f"{part['median_ms']:>12.2f}{part['images_per_second']:>12.2f}{memory:>12}"
+            show(f"{value:>12}  {_title(name):<22}{figures}")
+    return {"sweep": flag, "reports": reports}
+
+
+def _run_apart(command: Sequence[str]) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        done = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True)
+        if done.returncode == 0:
+            return json.loads(path.read_text(encoding="utf-8"))
+    if done.returncode < 0:
+        return {"error": f"ended by signal {-done.returncode}, most likely for want of memory"}
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return {"error": said[-1].removeprefix("error: ")}

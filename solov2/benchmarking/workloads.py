@@ -1,0 +1,191 @@
+"""What is measured: inference by `Predictor`, the training step by `take_step`, and the training loader."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from solov2.benchmarking.measure import Workload, measure, seconds_of
+from solov2.benchmarking.peak import convolution_peak
+from solov2.benchmarking.report import format_header, format_part
+from solov2.benchmarking.synthetic import calibrate, synthetic_raw, synthetic_sample
+from solov2.build import build_assigner, build_criterion, build_model, prepare_for_training
+from solov2.compute import Compute
+from solov2.config import override_config
+from solov2.data.build import locate_data, training_dataset, training_loader, with_classes
+from solov2.data.loader import Collate
+from solov2.data.shapes import generate_shapes
+from solov2.errors import InputError
+from solov2.models.solov2 import SOLOv2
+from solov2.predict import Predictor
+from solov2.training.environment import environment
+from solov2.training.optim import build_optimizer
+from solov2.training.run import wrap
+from solov2.training.step import take_step
+
+CPU = torch.device("cpu")
+PHOTO_EDGE = 640  # long edge (at most) of the photograph that is resized to the input, and masks back to it; as in COCO
+LEARNING_RATE = 1e-6  # speed does not depend on it; training on noise at the real rate would diverge
+LOADED_BATCHES = 20  # timed at least: loading takes milliseconds
+GENERATED_IMAGES = 32
+SEED = 0
+
+Parts = Iterator[tuple[str, dict[str, Any]]]
+
+
+def measure_workload(mode: str, workload: Workload, show: Callable[[str], object]) -> dict[str, Any]:
+    """Measure "data", "infer", "train" or "all"; `show` takes text for people as soon as there is some.
+
+    Returns:
+        The report. environment: of `solov2.training.environment`. settings: what was asked for. model: its section of
+        the configuration. peak: of `convolution_peak`; None for "data". parts: {name: of `measure`, and what it adds}.
+
+    Raises:
+        InputError: it does not fit into memory, a loss is not finite, or files are broken.
+    """
+    config, compute = workload.config, workload.compute
+    asked = ("batch_size", "instances", "candidates", "warmup", "data_root")
+    peak = None if mode == "data" else convolution_peak(compute.device, compute.precision)  # loading multiplies nothing
+    report: dict[str, Any] = {
+        "environment": environment(compute.device),
+        "settings": {"model": config.name, "mode": mode, "size": [*workload.size], "precision": compute.precision}
+        | {name: getattr(workload, name) for name in asked},
+        "model": config.to_dict()["model"],
+        "peak": peak,
+        "parts": {},
+    }
+    show(format_header(report))
+    # Loading first, since its files may be broken.
+    modes = {"data": measure_loading, "infer": measure_inference, "train": measure_training}
+    try:
+        for name, part in chain.from_iterable(modes[own](workload) for own in modes if mode in (own, "all")):
+            report["parts"][name] = part
+            show(format_part(name, part, peak))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(f"{config.name} does not fit into memory; lower --batch-size or --size") from error
+    return report
+
+
+def measure_inference(workload: Workload) -> Parts:
+    """From photographs in memory to masks at their size: the model as built, and as `SOLOv2.optimize` makes it."""
+    model, compute = _model(workload), workload.compute
+    yield "inference", _measure_predictor(model, workload)
+    half = compute.precision == "bf16"  # then the weights themselves are cast, and nothing is left for autocast
+    compute = replace(compute, memory_format=torch.channels_last, precision="float32" if half else compute.precision)
+    model = model.optimize(precision="bf16" if half else "float32")
+    yield "optimized_inference", _measure_predictor(model, replace(workload, compute=compute))
+
+
+def _measure_predictor(model: SOLOv2, workload: Workload) -> dict[str, Any]:
+    compute, generator = workload.compute, torch.Generator().manual_seed(SEED)
+    scale = min(1, PHOTO_EDGE / max(workload.size))
+    shape = (workload.batch_size, *(max(1, round(scale * side)) for side in workload.size), 3)
+    photos = list(torch.randint(256, shape, dtype=torch.uint8, generator=generator).numpy())
+    predictor = Predictor(model, compute, mask_format="bool")
+
+    def step() -> list[dict[str, Any]]:
+        predictor.launch(model.load_batch(photos))
+        return predictor.collect()
+
+    with torch.no_grad(), compute.autocast():
+        images = compute.images(model, compute.move(model.load_batch(photos)))
+        raw = synthetic_raw(model(images), workload.candidates, generator)
+    # Random weights find nothing: once the network has run, prepared outputs take the place of its own.
+    hook = model.register_forward_hook(lambda *_: raw)
+    found = sum(len(result["scores"]) for result in step())
+    part = measure(step, workload)
+    hook.remove()  # or the copy that `optimize` makes would have it
+    return part | {"instances_per_image": found / len(photos)}
+
+
+def measure_training(workload: Workload) -> Parts:
+    """An optimizer step on a batch with targets in host memory, as the loader hands it over; where several processes
+    run, they share gradients as in real training.
+
+    Raises:
+        InputError: a loss is not finite in this precision.
+    """
+    config, recipe, compute = workload.config, workload.config.train, workload.compute
+    model = prepare_for_training(_model(workload), config, compute).train()
+    network, scaler, losses = wrap(model, compute.device), compute.scaler(), dict[str, Tensor]()
+    criterion = build_criterion(config.model, mask_weight=recipe.mask_weight)
+    optimizer = build_optimizer(
+        model,
+        name=recipe.optimizer,
+        learning_rate=LEARNING_RATE,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        decay_norms=recipe.decay_norms,
+    )
+    kind = (workload.instances, workload.size, config.model.num_classes, torch.Generator().manual_seed(SEED))
+    samples = [synthetic_sample(*kind) for _ in range(workload.batch_size)]
+    batch = Collate(build_assigner(config.model))(samples)
+    if compute.device.type != "cpu":
+        batch = tree_map_only(Tensor, Tensor.pin_memory, batch)
+
+    def step() -> None:
+        found, _ = take_step(network, criterion, [batch], optimizer, scaler, compute, clip_norm=recipe.clip_norm)
+        losses.update(found)
+
+    part = measure(step, workload)
+    values = {name: loss.item() for name, loss in losses.items()}
+    if not all(map(math.isfinite, values.values())):
+        raise InputError(f"the loss is not finite in {compute.precision} ({values}); use --precision bf16 or float32")
+    yield "training", part | values
+
+
+def measure_loading(workload: Workload) -> Parts:
+    """Training batches from files, by one thread of this process; worker_images_per_second is what a worker delivers.
+
+    Raises:
+        InputError: files are missing or broken.
+    """
+    workload = replace(workload, compute=Compute(CPU), iterations=max(LOADED_BATCHES, workload.iterations))
+    threads, side = torch.get_num_threads(), min(PHOTO_EDGE, max(workload.size))
+    with tempfile.TemporaryDirectory() as folder:
+        if workload.data_root is None:
+            generate_shapes(folder, train_images=GENERATED_IMAGES, val_images=1, size=side, seed=SEED)
+            workload = replace(workload, data_root=folder)
+        batches = _batches(workload, workers=1)
+        for _ in range(1 + workload.warmup):  # the first one waits for the worker to start
+            next(batches)
+        rate = workload.batch_size / seconds_of(lambda: next(batches), CPU, workload.iterations)
+        batches.close()
+        torch.set_num_threads(1)  # as workers do
+        batches = _batches(workload, workers=0)
+        part = measure(lambda: next(batches), workload)
+        torch.set_num_threads(threads)
+    yield "loading", part | {"worker_images_per_second": rate}
+
+
+def _batches(workload: Workload, *, workers: int) -> Generator[dict[str, Any]]:
+    """Batches of the real training loader, epoch after epoch."""
+    overrides = {"data.workers": workers, "train.batch_size": workload.batch_size}
+    config = override_config(locate_data(workload.config, workload.data_root), overrides)
+    dataset = training_dataset(config.data)
+    loader, sampler = training_loader(config, dataset, build_assigner(with_classes(config, dataset).model))
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        yield from loader
+
+
+def _model(workload: Workload) -> SOLOv2:
+    """The network on its device, in its layout, with random weights that keep activations finite."""
+    torch.manual_seed(SEED)
+    compute, (height, width) = workload.compute, workload.size
+    model = build_model(workload.config, device=compute.device, input_scale=(max(height, width), min(height, width)))
+    compute.place(model)
+    pixels = torch.randint(256, (workload.batch_size, 3, height, width), dtype=torch.uint8)
+    sizes = torch.tensor([workload.size] * workload.batch_size)
+    calibrate(model, compute.images(model, compute.move({"pixels": pixels, "sizes": sizes})))
+    return model
