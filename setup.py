@@ -74,7 +74,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "solov2 = solov2.__main__:main",
+            "solov2 = solov2.commands.main:main",
             "solov2-train = solov2.commands.train:main",
             "solov2-eval = solov2.commands.evaluate:main",
             "solov2-benchmark = solov2.commands.benchmark:main",
