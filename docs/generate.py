@@ -103,7 +103,9 @@ def arguments_table(parser: Parser) -> str:
     formatter, actions = parser._get_formatter(), [action for action in parser._actions if action.dest != "help"]
     rows = [("Argument", "Meaning"), ("---",) * 2]
     for action in sorted(actions, key=lambda action: bool(action.option_strings)):
-        rows.append((f"`{_invocation(action)}`", formatter._expand_help(action).replace("|", "\\|")))
+        required = " (required)" if action.option_strings and action.required else ""
+        text = f"{formatter._expand_help(action)}{required}".replace("|", "\\|")
+        rows.append((f"`{_invocation(action)}`", text))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import yaml
 
 from solov2.errors import InputError
 from solov2.sections import DataConfig, ModelConfig, TrainConfig
-from solov2.settings import PostprocessSettings, Rule, Settings, shown
+from solov2.settings import PostprocessSettings, Rule, Settings, rules, shown
 from solov2.suggestions import did_you_mean
 
 SECTIONS: dict[str, type[Settings]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 SETTING_NAMES = [f"{section}.{entry.name}" for section, cls in SECTIONS.items() for entry in dataclasses.fields(cls)]
+WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".pkl", ".safetensors")
 KEYS = ["base", "name", *SECTIONS]  # of a file
 
 
@@ -67,8 +69,8 @@ class Config:
     def from_checkpoint(cls, values: Mapping[str, Any], source: str) -> Config:
         """The configuration that a checkpoint of an older or newer version carries.
 
-        Keys of `data` and `train` that this version does not know are passed over, they change no weight; the model's
-        must all be known.
+        Keys of `data` and `train` that this version does not know are passed over, they change no weight, and a value
+        that it does not take gives way to the default, with a warning. The model's must all be known and right.
 
         Raises:
             InputError: as `from_dict`.
@@ -76,8 +78,26 @@ class Config:
         kept = dict(values)
         for name in ("data", "train"):
             if isinstance(kept.get(name), Mapping):
-                kept[name] = {key: value for key, value in kept[name].items() if f"{name}.{key}" in SETTING_NAMES}
+                kept[name] = dict(_taken(name, kept[name], source))
+        if isinstance(kept.get("model"), Mapping):  # below 0 meant no limit once
+            limits = {key: 0 for key in ("max_candidates", "max_instances") if _below_zero(kept["model"].get(key))}
+            kept["model"] = {**kept["model"], **limits}
         return cls.from_dict(kept, source)
+
+
+def _taken(section: str, values: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
+    """The settings of a section that this version knows and takes."""
+    known = rules(SECTIONS[section])  # type: ignore[arg-type]  # takes __hash__ for that of the class
+    for key, value in values.items():
+        if key in known:
+            try:
+                yield key, known[key].check(value, f"{section}.{key}")
+            except InputError as error:
+                warnings.warn(f"{source}: {error}; its default is used", stacklevel=3)
+
+
+def _below_zero(value: Any) -> bool:
+    return isinstance(value, int) and value < 0
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -119,6 +139,8 @@ def find_config(name: str | Path) -> Path:
         InputError: no such file or name; the message lists close names.
     """
     path = Path(name)
+    if path.suffix in WEIGHT_SUFFIXES:
+        raise InputError(f"{path} is no model name or YAML file; weights are given as weights (--weights {path})")
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -175,7 +197,7 @@ def replace_model(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelCon
     known = [entry.name for entry in dataclasses.fields(ModelConfig)]
     for key in overrides:
         if key not in known:
-            raise _unknown(key, known)
+            raise _unknown(key, SETTING_NAMES)
     return dataclasses.replace(config, **overrides)
 
 

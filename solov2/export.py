@@ -42,9 +42,8 @@ class ExportedSOLOv2(nn.Module):
 
     def __init__(self, model: SOLOv2, *, raw: bool = False, num_cells: int = NUM_CELLS) -> None:
         super().__init__()
-        for name in ("max_candidates", "max_instances"):
-            if not raw and getattr(model.settings, name) < 1:
-                raise InputError(f"an exported graph needs model.{name} of 1 or more")
+        if not raw and not model.settings.max_candidates:
+            raise InputError("an exported graph needs model.max_candidates of 1 or more")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_batch_norms(self.model)
         self.raw, self.num_cells = raw, num_cells
@@ -74,11 +73,12 @@ def select_instances(
 
     Args:
         raw: outputs of `SOLOv2.forward`.
-        settings: thresholds and limits; `max_candidates` and `max_instances` of 1 or more.
+        settings: thresholds and limits; `max_candidates` of 1 or more.
         num_cells: n, cells that a mask is computed for.
 
     Returns:
-        scores: float [B, K], descending, 0 where the image has fewer instances; K = max_instances (or n C, if smaller).
+        scores: float [B, K], descending, 0 where the image has fewer instances; K = max_instances, where that is
+            0 max_candidates (or n C, if smaller).
         labels: int64 [B, K], meaningless where the score is 0, like the mask.
         masks: float [B, K, H / 4, W / 4], probabilities on the padded input at stride 4.
     """
@@ -97,7 +97,7 @@ def select_instances(
     shared = _rows(_rows(masks @ masks.mT, slots).mT, slots)  # symmetric
     scores = decay_scores(shared, labels, scores, kernel=settings.nms_kernel, sigma=settings.nms_sigma)
     scores = torch.where(scores >= settings.score_threshold, scores, 0)
-    scores, order = scores.topk(min(settings.max_instances, scores.shape[1]), dim=1)
+    scores, order = scores.topk(min(settings.max_instances or scores.shape[1], scores.shape[1]), dim=1)
     soft = _rows(soft, slots.gather(1, order))
     return {
         "scores": scores,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,20 +15,37 @@ from solov2.errors import InputError
 SCREEN = "-"  # as an output file: standard output
 
 
-def check_output(path: str | Path | None, flag: str, *, overwrite: bool) -> None:
-    """Whether a file can be written later; for the start of a command, before any long work.
+def check_outputs(
+    outputs: Iterable[tuple[str, str | Path | None]], *, overwrite: bool, inputs: Iterable[str | Path] = ()
+) -> None:
+    """Whether files can be written later; for the start of a command, before any long work.
 
     Args:
-        path: what will be written; None, where nothing was asked for, passes, and so does "-", the screen.
-        flag: the argument that names it, for the sentence.
-        overwrite: an existing file may be replaced.
+        outputs: (the argument that names it, what will be written). None, where nothing was asked for, passes, and for
+            --json and --results so does "-", the screen.
+        overwrite: existing files may be replaced.
+        inputs: files that must stay.
 
     Raises:
-        InputError: the file exists, is a folder, or lies where nothing can be written.
+        InputError: a file exists, is a folder, lies where nothing can be written, or two of them are the same.
     """
-    if path is None or str(path) == SCREEN:
-        return
-    path = Path(path)
+    taken = {Path(path).resolve(): "an input" for path in inputs}
+    for flag, path in outputs:
+        if path is None:
+            continue
+        place = Path(path) if _is_screen(flag, path) else Path(path).resolve()
+        if place in taken:
+            raise InputError(f"{flag} {path} would replace {taken[place]}; name another file")
+        if not _is_screen(flag, path):
+            _check_output(Path(path), flag, overwrite)
+        taken[place] = f"what {flag} writes"
+
+
+def _is_screen(flag: str, path: str | Path) -> bool:
+    return str(path) == SCREEN and flag in ("--json", "--results")
+
+
+def _check_output(path: Path, flag: str, overwrite: bool) -> None:
     if path.is_dir():
         raise InputError(f"{flag} {path}: this is a folder; name a file")
     if path.exists() and not overwrite:

@@ -19,7 +19,7 @@ class ModelConfig(PostprocessSettings):
     backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_64x4d"] = setting(
         "resnet50", "residual network that reads the image"
     )
-    backbone_width: int = setting(64, "channels of the stem; 64 is the published ResNet", minimum=1)
+    backbone_width: int = setting(64, "channels of the stem; 64 is the published ResNet", minimum=1, maximum=16384)
     frozen_stages: int = setting(
         1, "of the backbone; 0: none, 1: the stem and layer1, ... 4: all", minimum=0, maximum=4
     )
@@ -27,15 +27,15 @@ class ModelConfig(PostprocessSettings):
         True, "keep the running statistics in training too; the affine of unfrozen stages still trains"
     )
     deformable_stages: bool = setting(False, "the 3x3 of every bottleneck in layer2..layer4 is deformable")
-    fpn_channels: int = setting(256, "channels of the feature pyramid", minimum=1)
-    tower_channels: int = setting(512, "channels of the category and kernel towers of the head", minimum=1)
-    tower_depth: int = setting(4, "3x3 convolutions of each tower", minimum=1)
+    fpn_channels: int = setting(256, "channels of the feature pyramid", minimum=1, maximum=16384)
+    tower_channels: int = setting(512, "channels of the towers of the head", minimum=1, maximum=16384)
+    tower_depth: int = setting(4, "3x3 convolutions of each tower", minimum=1, maximum=100)
     deformable_tower_convs: int = setting(
         0, "how many convolutions of each tower are deformable, counted from its end; at most tower_depth", minimum=0
     )
-    mask_hidden_channels: int = setting(128, "channels inside the mask branch", minimum=1)
+    mask_hidden_channels: int = setting(128, "channels inside the mask branch", minimum=1, maximum=16384)
     mask_feature_channels: int = setting(
-        256, "channels of the mask features: the length of a dynamic kernel", minimum=1
+        256, "channels of the mask features: the length of a dynamic kernel", minimum=1, maximum=16384
     )
     deformable_mask_branch: bool = setting(False, "all convolutions of the mask branch are deformable")
     modulated: bool = setting(True, "DCNv2; false is DCNv1 (offsets only), as in the authors' light R50-DCN")
@@ -46,9 +46,13 @@ class ModelConfig(PostprocessSettings):
         "norm of towers and mask branch: group, whose channels are multiples of 32, or batch for small models trained "
         "from scratch",
     )
-    num_classes: int = setting(80, "number of classes; training takes it from its annotations", minimum=1)
+    num_classes: int = setting(80, "classes; training takes it from its annotations", minimum=1, maximum=1_000_000)
     grid_sizes: tuple[int, ...] = setting(
-        (40, 36, 24, 16, 12), "cells along each side of the grid of each pyramid level", minimum=1, length=5
+        (40, 36, 24, 16, 12),
+        "cells along each side of the grid of each level",
+        minimum=1,
+        maximum=1000,
+        length=5,
     )
     scale_ranges: tuple[tuple[float, float], ...] = setting(
         ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048)),
@@ -58,7 +62,7 @@ class ModelConfig(PostprocessSettings):
     )
     center_sigma: float = setting(0.2, "size of the center region as a share of the box", minimum=0, maximum=1)
     input_scale: tuple[int, int] = setting(
-        (1333, 800), "[long edge at most, short edge at most] of an image at test time", minimum=1
+        (1333, 800), "[long edge at most, short edge at most] of an image at test time", minimum=1, maximum=32768
     )
     pixel_mean: tuple[float, float, float] = setting(
         (123.675, 116.28, 103.53), "subtracted from each channel, in gray levels", minimum=0, maximum=255
@@ -102,9 +106,9 @@ class DataConfig(Settings):
     val_annotations: str = setting("annotations/instances_val2017.json", "file in COCO's format to evaluate on")
     val_images: str = setting("val2017", "folder of its images")
     train_scales: tuple[int, ...] = setting(
-        (800,), "short edges in pixels, at least one; one is drawn for each image", minimum=1
+        (800,), "short edges in pixels, at least one; one is drawn for each image", minimum=1, maximum=32768
     )
-    train_long_edge: int = setting(1333, "long edge at most, in pixels; it wins over the short edge", minimum=1)
+    train_long_edge: int = setting(1333, "long edge at most; it wins over the short edge", minimum=1, maximum=32768)
     flip_probability: float = setting(0.5, "probability of mirroring an image left to right", minimum=0, maximum=1)
     dihedral: bool = setting(False, "all eight flips and quarter turns, for images without an up")
     keep_empty: bool = setting(False, "train on images without instances too")
@@ -112,7 +116,7 @@ class DataConfig(Settings):
     skip_broken_images: bool = setting(False, "leave out images that cannot be read, instead of ending the run")
     workers: int = setting(2, "loading processes for each training process; 0: load in it", minimum=0)
     shapes: bool = setting(False, "generate the data set of colored shapes at root when it is not there")
-    shapes_size: int = setting(192, "side of a generated image, in pixels", minimum=16)
+    shapes_size: int = setting(192, "side of a generated image, in pixels", minimum=16, maximum=8192)
     shapes_train: int = setting(1000, "generated training images", minimum=1)
     shapes_val: int = setting(100, "generated validation images", minimum=1)
     shapes_seed: int = setting(0, "every generated image follows from it", minimum=0, maximum=2**63 - 1)

@@ -97,7 +97,9 @@ class Rule:
             value = os.fspath(value)
         if kind is str and isinstance(value, str) and value and "\0" not in value:
             return value
-        if (kind is bool and isinstance(value, bool)) or (origin is Literal and value in parts):
+        if kind is bool and type(value).__name__ in ("bool", "bool_"):  # numpy's too, which is not imported here
+            return bool(value)
+        if origin is Literal and value in parts:
             return value
         raise ValueError
 

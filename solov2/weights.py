@@ -18,7 +18,7 @@ from solov2.checkpoint import FORMAT, Checkpoint, load_file, write_file
 from solov2.config import Config, ModelConfig, replace_model
 from solov2.convert import class_names_of, convert_state_dict, is_modulated, to_mmdet, unwrap
 from solov2.errors import InputError
-from solov2.outputs import check_output
+from solov2.outputs import check_outputs
 
 IMAGENET_WEIGHTS = {
     "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
@@ -107,6 +107,8 @@ def official_weights(name: str | Path | Config | ModelConfig | None) -> Path:
         InputError: nothing is published under this name, or the download failed; the sentence names the ways on.
     """
     name = Path(name).stem if isinstance(name, (str, Path)) else getattr(name, "name", None)
+    if name is None:
+        raise InputError("weights official are those of a model: name it too (--config MODEL)")
     if name not in PUBLISHED_WEIGHTS:
         raise InputError(
             f"no weights are published for {name}; there are some for: {', '.join(PUBLISHED_WEIGHTS)}; for others give "
@@ -238,7 +240,7 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
         InputError: source unreadable or unknown, target there already or not writable, or a network that mmdetection
             has no names or no place for its traits.
     """
-    check_output(target, "OUT", overwrite=overwrite)
+    check_outputs([("OUT", target)], overwrite=overwrite, inputs=[source])
     checkpoint = read_checkpoint(source)
     traits = checkpoint.traits
     if to == "mmdet":

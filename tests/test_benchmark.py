@@ -223,7 +223,7 @@ def test_a_sweep_runs_the_command_in_fresh_processes(
         ("--sweep candidates 10 5000", "--candidates 5000 is more than the"),
         ("--sweep batch-size 1 --compare x", "not allowed with"),
         ("--compare no/such.json", "--compare no/such.json: No such file"),
-        (f"--compare {__file__}", "is not a report that --json wrote"),
+        (f"--compare {__file__}", "is not the report of one run, as --json writes it"),
     ],
 )
 def test_mistakes_are_one_sentence(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,7 +264,7 @@ def test_comparison(tmp_path: Path) -> None:
 def test_foreign_files_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=f"^--compare {path} is not a report that --json wrote$"):
+    with pytest.raises(InputError, match=f"^--compare {path} is not the report of one run, as --json writes it$"):
         read_report(str(path))
 
 

@@ -142,7 +142,7 @@ def test_fix(tree: CocoTree, capsys: pytest.CaptureFixture, tmp_path: Path) -> N
     capsys.readouterr()
     for flag in ("--fix", "--json"):  # the input stays, whatever is asked for
         assert run(tree, flag, str(tree.file), "--overwrite") == 2
-        assert re.fullmatch(rf"error: {flag} .* would replace the annotations.*\n", capsys.readouterr().err)
+        assert re.fullmatch(rf"error: {flag} .* would replace an input.*\n", capsys.readouterr().err)
     assert run(tree, "--fix", str(out)) == 2
     assert "exists already" in capsys.readouterr().err
     out.unlink()

@@ -107,9 +107,12 @@ def test_unknown_flags_are_named_with_close_ones() -> None:
         (["predict", "--weights", "w"], ["SOURCE"]),
         (["eval", "--split", "test"], ["--split", "'test'", "val"]),
         (["eval", "--batch-size", "0"], ["--batch-size", "0", "1"]),
-        (["eval", "--batch-size", "x"], ["--batch-size", "int", "'x'"]),
-        (["train", "--epochs", "x"], ["--epochs", "int", "'x'"]),
-        (["train", "quickstart", "--epochs", "0"], ["train.epochs", "1", "0"]),
+        (["eval", "--batch-size", "x"], ["--batch-size", "integer", "x"]),
+        (["train", "--epochs", "x"], ["--epochs", "integer", "x"]),
+        (["train", "quickstart", "--epochs", "0"], ["--epochs", "1", "0"]),
+        (["train", "quickstart", "--set", "train.epochs=0"], ["train.epochs", "1", "0"]),
+        (["eval", "best.pth", "--oracle"], ["best.pth", "--weights"]),
+        (["predict", "a.jpg", "--weights", "w", "--score-threshold", "2"], ["--score-threshold", "from 0 to 1", "2"]),
         (["trian"], ["trian", "did you mean train?"]),
         (["--no-such-flag"], ["--no-such-flag"]),
     ],
@@ -132,14 +135,19 @@ def test_numbers_of_flags() -> None:
     ("script", "typed", "again"),
     [
         ("train.py", "train.py", ["train.py"]),
-        ("/home/me/train.py", "train.py", ["/home/me/train.py"]),
-        ("/env/bin/solov2-train", "solov2-train", ["/env/bin/solov2-train"]),
-        ("/env/bin/solov2", "solov2 train", ["/env/bin/solov2", "train"]),
-        ("/env/solov2/__main__.py", "python -m solov2 train", ["-m", "solov2", "train"]),
-        ("/env/bin/pytest", "solov2 train", ["-m", "solov2", "train"]),
+        ("mine.py", "mine.py", ["mine.py"]),  # a user's own script does more than the command
+        ("solov2-train", "solov2-train", ["solov2-train"]),
+        ("bin/solov2", "solov2 train", ["bin/solov2", "train"]),
+        ("solov2/__main__.py", "python -m solov2 train", ["-m", "solov2", "train"]),
+        ("pytest/__main__.py", "solov2 train", ["-m", "solov2", "train"]),
+        ("-c", "solov2 train", ["-m", "solov2", "train"]),
     ],
 )
-def test_a_command_knows_its_name_and_how_to_start_itself_again(script, typed, again, monkeypatch) -> None:
+def test_a_command_knows_its_name_and_how_to_start_itself_again(script, typed, again, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    if script != "-c":
+        Path(script).parent.mkdir(exist_ok=True)
+        Path(script).touch()
     monkeypatch.setattr("sys.argv", [script, "--nproc", "2"])
     assert typed_name("train") == typed and own_command("train") == again
 
@@ -232,3 +240,20 @@ def test_a_positional_that_is_left_out_keeps_the_flag() -> None:
     parser = Parser(prog="x")
     add_model_argument(parser, default="none")
     assert parser.parse_args(["--config", "a"]).model == "a" and parser.parse_args(["b"]).model == "b"
+
+
+def test_outputs_of_a_command_differ_from_each_other_and_from_its_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, same = tmp_path / "w.pth", str(tmp_path / "same.json")
+    weights.touch()
+    for words, flag in (
+        (["eval", "--weights", str(weights), "--json", same, "--results", same], "--results"),
+        (["eval", "--weights", str(weights), "--json", "-", "--results", "-"], "--results"),
+        (["eval", "--weights", str(weights), "--json", str(weights), "--overwrite"], "--json"),
+        (["check-data", str(weights), "--images", str(tmp_path), "--json", same, "--fix", same], "--fix"),
+        (["convert", str(weights), str(weights), "--overwrite"], "OUT"),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {flag} ") and "would replace" in error and error.count("\n") == 1

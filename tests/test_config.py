@@ -182,7 +182,7 @@ def test_unknown_names_list_close_ones():
         load_config("solov2_r50_fpn")
     with pytest.raises(InputError, match="does not exist"):
         load_config("missing.yaml")
-    with pytest.raises(InputError, match="did you mean score_threshold"):
+    with pytest.raises(InputError, match="did you mean model.score_threshold"):
         replace_model(ModelConfig(), {"score_treshold": 0.3})
     with pytest.raises(InputError, match="section.key=value"):
         load_config("quickstart", ["epochs"])
@@ -202,4 +202,18 @@ def test_checkpoints_of_other_versions_keep_their_model():
     assert Config.from_checkpoint(values, "old.pth") == load_config("quickstart")
     values["model"]["unheard_of"] = 1
     with pytest.raises(InputError, match="old.pth.*unheard_of"):
+        Config.from_checkpoint(values, "old.pth")
+
+
+def test_checkpoints_of_other_versions_may_hold_values_that_are_refused_now():
+    """What changes no weight gives way to its default, by name; a limit below 0 is no limit, as it was."""
+    values = load_config("quickstart").to_dict()
+    values["train"] |= {"clip_norm": -1, "warmup_steps": -5}
+    values["model"] |= {"max_instances": -1, "max_candidates": -1}
+    with pytest.warns(UserWarning, match="old.pth: train.(clip_norm|warmup_steps)") as told:
+        config = Config.from_checkpoint(values, "old.pth")
+    assert len(told) == 2 and (config.train.clip_norm, config.train.warmup_steps) == (35.0, 500)
+    assert (config.model.max_instances, config.model.max_candidates) == (0, 0)
+    values["model"]["tower_depth"] = 0
+    with pytest.raises(InputError, match="old.pth.*tower_depth"), pytest.warns(UserWarning):
         Config.from_checkpoint(values, "old.pth")

@@ -116,7 +116,8 @@ def test_a_file_runs_without_the_library(checkpoint: Path, tmp_path: Path, capsy
         (["--output", "model.pth"], "model.pth: the name must end in .pt2 or .onnx"),
         (["--output", f"{__file__}/model.pt2"], f"--output {__file__}/model.pt2: {__file__} is not a folder"),
         (["--weights", "nowhere.pth"], "weights file nowhere.pth does not exist"),
-        (["--max-instances", "0"], "an exported graph needs model.max_instances of 1 or more"),
+        (["--max-instances", "-1"], "argument --max-instances: must be an integer of at least 0, got -1"),
+        (["--set", "model.max_candidates=0"], "an exported graph needs model.max_candidates of 1 or more"),
         (["--cells", "0"], "argument --cells: must be at least 1, got 0"),
     ],
 )

@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 
 from solov2.errors import InputError
-from solov2.outputs import check_output, write_json
+from solov2.outputs import check_outputs, write_json
 
 
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text("1")
-    check_output(None, "--json", overwrite=False)
-    check_output(tmp_path / "new" / "folder" / "x.json", "--json", overwrite=False)
-    check_output(old, "--json", overwrite=True)
+    check_outputs([("--json", None)], overwrite=False)
+    check_outputs([("--json", tmp_path / "new" / "folder" / "x.json")], overwrite=False)
+    check_outputs([("--json", old)], overwrite=True)
     for path, said in (
         (old, r"old\.json exists already; give another --json or --overwrite"),
         (tmp_path, "this is a folder"),
         (old / "x.json", r"old\.json is not a folder"),
     ):
         with pytest.raises(InputError, match=said):
-            check_output(path, "--json", overwrite=False)
+            check_outputs([("--json", path)], overwrite=False)
     assert old.read_text() == "1" and list(tmp_path.iterdir()) == [old]
 
 
@@ -32,7 +32,7 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
 def test_a_closed_folder_is_said(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="no permission to write in"):
-        check_output(tmp_path / "x.json", "--json", overwrite=False)
+        check_outputs([("--json", tmp_path / "x.json")], overwrite=False)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

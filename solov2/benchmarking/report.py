@@ -12,7 +12,13 @@ from typing import Any
 from solov2.errors import InputError
 
 Report = Mapping[str, Any]
-OWN_FIGURES = ("worker_images_per_second", "instances_per_image", "loss_category", "loss_mask", "peak_memory_mib")
+OWN_FIGURES = {  # of some parts
+    "worker_images_per_second": "{:.2f} images/s of a worker",
+    "instances_per_image": "{:.0f} instances found per image",
+    "loss_category": "category loss {:.3f}",
+    "loss_mask": "mask loss {:.3f}",
+    "peak_memory_mib": "peak memory {:.0f} MiB",
+}
 
 
 def format_header(report: Report) -> str:
@@ -35,7 +41,7 @@ def format_header(report: Report) -> str:
 
 def format_part(name: str, part: Report, peak: Report | None) -> str:
     """The table of a part, below what its figures are; `peak` is that of the report."""
-    more = [f"{_title(key)} {part[key]:.4g}" for key in OWN_FIGURES if part.get(key) is not None]
+    more = [text.format(part[key]) for key, text in OWN_FIGURES.items() if part.get(key) is not None]
     lines = [
         f"\n{_title(name)}: {part['images_per_second']:.2f} images/s, {', '.join(more)}",
         f"  totals, timed without a profiler: median {part['median_ms']:.2f} ms, p90 {part['p90_ms']:.2f} ms of "
@@ -68,7 +74,7 @@ def read_report(path: str) -> Report:
     except OSError as error:
         raise InputError(f"--compare {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--compare {path} is not a report that --json wrote") from error
+        raise InputError(f"--compare {path} is not the report of one run, as --json writes it") from error
     return report
 
 
@@ -114,10 +120,19 @@ def sweep(flag: str, commands: Mapping[str, Sequence[str]], show: Callable[[str]
 def _run_apart(command: Sequence[str]) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
-        done = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True)
-        if done.returncode == 0:
+        process = subprocess.Popen(
+            [*command, "--json", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            _, said = process.communicate()
+        except BaseException:  # a launcher takes its workers along only where it is asked to end
+            process.terminate()
+            process.wait()
+            raise
+        if process.returncode == 0:
             return json.loads(path.read_text(encoding="utf-8"))
-    if done.returncode < 0:
-        return {"error": f"ended by signal {-done.returncode}, most likely for want of memory"}
-    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return {"error": said[-1].removeprefix("error: ")}
+    if process.returncode < 0:
+        return {"error": f"ended by signal {-process.returncode}, most likely for want of memory"}
+    lines = said.strip().splitlines()
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return {"error": [*named, *lines[-1:], f"exit code {process.returncode}"][0]}

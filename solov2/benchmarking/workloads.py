@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -53,27 +54,32 @@ def measure_workload(mode: str, workload: Workload, show: Callable[[str], object
     """
     config, compute = workload.config, workload.compute
     asked = ("batch_size", "instances", "candidates", "warmup", "data_root")
-    peak = None if mode == "data" else convolution_peak(compute.device, compute.precision)  # loading multiplies nothing
-    report: dict[str, Any] = {
-        "environment": environment(compute.device),
-        "settings": {"model": config.name, "mode": mode, "size": [*workload.size], "precision": compute.precision}
-        | {name: getattr(workload, name) for name in asked},
-        "model": config.to_dict()["model"],
-        "peak": peak,
-        "parts": {},
-    }
-    show(format_header(report))
-    # Loading first, since its files may be broken.
-    modes = {"data": measure_loading, "infer": measure_inference, "train": measure_training}
-    try:
+    modes = {"data": measure_loading, "infer": measure_inference, "train": measure_training}  # its files may be broken
+    with _memory_errors_told(config.name):  # loading multiplies nothing, so it has no peak
+        peak = None if mode == "data" else convolution_peak(compute.device, compute.precision)
+        report: dict[str, Any] = {
+            "environment": environment(compute.device),
+            "settings": {"model": config.name, "mode": mode, "size": [*workload.size], "precision": compute.precision}
+            | {name: getattr(workload, name) for name in asked},
+            "model": config.to_dict()["model"],
+            "peak": peak,
+            "parts": {},
+        }
+        show(format_header(report))
         for name, part in chain.from_iterable(modes[own](workload) for own in modes if mode in (own, "all")):
             report["parts"][name] = part
             show(format_part(name, part, peak))
+    return report
+
+
+@contextlib.contextmanager
+def _memory_errors_told(name: str) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise InputError(f"{config.name} does not fit into memory; lower --batch-size or --size") from error
-    return report
+        raise InputError(f"{name} does not fit into memory; lower --batch-size or --size") from error
 
 
 def measure_inference(workload: Workload) -> Parts:

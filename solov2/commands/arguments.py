@@ -10,14 +10,14 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args, get_origin
 
 from solov2.errors import InputError
-from solov2.sections import TrainConfig
-from solov2.settings import rules
+from solov2.sections import DataConfig, ModelConfig, TrainConfig
+from solov2.settings import Rule, rules
 from solov2.suggestions import did_you_mean
 
-PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
+DATA_PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
 LIMITS = {name: name for name in ("score_threshold", "max_instances")}  # flags -> settings of post-processing
 Number = TypeVar("Number", int, float)
 
@@ -77,33 +77,57 @@ def at_least(minimum: Number) -> Callable[[str], Number]:
     return convert
 
 
+RULES: dict[str, Rule] = {**rules(ModelConfig), **rules(DataConfig), **rules(TrainConfig)}
+
+
 def choices(name: str) -> tuple[str, ...]:
-    """What a setting of training takes."""
-    return get_args(rules(TrainConfig)[name].kind)
+    """The choices of a setting; none where it takes anything else."""
+    return get_args(RULES[name].kind) if get_origin(RULES[name].kind) is Literal else ()
+
+
+def value_of(name: str) -> Callable[[str], Any]:
+    """The type of a flag that stands for a setting and takes what the setting takes."""
+    rule = RULES[name]
+
+    def convert(text: str) -> Any:
+        try:
+            return rule.check(rule.kind(text), name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {rule.words}, got {text}") from error
+
+    return convert
+
+
+def add_setting(parser: argparse.ArgumentParser, flag: str, *aliases: str, default: str) -> None:
+    """A flag that is called like a setting and means it."""
+    name = flag.lstrip("-").replace("-", "_")
+    options: dict[str, Any] = {"type": value_of(name), "metavar": "N"}
+    if choices(name):
+        options = {"choices": choices(name)}
+    parser.add_argument(flag, *aliases, help=f"{RULES[name].doc} (default: {default})", **options)
 
 
 SHARED: dict[str, dict[str, Any]] = {
     "--config": {"dest": "model", "metavar": "MODEL", "help": "model name or YAML file"},
-    "--data-root": {"metavar": "DIR", "help": "folder with annotations/, train2017/ and val2017/"},
     "--weights": {"metavar": "FILE", "help": "checkpoint of any family; official: the published one of the model"},
     "--device": {"metavar": "NAME", "help": "cpu, cuda:1, ... (default: the accelerator, if there is one)"},
-    "--precision": {"choices": choices("precision"), "help": "of the network"},
-    "--batch-size": {"type": at_least(1), "metavar": "N", "help": "images at a time per process"},
-    "--workers": {"type": at_least(0), "metavar": "N", "help": "loading processes per process"},
+    "--precision": {"choices": choices("precision"), "help": "precision of the network"},
+    "--batch-size": {"type": value_of("batch_size"), "metavar": "N", "help": "images at a time per process"},
+    "--workers": {"type": value_of("workers"), "metavar": "N", "help": "loading processes"},
     "--nproc": {
         "type": at_least(1),
         "metavar": "N",
         "help": "processes on this machine, one per GPU (default: those of torchrun, else one)",
     },
-    "--score-threshold": {"type": at_least(0.0), "metavar": "X", "help": "minimum score of an instance"},
-    "--max-instances": {"type": at_least(0), "metavar": "N", "help": "instances per image at most, 0 for all"},
+    "--score-threshold": {"type": value_of("score_threshold"), "metavar": "X", "help": "minimum score of an instance"},
+    "--max-instances": {"type": value_of("max_instances"), "metavar": "N", "help": "instances per image; 0: all"},
     "--size": {
         "type": at_least(1),
         "nargs": 2,
         "metavar": ("H", "W"),
         "help": "network input in pixels, multiples of 32",
     },
-    "--json": {"metavar": "FILE", "help": "write figures and findings as JSON; - is the screen"},
+    "--json": {"metavar": "FILE", "help": "write the report as JSON; - is the screen"},
     "--results": {"metavar": "FILE", "help": "write the instances in COCO's results format; - is the screen"},
     "--overwrite": {"action": "store_true", "help": "replace files that are there already"},
     "--set": {
@@ -151,12 +175,16 @@ def add_model_argument(parser: argparse.ArgumentParser, *, default: str) -> None
     add_shared_arguments(group, "--config", notes={"--config": "the same as MODEL, its default too"})
 
 
+def add_data_root(parser: argparse._ActionsContainer, *, default: str) -> None:
+    """The folder of a COCO tree; `default` is what stands for it, for the help text."""
+    text = f"folder with annotations/, train2017/ and val2017/ (default: {default})"
+    parser.add_argument("--data", "--data-root", dest="data_root", metavar="DIR", help=text)
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say where the data lies; they win over the configuration."""
     group = parser.add_argument_group("data")
-    root = SHARED["--data-root"]
-    text = f"{root['help']} (default: the configuration's, data/coco)"
-    group.add_argument("--data", "--data-root", dest="data_root", **root | {"help": text})
+    add_data_root(group, default="the configuration's, data/coco")
     for split in ("train", "val"):
         group.add_argument(
             f"--{split}-annotations",
@@ -170,7 +198,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def data_places(args: argparse.Namespace) -> dict[str, str | Path] | None:
     """What `solov2.data.build.locate_data` takes, of the flags of `add_data_arguments`; None without any."""
-    named = {"root": args.data_root, **{key: getattr(args, key) for key in PATHS}}
+    named = {"root": args.data_root, **{key: getattr(args, key) for key in DATA_PATHS}}
     places = {key: path for key, path in named.items() if path is not None}
     return places or None
 
@@ -178,6 +206,11 @@ def data_places(args: argparse.Namespace) -> dict[str, str | Path] | None:
 def given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
     """{configuration key: value} of the flags that were typed; `keys` maps an attribute of `args` to its key."""
     return {key: getattr(args, flag) for flag, key in keys.items() if getattr(args, flag) is not None}
+
+
+def model_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the model among "section.key" overrides, as `solov2.build.build_model` takes them."""
+    return {key.removeprefix("model."): value for key, value in overrides.items() if key.startswith("model.")}
 
 
 def text_stream(*machine_outputs: str | None) -> TextIO:

@@ -8,11 +8,19 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from solov2.commands.arguments import Parser, add_model_argument, add_shared_arguments, at_least, text_stream
+from solov2.commands.arguments import (
+    Parser,
+    add_data_root,
+    add_model_argument,
+    add_shared_arguments,
+    at_least,
+    given,
+    text_stream,
+)
 from solov2.commands.exit import own_command, run_command
 from solov2.config import load_config, parse_overrides
 from solov2.errors import InputError
-from solov2.outputs import check_output, write_json
+from solov2.outputs import check_outputs, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +47,9 @@ def build_parser(typed: str = "solov2 benchmark") -> Parser:
     text = "data: files to batches; infer: photographs to masks, plain and optimized; train: one optimizer step"
     parser.add_argument("--mode", choices=("all", "data", "infer", "train"), default="all", help=text)
     numbers = {
-        "iterations": (1, None, "that are timed (default: 3 on a CPU, 50 elsewhere; of loading at least 20)"),
-        "warmup": (0, None, "iterations before those (default: 1 on a CPU, 20 elsewhere)"),
-        "threads": (1, None, "of the CPU (default: torch's own choice)"),
+        "iterations": (1, None, "timed iterations (default: 3 on a CPU, 50 elsewhere; of loading at least 20)"),
+        "warmup": (0, None, "iterations before the timed ones (default: 1 on a CPU, 20 elsewhere)"),
+        "threads": (1, None, "CPU threads (default: torch's own choice)"),
         "instances": (0, 8, "ellipses per image as ground truth"),
         "candidates": (0, 500, "(cell, class) pairs per image to post-process, as random weights find none"),
     }
@@ -51,10 +59,14 @@ def build_parser(typed: str = "solov2 benchmark") -> Parser:
     group.add_argument("--compare", metavar="FILE", help="print the ratios to an earlier report too (default: none)")
     text = f"measure at several values of a flag ({', '.join(SWEEPS)}; sizes as HxW), each in a process of its own"
     group.add_argument("--sweep", nargs="+", metavar=("FLAG", "VALUE"), help=f"{text} (default: none)")
-    notes = {"--size": "default: the model's test scale, rounded up", "--data-root": "default: generated shapes"}
-    flags = ("--batch-size", "--precision", "--device", "--nproc", "--set", "--json", "--overwrite")
+    add_data_root(parser, default="generated shapes")
+    notes = {
+        "--size": "default: the model's test scale, rounded up",
+        "--batch-size": "default: train.batch_size of --set, else 1",
+        "--precision": "default: train.precision of --set, else float32",
+    }
+    flags = ("--device", "--nproc", "--set", "--json", "--overwrite")
     add_shared_arguments(parser, *notes, *flags, notes=notes)
-    parser.set_defaults(batch_size=1, precision="float32")
     return parser
 
 
@@ -67,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.benchmarking.workloads import measure_workload
     from solov2.compute import select_device
 
-    check_output(args.json, "--json", overwrite=args.overwrite)
+    check_outputs([("--json", args.json)], overwrite=args.overwrite)
     speaks = distributed.launched_rank() == 0
 
     def show(text: str) -> None:
@@ -76,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.sweep is not None:
         report = sweep(args.sweep[0], _points(args), show)
+        failed = any("error" in each for each in report["reports"].values())
     else:
         old = None if args.compare is None else read_report(args.compare)
         _workload(args, torch.device("cpu"))  # a mistake is told before processes start
@@ -91,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
             show(f"\ncompared with {args.compare}:\n{compare(old, report)}")
     if args.json is not None and speaks:
         write_json(args.json, report, indent=1, allow_nan=False)
-    return 0
+    return 1 if args.sweep is not None and failed else 0
 
 
 def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
@@ -100,7 +113,9 @@ def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
     from solov2.build import build_compute
     from solov2.data.build import locate_data, require_data
 
-    config = load_config(args.model or DEFAULT_MODEL, parse_overrides(args.set) | {"train.precision": args.precision})
+    defaults = {"train.precision": "float32", "train.batch_size": 1}
+    named = given(args, {"precision": "train.precision", "batch_size": "train.batch_size"})
+    config = load_config(args.model or DEFAULT_MODEL, defaults | parse_overrides(args.set) | named)
     height, width = args.size or (-(-edge // 32) * 32 for edge in reversed(config.model.input_scale))
     if min(height, width) < 64 or height % 32 or width % 32:
         raise InputError(f"--size must be two multiples of 32, at least 64, got {height} {width}")
@@ -114,7 +129,7 @@ def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
         config,
         size=(height, width),
         compute=build_compute(config, device),
-        batch_size=args.batch_size,
+        batch_size=config.train.batch_size,
         instances=args.instances,
         candidates=args.candidates,
         iterations=args.iterations or iterations,
@@ -132,6 +147,8 @@ def _points(args: argparse.Namespace) -> dict[str, list[str]]:
         raise InputError(f"--sweep takes one of {', '.join(SWEEPS)} and its values, e.g. --sweep batch-size 1 2 4")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--sweep starts processes of its own: leave out torchrun and give --nproc")
+    if args.words.count("--sweep") != 1:
+        raise InputError("--sweep is given once, and followed by a space")
     start = args.words.index("--sweep")
     words = args.words[:start] + args.words[start + 1 + len(args.sweep) :]
     points = {value: [*words, f"--{flag}", *(value.split("x") if flag == "size" else [value])] for value in values}

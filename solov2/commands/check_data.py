@@ -13,7 +13,7 @@ from solov2.commands.arguments import Parser, add_shared_arguments, at_least, te
 from solov2.commands.exit import run_command
 from solov2.config import load_config
 from solov2.errors import InputError
-from solov2.outputs import check_output, write_json
+from solov2.outputs import check_outputs, write_json
 
 if TYPE_CHECKING:
     from solov2.data_check.check import Report
@@ -61,10 +61,8 @@ def _run(args: argparse.Namespace) -> int:
     config = load_config(args.model, args.set)
     fixed = None if args.fix is None else Path(args.fix)
     changes_file = None if fixed is None else fixed.with_name(f"{fixed.name}.changes.json")
-    for flag, path in (("--json", args.json), ("--fix", fixed), ("--fix", changes_file)):
-        if path is not None and Path(path).resolve() == args.annotations.resolve():
-            raise InputError(f"{flag} {path} would replace the annotations; name another file")
-        check_output(path, flag, overwrite=args.overwrite)
+    outputs = (("--json", args.json), ("--fix", fixed), ("--fix", changes_file))
+    check_outputs(outputs, overwrite=args.overwrite, inputs=[args.annotations])
     content = load_json(args.annotations)
     workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
     report = check_data(content, args.images, config, workers=workers)

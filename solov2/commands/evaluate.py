@@ -14,12 +14,13 @@ from solov2.commands.arguments import (
     add_shared_arguments,
     data_places,
     given,
+    model_settings,
     text_stream,
 )
 from solov2.commands.exit import own_command, run_command
 from solov2.config import Config, parse_overrides
 from solov2.errors import InputError
-from solov2.outputs import check_output, write_json
+from solov2.outputs import check_outputs, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +67,9 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         "--set",
         "--overwrite",
         notes={
-            "--weights": "needed, but for --oracle; default: none",
+            "--weights": "required, except with --oracle; default: none",
             "--batch-size": "default: 1, at which an image has its own padding",
-            "--workers": "default: the configuration's",
+            "--workers": "of each process; default: the configuration's",
         },
     )
     parser.set_defaults(precision="float32", batch_size=1)
@@ -89,11 +90,11 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.weights is None and not args.oracle:
         raise InputError(
-            "name the weights to evaluate: python eval.py solov2_r50_fpn_1x --weights FILE (a checkpoint of "
-            "train.py needs no model name); the data is looked for in data/coco or --data-root"
+            "name the weights to evaluate: --weights FILE (a checkpoint of this library needs no model name); the data "
+            "is looked for in data/coco or --data-root"
         )
-    check_output(args.json, "--json", overwrite=args.overwrite)
-    check_output(args.results, "--results", overwrite=args.overwrite)
+    outputs = (("--json", args.json), ("--results", args.results))
+    check_outputs(outputs, overwrite=args.overwrite, inputs=[] if args.weights is None else [args.weights])
     checkpoint = find_checkpoint(args.weights, args.model)
     config = _configuration(args, checkpoint)
     if args.nproc is not None:
@@ -110,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
             )
         else:
             dataset, assigner = validation_dataset(config.data, args.split), None
-            predictor = _predictor(config, checkpoint, dataset, device, args.precision)
+            predictor = _predictor(args, config, checkpoint, dataset, device)
         source, checkpoint = None if checkpoint is None else checkpoint.source, None  # its training state is large
         evaluator = CocoEvaluator(
             dataset.coco, dataset.category_ids, backend="faster-coco-eval" if args.fast else "pycocotools"
@@ -140,13 +141,14 @@ def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> C
 
 
 def _predictor(
-    config: Config, checkpoint: Checkpoint, dataset: CocoInstances, device: torch.device, precision: str
+    args: argparse.Namespace, config: Config, checkpoint: Checkpoint, dataset: CocoInstances, device: torch.device
 ) -> Predictor:
     from solov2.build import build_compute, build_model
     from solov2.data.categories import class_difference, default_class_names
     from solov2.predict import Predictor
 
-    model = build_model(config, weights=checkpoint, device=device)
+    changes = model_settings(parse_overrides(args.set))
+    model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
     if len(model.class_names) != len(dataset.class_names):
         raise InputError(
             f"{checkpoint.source} has {len(model.class_names)} classes and {dataset.annotation_file} "
@@ -159,7 +161,7 @@ def _predictor(
             f"{class_difference(model.class_names, dataset.class_names)}; label by label they count as the same",
             stacklevel=1,
         )
-    compute = build_compute(config, device, precision)
+    compute = build_compute(config, device, args.precision)
     compute.place(model)
     return Predictor(model, compute)
 

@@ -73,7 +73,8 @@ def typed_name(name: str) -> str:
     script = Path(sys.argv[0])
     if script.parts[-2:] == ("solov2", "__main__.py"):
         return f"python -m solov2 {name}"
-    return script.name if _is_script_of(script, name) else f"solov2 {name}"
+    own = script.suffix == ".py" and script.stem != "__main__"  # one of ours or of the user's
+    return script.name if own or script.stem == f"solov2-{name}" else f"solov2 {name}"
 
 
 def own_command(name: str) -> list[str]:
@@ -81,11 +82,8 @@ def own_command(name: str) -> list[str]:
     script = Path(sys.argv[0])
     if script.stem == "solov2":
         return [sys.argv[0], name]
-    return [sys.argv[0]] if _is_script_of(script, name) else ["-m", "solov2", name]
-
-
-def _is_script_of(script: Path, name: str) -> bool:
-    return script.stem in (name, f"solov2-{name}")
+    whole = script.is_file() and script.stem != "__main__"  # a script, be it a user's own, does more than the command
+    return [sys.argv[0]] if whole else ["-m", "solov2", name]
 
 
 def _print_error(error: BaseException) -> None:

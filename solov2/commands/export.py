@@ -6,10 +6,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from solov2.commands.arguments import LIMITS, Parser, add_model_argument, add_shared_arguments, at_least, given
+from solov2.commands.arguments import (
+    LIMITS,
+    Parser,
+    add_model_argument,
+    add_shared_arguments,
+    at_least,
+    given,
+    model_settings,
+)
 from solov2.commands.exit import run_command
 from solov2.config import parse_overrides
-from solov2.outputs import check_output
+from solov2.outputs import check_outputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,14 +69,18 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.weights import find_checkpoint
 
     check_format(args.output)
-    check_output(args.output, "--output", overwrite=args.overwrite)
+    check_outputs([("--output", args.output)], overwrite=args.overwrite, inputs=[args.weights])
     checkpoint = find_checkpoint(args.weights, args.model)
-    config = resolve_config(args.model, checkpoint, parse_overrides(args.set))
-    model = build_model(config, weights=checkpoint, device=select_device(args.device), **given(args, LIMITS))
+    overrides = parse_overrides(args.set)
+    config = resolve_config(args.model, checkpoint, overrides)
+    changes = model_settings(overrides) | given(args, LIMITS)
+    device = select_device(args.device)
+    model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
     height, width = args.size
     program = export_program(model, (height, width), raw=args.raw, num_cells=args.cells)
     save_program(program, args.output, model.class_names)
-    found = "raw outputs" if args.raw else f"scores, labels, masks of {model.settings.max_instances} instances"
+    rows = model.settings.max_instances or model.settings.max_candidates
+    found = "raw outputs" if args.raw else f"scores, labels, masks of {rows} instances"
     print(
         f"{args.output} ({args.output.stat().st_size / 1e6:.0f} MB): pixels uint8 [B, 3, {height}, {width}], "
         f"sizes int64 [B, 2] -> {found}"

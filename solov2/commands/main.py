@@ -25,7 +25,7 @@ COMMANDS = {
     "models": "the models, their parameters and their published AP",
 }
 MODULES = {"eval": "evaluate"}  # of the commands that are not called like their module
-PATHS = ("ANNOTATIONS", "DIR", "FILE", "IN", "OUT", "SOURCE")  # metavars that a shell completes to files
+PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "IN", "OUT", "SOURCE")  # metavars that a shell completes to files
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         KeyboardInterrupt: after Ctrl-C where `argv` was given.
         SystemExit: after --help, --version.
     """
-    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = ["--help"] if words in ([], ["help"]) else words
     if words[0] not in COMMANDS:
         return run_command("", lambda _name: _front_parser(words[0]), _run, words)
     try:
@@ -89,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("completion scripts are made by shtab: pip install 'solov2[completion]'") from error
     parser = build_parser()
     for action in _actions(parser):
-        if action.metavar in PATHS:
+        if action.metavar in PATH_NAMES:
             action.complete = shtab.DIRECTORY if action.metavar == "DIR" else shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(parser, shell=args.print_completion))
     return 0

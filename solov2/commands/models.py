@@ -9,7 +9,7 @@ from typing import Any
 from solov2.commands.arguments import Parser, add_shared_arguments, text_stream
 from solov2.commands.exit import run_command
 from solov2.config import list_models, load_config
-from solov2.outputs import check_output, write_json
+from solov2.outputs import check_outputs, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def build_parser(typed: str = "solov2 models") -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_output(args.json, "--json", overwrite=args.overwrite)
+    check_outputs([("--json", args.json)], overwrite=args.overwrite)
     rows = [_describe(name) for name in list_models()]
     lines = [f"{'model':<30}{'parameters':>12}{'input':>14}{'published mask AP':>20}"]
     for row in rows:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from solov2.commands.arguments import LIMITS, Parser, add_shared_arguments, given, text_stream
+from solov2.commands.arguments import LIMITS, Parser, add_shared_arguments, given, model_settings, text_stream
 from solov2.commands.exit import run_command
 from solov2.config import parse_overrides
 from solov2.errors import InputError
-from solov2.outputs import check_output, write_json
+from solov2.outputs import check_outputs, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from solov2.models.solov2 import SOLOv2
     from solov2.predict import Predictor
 
+SCORE_THRESHOLD = 0.3
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")  # other inputs are drawn as PNG
 
@@ -61,10 +62,14 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         "--batch-size",
         "--set",
         "--overwrite",
-        notes={"--config": "default: what the checkpoint says", "--max-instances": "default: the model's own"},
+        notes={
+            "--config": "default: what the checkpoint says",
+            "--max-instances": "default: the model's own",
+            "--score-threshold": f"default: model.score_threshold of --set, else {SCORE_THRESHOLD}",
+        },
         required=("--weights",),
     )
-    parser.set_defaults(score_threshold=0.3, batch_size=1, precision="float32")
+    parser.set_defaults(batch_size=1, precision="float32")
     return parser
 
 
@@ -74,12 +79,19 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.predict import Predictor
     from solov2.weights import find_checkpoint
 
+    if args.output.exists() and not args.output.is_dir():
+        raise InputError(f"--output {args.output}: this is a file; name a folder for the pictures")
     jobs = plan_outputs(find_images(args.images), args.output, overwrite=args.overwrite)
-    check_output(args.results, "--results", overwrite=args.overwrite)
+    files = [args.weights, *(path for job in jobs for path in job)]
+    check_outputs([("--results", args.results)], overwrite=args.overwrite, inputs=files)
     checkpoint = find_checkpoint(args.weights, args.model)
-    config = resolve_config(args.model, checkpoint, parse_overrides(args.set))
+    overrides = parse_overrides(args.set)
+    if args.score_threshold is None and "model.score_threshold" not in overrides:
+        args.score_threshold = SCORE_THRESHOLD
+    config = resolve_config(args.model, checkpoint, overrides)
     device = select_device(args.device)
-    model = build_model(config, weights=checkpoint, device=device, **given(args, LIMITS))
+    changes = model_settings(overrides) | given(args, LIMITS)
+    model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
     return _predict_all(model, Predictor(model, Compute(device, args.precision)), jobs, args)
 
 
@@ -174,7 +186,7 @@ def _predict_all(
                 drawn = draw_instances(pixels, result, model.class_names, score_threshold=0.0)
                 drawn.save(picture, quality=95, subsampling=0)  # JPEG's usual half-resolution color blurs the labels
                 entries += coco_entries(number + 1, str(image), result, model)
-                line = _report(image, picture, result["labels"].tolist(), model.class_names, args)
+                line = _report(image, picture, result["labels"].tolist(), model)
                 progress.write(line, file=text_stream(args.results))
             progress.update(len(batch))
     if args.results is not None:
@@ -197,11 +209,10 @@ def _read(jobs: Sequence[tuple[Path, Path]], batch: range) -> Iterator[tuple[int
             tqdm.write(f"error: {error}", file=sys.stderr)
 
 
-def _report(
-    image: Path, picture: Path, labels: Sequence[int], class_names: Sequence[str], args: argparse.Namespace
-) -> str:
+def _report(image: Path, picture: Path, labels: Sequence[int], model: SOLOv2) -> str:
     if not labels:
-        return f"{image}: nothing found at score {args.score_threshold:g} or above, picture unchanged -> {picture}"
-    counts = Counter(class_names[label] for label in labels)
+        lowest = model.settings.score_threshold
+        return f"{image}: nothing found at score {lowest:g} or above, picture unchanged -> {picture}"
+    counts = Counter(model.class_names[label] for label in labels)
     found = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     return f"{image}: {found} -> {picture}"

@@ -11,14 +11,22 @@ from solov2.commands.arguments import (
     Parser,
     add_data_arguments,
     add_model_argument,
+    add_setting,
     add_shared_arguments,
-    choices,
     data_places,
     given,
 )
 from solov2.commands.exit import own_command, run_command
 from solov2.config import parse_overrides
 
+SETTINGS = (
+    ("--epochs",),
+    ("--learning-rate", "--lr"),
+    ("--accumulate",),
+    ("--optimizer",),
+    ("--evaluate-every",),
+    ("--seed",),
+)
 FLAGS = {
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
@@ -60,16 +68,8 @@ def build_parser(typed: str = "solov2 train") -> Parser:
         metavar="FILE",
         help="go on with a checkpoint; without FILE with the newest of the run folder that can be read (default: no)",
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help=f"passes over the training images ({recipe})")
-    parser.add_argument(
-        "--learning-rate", "--lr", type=float, metavar="X", help=f"for the configuration's reference batch ({recipe})"
-    )
-    parser.add_argument("--accumulate", type=int, metavar="N", help=f"batches per optimizer step ({recipe})")
-    parser.add_argument("--optimizer", choices=choices("optimizer"), help=f"update rule ({recipe})")
-    parser.add_argument(
-        "--evaluate-every", type=int, metavar="N", help=f"epochs between evaluations, 0 for none ({recipe})"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help=f"of weights and augmentation ({recipe})")
+    for flags in SETTINGS:
+        add_setting(parser, *flags, default="the configuration's")
     parser.add_argument(
         "--deterministic",
         action="store_const",
@@ -97,7 +97,7 @@ def build_parser(typed: str = "solov2 train") -> Parser:
             "--weights": "default: ImageNet's backbone",
             "--precision": recipe,
             "--batch-size": recipe,
-            "--workers": recipe,
+            "--workers": "of each process; default: the configuration's",
             "--overwrite": "the whole run folder; default: no",
         },
     )

@@ -90,9 +90,8 @@ def require_data(data: DataConfig, *, splits: Sequence[str]) -> None:
                     f"no data: {path} does not exist. "
                     "For COCO, unpack http://images.cocodataset.org/zips/train2017.zip, "
                     ".../zips/val2017.zip and .../annotations/annotations_trainval2017.zip below data/coco or name "
-                    "another folder with --data-root; for your own data give --train-annotations, --train-images, "
-                    "--val-annotations and --val-images; to see training work without any data, run: python train.py "
-                    "configs/quickstart.yaml"
+                    "another folder with --data; training and evaluation take your own data by --train-annotations, "
+                    "--train-images, --val-annotations and --val-images; the model quickstart generates its own"
                 )
 
 

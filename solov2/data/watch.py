@@ -31,7 +31,7 @@ def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, An
     """The loader's batches; a loading process that hangs or dies is an error that names its images.
 
     For the main thread only: it is woken by signals. torch's own handler of SIGCHLD, which raises wherever the main
-    thread is, is taken off.
+    thread is, is taken off for good; loaders of others then learn of a dead process within five seconds.
 
     Args:
         loader: made by `solov2.data.build`.
@@ -88,8 +88,8 @@ def _waiting(loader: DataLoader) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY if loader.num_workers else 0, LOOK_EVERY)
         yield
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, before)
 
 

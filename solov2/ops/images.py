@@ -22,6 +22,7 @@ from solov2.errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb: 512 MiB of RGB
 
+TOLERANCE = 1e-3  # of float images, whose values resizing may push a little beyond 0..1
 _HIGH_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # one channel of 16 bits; "I" is how older Pillow opens it
 _NO_RULE = ("F", "LAB")  # floats have no fixed range, and Pillow does not convert LAB
 _SCRIPTS = ("EPS", "WMF")  # formats that Pillow hands to another program
@@ -165,7 +166,7 @@ def _gray_levels(pixels: Tensor) -> Tensor:
         return pixels
     pixels = pixels.float()
     low, high = (bound.item() for bound in pixels.aminmax())
-    if not (low >= 0 and high <= 1):  # nor with a NaN, which both bounds are then
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # nor with a NaN, which both bounds are then
         found = "NaN" if math.isnan(low) else f"values from {low:.8g} to {high:.8g}"
         raise InputError(f"a float image has values in 0..1, this one has {found}; divide 0..255 by 255 or pass uint8")
-    return (pixels * 255).round().to(torch.uint8)
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
