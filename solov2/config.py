@@ -197,7 +197,7 @@ def replace_model(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelCon
     known = [entry.name for entry in dataclasses.fields(ModelConfig)]
     for key in overrides:
         if key not in known:
-            raise _unknown(key, SETTING_NAMES)
+            raise _unknown(key, [*known, *(name for name in SETTING_NAMES if not name.startswith("model."))])
     return dataclasses.replace(config, **overrides)
 
 

@@ -182,7 +182,7 @@ def test_unknown_names_list_close_ones():
         load_config("solov2_r50_fpn")
     with pytest.raises(InputError, match="does not exist"):
         load_config("missing.yaml")
-    with pytest.raises(InputError, match="did you mean model.score_threshold"):
+    with pytest.raises(InputError, match="did you mean score_threshold"):
         replace_model(ModelConfig(), {"score_treshold": 0.3})
     with pytest.raises(InputError, match="section.key=value"):
         load_config("quickstart", ["epochs"])
