@@ -25,10 +25,11 @@ class BuildWithConfigurations(build_py):
 FAST = ["faster-coco-eval>=1.8"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # ONNX alone; .pt2 needs nothing further
+DOCS = ["mkdocs-material>=9.5"]
 COMPLETION = ["shtab>=1.7"]
 SUPERVISION = ["supervision>=0.25"]
 # setuptools builds the wheel that tests/test_packaging.py looks into
-TEST = ["pytest>=8.0", "hypothesis>=6.100", "setuptools>=77", "torchmetrics>=1.4", *FAST, *SUPERVISION]
+TEST = ["pytest>=8.0", "hypothesis>=6.100", "setuptools>=77", "torchmetrics>=1.4", *FAST, *SUPERVISION, *COMPLETION]
 
 setup(
     name="solov2",
@@ -36,6 +37,7 @@ setup(
     description="SOLOv2 instance segmentation in pure PyTorch: train, evaluate, benchmark and predict.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    url="https://arxiv.org/abs/2003.10152",
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["instance segmentation", "SOLOv2", "PyTorch", "COCO"],
@@ -45,7 +47,12 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["solov2", "solov2.*"]),
@@ -65,7 +72,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.9", "import-linter>=2.3", "mypy>=1.15", "types-PyYAML", "types-tqdm"],
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "ruff>=0.9", "import-linter>=2.3", "mypy>=1.15", "types-PyYAML", "types-tqdm"],
         "fast": FAST,
         "tensorboard": TENSORBOARD,
         "export": EXPORT,

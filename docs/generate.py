@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from solov2.commands.arguments import Parser
 from solov2.commands.main import COMMANDS, command_module
 from solov2.config import SECTIONS
 from solov2.settings import Settings, rules
+
+FOLDER = Path(__file__).parent
 
 CONFIGURATION = """\
 # Configuration
@@ -116,13 +120,27 @@ def _invocation(action: argparse.Action) -> str:
     return f"{', '.join(action.option_strings)} {several}".strip()
 
 
-PAGES = {"configuration.md": configuration_page, "commands.md": commands_page}
+def walk_page() -> str:
+    """how_it_works.md with the lines at which its names are defined now."""
+    text = (FOLDER / "how_it_works.md").read_text(encoding="utf-8")
+    return re.sub(r"`([\w.]+)` \(([\w/]+\.py):\d+\)", _with_line, text)
+
+
+def _with_line(anchor: re.Match[str]) -> str:
+    name, path = anchor.groups()
+    scope: ast.AST = ast.parse((FOLDER.parent / path).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        scope = next(node for node in ast.iter_child_nodes(scope) if getattr(node, "name", None) == part)
+    return f"`{name}` ({path}:{getattr(scope, 'lineno')})"  # noqa: B009  (a node in general has none)
+
+
+PAGES = {"configuration.md": configuration_page, "commands.md": commands_page, "how_it_works.md": walk_page}
 
 
 def main() -> None:
     """Write every page."""
     for name, page in PAGES.items():
-        (Path(__file__).parent / name).write_text(page(), encoding="utf-8")
+        (FOLDER / name).write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

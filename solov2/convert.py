@@ -116,7 +116,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
         convolutions say, or DCNv1).
 
     Raises:
-        ValueError: the family is not recognised, or names fit no rule; the sentence lists them.
+        ValueError: the family is not recognized, or names fit no rule; the sentence lists them.
     """
     family = next((family for family, sign in SIGNS.items() if sign in state_dict), None)
     if family is None:

@@ -19,7 +19,7 @@ class Predictor:
     Args:
         model: a `SOLOv2`, known by its `normalize`, `forward` and `postprocess` alone; put into evaluation mode.
         compute: where and how the network runs; the model is there already.
-        mask_format: "bool" for planes, "rle" for COCO's run lengths.
+        mask_format: "bool" for planes, "rle" for COCO's RLE.
         score_threshold, max_instances: of post-processing; None keeps the model's own.
     """
 

@@ -1,4 +1,4 @@
-"""Names to models, weights into models, and what is said when they do not fit."""
+"""Names to models, weights into models, and the sentences for those that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO annotations: which become instances, how masks are read, and what is said about broken files."""
+"""COCO annotations: which become instances, how masks are read, and the sentences for broken files."""
 
 from __future__ import annotations
 

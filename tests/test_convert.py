@@ -1,4 +1,4 @@
-"""Files of every family: each name becomes ours, what differs is carried, and what does not fit is said."""
+"""Files of every family: each name becomes ours, what differs is carried, and what does not fit is named."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def load(source: Path | dict[str, Any]) -> COCO:
 
 
 def rectangles(corners: torch.Tensor) -> torch.Tensor:
-    """Masks bool[N,SIZE,SIZE] of boxes i64[N,4]."""
+    """Masks bool [N, SIZE, SIZE] of boxes int64 [N, 4]."""
     masks = torch.zeros(len(corners), SIZE, SIZE, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, corners.tolist(), strict=True):
         mask[y0:y1, x0:x1] = True

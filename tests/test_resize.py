@@ -53,7 +53,7 @@ def test_sizes_stay_positive_and_padding_takes_a_divisor():
 
 
 @pytest.mark.parametrize("name", ["up", "down", "slight", "none"])
-def test_image_is_within_one_grey_level_of_opencv(images, name):
+def test_image_is_within_one_gray_level_of_opencv(images, name):
     expected = images[name].int()
     resized = resize_image(images["image"], tuple(expected.shape[1:]))
     assert resized.dtype == torch.uint8

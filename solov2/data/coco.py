@@ -1,7 +1,7 @@
 """COCO instance annotations as a data set of samples.
 
-sample  image u8[3,H,W] RGB | boxes f32[N,4] xyxy | labels i64[N] | masks u8[N,H,W] | extents i64[N,4] xyxy, outside of
-        which the masks are 0, so that nobody has to look there | image_id int | original_size (h, w)
+sample  image uint8 [3, H, W] RGB | boxes float32 [N, 4] xyxy | labels int64 [N] | masks uint8 [N, H, W]
+        extents int64 [N, 4] xyxy, outside of which the masks are 0 | image_id int | original_size (h, w)
 
 Which annotations become instances follows mmdetection (its `CocoDataset.parse_data_info`); width and height of the JSON
 decide, and EXIF rotation is not applied, because annotations are drawn on the stored pixels.

@@ -1,7 +1,7 @@
 """Batches: padding and target assignment in the workers, samplers, and the DataLoader around them.
 
-batch  pixels u8[B,3,H,W] RGB, zero-padded bottom/right | sizes i64[B,2] (h, w) before padding | original_sizes i64[B,2]
-       | image_ids list[int] | targets (what `assign_targets` returns; absent without it)
+batch  pixels uint8 [B, 3, H, W] RGB, zero-padded bottom/right | sizes int64 [B, 2] (h, w) before padding
+       original_sizes int64 [B, 2] | image_ids list[int] | targets (what `assign_targets` returns; absent without it)
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def build_loader(
         dataset: indexed with what the sampler yields.
         collate: samples -> batch, called in the workers.
         workers: processes that load, kept alive between epochs; 0 loads in this process.
-        timeout: seconds to wait for a batch of the workers before it is an error; 0 waits for ever.
+        timeout: seconds to wait for a batch of the workers before it is an error; 0 waits forever.
         pin_memory: batches lie where an accelerator can fetch them by itself.
     """
     batching: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}

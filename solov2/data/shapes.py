@@ -271,7 +271,7 @@ def _draw_crowd(canvas: np.ndarray, random: np.random.Generator) -> tuple[np.nda
 
 
 def _background(random: np.random.Generator, size: int) -> np.ndarray:
-    """A soft two-colour gradient with waves and grain, float32 [size, size, 3] in 0..255."""
+    """A soft two-color gradient with waves and grain, float32 [size, size, 3] in 0..255."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, frequency = random.uniform(0, 2 * math.pi), random.uniform(2, 7)
     along = math.cos(angle) * x + math.sin(angle) * y
@@ -291,16 +291,16 @@ PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _paint(canvas: np.ndarray, shape: dict[str, Any], random: np.random.Generator) -> None:
-    """Fill the shape's mask with a colour and its class's pattern, at a random turn and contrast."""
+    """Fill the shape's mask with a color and its class's pattern, at a random turn and contrast."""
     rows, columns = np.nonzero(shape["mask"])
     angle = random.uniform(0, 2 * math.pi)
     x, y = (columns - shape["center"][0]) / shape["side"], (rows - shape["center"][1]) / shape["side"]
     pattern = PATTERNS[shape["name"]](
         x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     )
-    colour = random.uniform(20, 235, 3)
+    color = random.uniform(20, 235, 3)
     contrast = random.uniform(25, 60)
-    canvas[rows, columns] = colour + contrast * pattern[:, None]
+    canvas[rows, columns] = color + contrast * pattern[:, None]
 
 
 def _finish(canvas: np.ndarray, random: np.random.Generator) -> np.ndarray:

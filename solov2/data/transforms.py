@@ -19,7 +19,7 @@ Sample = dict[str, Any]
 
 
 def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Resize to `size` (h, w): image bilinearly, masks by nearest neighbour, boxes by the factors and then clipped."""
+    """Resize to `size` (h, w): image bilinearly, masks by nearest neighbor, boxes by the factors and then clipped."""
     return {
         **sample,
         "image": resize_image(sample["image"], size),
@@ -158,6 +158,6 @@ class TransformedDataset(Dataset):
 
 
 def seeded_generator(*values: int) -> torch.Generator:
-    """A generator on the host whose seed is a 64-bit hash of integers: neighbouring values give unrelated streams."""
+    """A generator on the host whose seed is a 64-bit hash of integers: neighboring values give unrelated streams."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

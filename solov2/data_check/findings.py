@@ -102,9 +102,9 @@ class CheckSettings:
 class Instances(NamedTuple):
     """Usable instances of one image as training at the largest size sees them; one entry each.
 
-    image_size i64[N, 2] (h, w) of the file | ids, labels i64[N] | scales f64[N], sqrt(box area) in pixels of the
-    resized image | centers f64[N, 2], (y, x) of the centre of mass as a share of the padded image | cells i64[N],
-    positive cells of all levels | hidden bool[N], all of them are claimed by later instances too
+    image_size int64 [N, 2] (h, w) of the file | ids, labels int64 [N] | scales float64 [N], sqrt(box area) in pixels of
+    the resized image | centers float64 [N, 2], (y, x) of the center of mass as a share of the padded image
+    cells int64 [N], positive cells of all levels | hidden bool [N], whether later instances claim all of them too
     """
 
     image_size: np.ndarray
@@ -184,7 +184,7 @@ def pixel_remarks(header: ImageHeader) -> Iterator[tuple[str, str]]:
     if header.deep:
         yield "16 bit", "has 16 bits per channel, of which the upper eight are kept: rescale it first if it is dark"
     if header.mode == "CMYK":
-        yield "CMYK", "is CMYK and is converted to RGB without a colour profile"
+        yield "CMYK", "is CMYK and is converted to RGB without a color profile"
     if header.mode in _GRAY:
         yield "gray", "is grayscale: the value is repeated in three channels"
     if header.mode in _ALPHA:
@@ -327,7 +327,7 @@ def _assign(
     new_size: tuple[int, int],
     assign: Callable[[Sequence[dict[str, Tensor]], tuple[int, int]], dict[str, Any]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(cell, instance) i64[P, 2], centres f64[N, 2] as a share of the padded image, whether a stride-4 mask is set."""
+    """(cell, instance) int64 [P, 2], centers float64 [N, 2] as a share of the padded image, whether a mask is set."""
     padded = padded_size(new_size)
     extent = torch.tensor(padded, dtype=torch.float64)
     positives, centers, drawn = [torch.zeros(0, 2).long()], [torch.zeros(0, 2).double()], [torch.zeros(0).bool()]

@@ -21,11 +21,11 @@ BORDER_QUANTILES = (0.44, 0.65, 0.83, 0.96)
 PUBLISHED_BORDERS = (68, 136, 272, 543)
 PUBLISHED_CELLS = (800 / 40, 800 / 36, 800 / 24, 800 / 16, 800 / 12)  # px
 MIN_INSTANCES = 20  # for a suggestion
-CROWDED = 0.06  # share of instances whose centre cells are all shared; the published grids leave 3 to 5 % there
+CROWDED = 0.06  # share of instances whose center cells are all shared; the published grids leave 3 to 5 % there
 
 
 def join(checks: Sequence[ImageCheck]) -> tuple[Instances, np.ndarray]:
-    """The instances of all images one after another, and the index of each one's image, i64[N]."""
+    """The instances of all images one after another, and the index of each one's image, int64 [N]."""
     parts = [check.instances for check in checks]
     images = np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts])
     if not parts:
@@ -72,7 +72,7 @@ def suggest(instances: Instances, images: np.ndarray, config: Config) -> dict[st
 
     Args:
         instances: of all images, at the largest training size of `config`.
-        images: i64[N], index of the image of each instance.
+        images: int64 [N], index of the image of each instance.
         config: says at which size they were measured.
 
     Returns:
@@ -120,9 +120,9 @@ def suggest_grids(
     """Grids whose cells are to the instances what the published ones are to COCO's; finer where instances crowd.
 
     Args:
-        scales: f64[N], centers: f64[N, 2] as in `Instances`, images: i64[N].
+        scales: float64 [N], centers: float64 [N, 2] as in `Instances`, images: int64 [N].
         short: short edge of the input.
-        borders: middles of the overlaps of neighbouring ranges.
+        borders: middles of the overlaps of neighboring ranges.
         ranges: (low, high) per level.
     """
     ratios = [borders[0] / PUBLISHED_BORDERS[0], *(new / old for new, old in zip(borders, PUBLISHED_BORDERS))]
@@ -143,7 +143,7 @@ def crowded_share(
     grids: Sequence[int],
     ranges: Sequence[Sequence[float]],
 ) -> float:
-    """Share of instances whose centre shares its cell with another's on every level that sees them."""
+    """Share of instances whose center shares its cell with another's on every level that sees them."""
     alone, seen = np.zeros(len(scales), dtype=bool), np.zeros(len(scales), dtype=bool)
     for grid, (low, high) in zip(grids, ranges):
         chosen = np.flatnonzero((scales >= low) & (scales <= high))
@@ -160,8 +160,8 @@ def unseen_by_range(boxes: np.ndarray, image_sizes: np.ndarray, model: ModelConf
     """Instances whose size lies in no scale range at any training size, bool [N].
 
     Args:
-        boxes: f64[N, 4] xyxy in pixels of the image.
-        image_sizes: i64[N, 2], (h, w) of the image of each.
+        boxes: float64 [N, 4] xyxy in pixels of the image.
+        image_sizes: int64 [N, 2], (h, w) of the image of each.
         model: its scale ranges.
         data: its training sizes.
     """

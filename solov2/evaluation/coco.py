@@ -82,8 +82,8 @@ class CocoEvaluator:
 
         Args:
             image_ids: one id per result.
-            results: per image `scores` f32[N], `labels` i64[N], `boxes` f32[N,4] xyxy with the maximum exclusive, and
-                `masks`, either bool[N,H,W] at the original size or a list of N RLE dicts.
+            results: per image `scores` float32 [N], `labels` int64 [N], `boxes` float32 [N, 4] xyxy with the maximum
+                exclusive, and `masks`, either bool [N, H, W] at the original size or a list of N RLE.
 
         Raises:
             InputError: an image id that the annotation file does not have, or a label without a category.

@@ -57,8 +57,8 @@ def oracle_raw(
     would reach with zero loss. A low figure says that grids, scale ranges or input size do not suit the data.
 
     Args:
-        targets: `category` i64[B, sum S^2] with background = num_classes; `positives` i64[P,3] of (image, cell in the
-            concatenated levels, instance over the batch); `masks` u8[N,H/4,W/4].
+        targets: `category` int64 [B, sum S^2] with background = num_classes; `positives` int64 [P, 3] of (image, cell
+            in the concatenated levels, instance over the batch); `masks` uint8 [N, H/4, W/4].
         batch_size: B.
         grid_sizes: S of each level.
         num_classes: C.

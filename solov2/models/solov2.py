@@ -234,7 +234,7 @@ class SOLOv2(nn.Module):
             max_instances: maximum number of instances per image, 0 for all; default the model's own (100).
             batch_size: images per forward pass. Images of one batch share its padding, which shifts the grids a little:
                 1 gives the published behavior.
-            mask_format: "bool" for planes; "rle" for COCO's run lengths, which never make the planes (100 masks of a
+            mask_format: "bool" for planes; "rle" for COCO's RLE, which never make the planes (100 masks of a
                 12-megapixel photograph are 1.2 GB).
 
         Returns:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def coordinate_channels(height: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normalised pixel coordinates of a feature map, [1, 2, H, W]: x then y, both from -1 to 1 with the ends included.
+    """Normalized pixel coordinates of a feature map, [1, 2, H, W]: x then y, both from -1 to 1 with the ends included.
 
     Computed in float32 and then cast, as the reference does, so that float64 runs agree with it.
     """

@@ -100,7 +100,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
 def pil_to_tensor(image: Image.Image) -> Tensor:
     """Pixels of a PIL image as RGB, without EXIF rotation: what is seen is what was passed.
 
-    Gray is repeated. Alpha is dropped, not composited: colours stay those of the file, as in cv2.imread. 16-bit gray
+    Gray is repeated. Alpha is dropped, not composited: colors stay those of the file, as in cv2.imread. 16-bit gray
     keeps its upper eight bits (mode "I" is taken for 16 bits). CMYK and palettes go through Pillow's conversion.
 
     Returns:

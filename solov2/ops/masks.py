@@ -1,4 +1,4 @@
-"""Binary masks: boxes, centres of mass, and the three ways in which COCO writes a segmentation.
+"""Binary masks: boxes, centers of mass, and the three ways in which COCO writes a segmentation.
 
 A COCO segmentation is a list of polygons [x0, y0, x1, y1, ...], or {"size": [h, w], "counts": ...} with run lengths as
 a list (uncompressed) or as a string (compressed). Runs go down the columns and start with background.
@@ -49,10 +49,10 @@ def _first_and_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def centers_of_mass(masks: Tensor, extents: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres of uint8 masks of 0 and 1 [N, h, w]: (y, x, area), in pixel indices (no half pixel added).
+    """Centers of uint8 masks of 0 and 1 [N, h, w]: (y, x, area), in pixel indices (no half pixel added).
 
     Sums are integers and divided once in float32, as in mmdetection, because the cell of an instance depends on the
-    last bit. An empty mask has the centre 0, 0.
+    last bit. An empty mask has the center 0, 0.
 
     Args:
         masks: uint8 [N, h, w].

@@ -2,7 +2,7 @@
 
 The reference interpolates every probability map twice as a whole: to the padded input, of which the image's corner is
 kept, and from there to the photograph. Both steps are linear and separable, so together they are one small matrix per
-axis, of at most three neighbouring source pixels per target pixel; and since a target pixel is a convex combination of
+axis, of at most three neighboring source pixels per target pixel; and since a target pixel is a convex combination of
 its sources, it can exceed the threshold only where one of them does.
 """
 
@@ -23,7 +23,7 @@ STRIDE = 4  # of the mask features
 
 
 class Axis:
-    """The two interpolations along one axis as a matrix [target, source], zero but for three neighbours per row.
+    """The two interpolations along one axis as a matrix [target, source], zero but for three neighbors per row.
 
     Args:
         source: cells of the mask features.
@@ -33,8 +33,8 @@ class Axis:
     """
 
     def __init__(self, source: int, inside: int, target: int, dtype: torch.dtype, device: torch.device) -> None:
-        near, far, far_share = _neighbours(target, inside, dtype)  # photograph -> input
-        low, high, high_share = _neighbours(STRIDE * source, source, dtype)  # input -> mask features
+        near, far, far_share = _neighbors(target, inside, dtype)  # photograph -> input
+        low, high, high_share = _neighbors(STRIDE * source, source, dtype)  # input -> mask features
         matrix = np.zeros((target, source))
         rows = np.arange(target)
         for pixel, share in ((near, 1 - far_share), (far, far_share)):
@@ -53,8 +53,8 @@ class Axis:
         return int(self.first[start]), int(self.last[stop - 1]) + 1
 
 
-def _neighbours(target: int, source: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bilinear interpolation without aligned corners: both neighbours of each target pixel, and the second's share.
+def _neighbors(target: int, source: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bilinear interpolation without aligned corners: both neighbors of each target pixel, and the second's share.
 
     Positions are rounded as `torch.nn.functional.interpolate` rounds them: in float32, scale times position minus half
     in one step. At the far end of a photograph that is a ten thousandth of a pixel away from the exact position.

@@ -29,7 +29,7 @@ def padded_size(size: tuple[int, int], divisor: int = 32) -> tuple[int, int]:
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize uint8 [3, h, w] to uint8 [3, H, W], bilinear and without antialiasing, as OpenCV does.
 
-    OpenCV rounds its fixed-point weights differently: about one value in five differs, by 1 grey level at most.
+    OpenCV rounds its fixed-point weights differently: about one value in five differs, by 1 gray level at most.
     Interleaved memory (what `read_image` gives) is twice as fast as planes; the result has the layout of the input.
     """
     if tuple(image.shape[1:]) == tuple(size):
@@ -38,10 +38,10 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int], extents: Tensor | None = None) -> Tensor:
-    """Resize uint8 [N, h, w] on the host to uint8 [N, H, W] by nearest neighbour.
+    """Resize uint8 [N, h, w] on the host to uint8 [N, H, W] by nearest neighbor.
 
     Source index = floor(i * scale) in double precision (OpenCV's INTER_NEAREST); torch's "nearest" computes in
-    float32 and picks the other neighbour now and then.
+    float32 and picks the other neighbor now and then.
 
     `extents`, int64 [N, 4] as x1, y1, x2, y2, maximum exclusive, are boxes outside of which the masks are known to be
     0; None looks for them.
@@ -73,7 +73,7 @@ def resize_extents(extents: Tensor, size: tuple[int, int], new_size: tuple[int, 
 def quarter_masks(masks: Tensor, size: tuple[int, int] | None = None, extents: Tensor | None = None) -> Tensor:
     """Masks of 0 and 1, uint8 [N, h, w] on the host, at a quarter of the resolution: uint8 [N, *size].
 
-    Zero-padded to multiples of 4; a pixel is 1 where at least two of the four centre pixels of its 4x4 block are 1.
+    Zero-padded to multiples of 4; a pixel is 1 where at least two of the four center pixels of its 4x4 block are 1.
     That is OpenCV's bilinear resize of uint8 by 1/4, which makes the mask targets of mmdetection.
 
     Args:

@@ -247,7 +247,7 @@ def _workload(
 
 
 def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[str, Any]:
-    """Warm up, queue steps and wait once; a step that does not fit into memory is said and ends nothing."""
+    """Warm up, queue steps and wait once; a step that does not fit into memory is logged and ends nothing."""
     on_cpu = device.type == "cpu"
     warmup, count = (1, 2) if on_cpu else (5, 20)
     try:
