@@ -48,7 +48,9 @@ def test_compiled_and_exported_graphs_hold_no_span() -> None:
         graphs.append(module.graph)
         return module.forward
 
-    with torch.no_grad(), torch._dynamo.config.patch(capture_profiler_record_function=True):  # it drops them otherwise
+    # Under a profiler, as a user may compile; dynamo drops its operations unless it is told to capture them.
+    running = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with running, torch.no_grad(), torch._dynamo.config.patch(capture_profiler_record_function=True):
         torch.compile(model.forward, backend=keep)(images)
         graphs.append(torch.export.export(model, (images,)).graph)
     assert len(graphs) == 2 and all("conv" in targets_of(graph) for graph in graphs)

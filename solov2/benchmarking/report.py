@@ -124,8 +124,8 @@ def _run_apart(command: Sequence[str]) -> Report:
             [*command, "--json", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         try:
-            _, said = process.communicate()
-        except BaseException:  # a launcher takes its workers along only where it is asked to end
+            _, errors = process.communicate()
+        except BaseException:  # a launcher that is killed leaves its workers running; asked to end, it ends them
             process.terminate()
             process.wait()
             raise
@@ -133,6 +133,6 @@ def _run_apart(command: Sequence[str]) -> Report:
             return json.loads(path.read_text(encoding="utf-8"))
     if process.returncode < 0:
         return {"error": f"ended by signal {-process.returncode}, most likely for want of memory"}
-    lines = said.strip().splitlines()
+    lines = errors.strip().splitlines()
     named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return {"error": [*named, *lines[-1:], f"exit code {process.returncode}"][0]}

@@ -55,7 +55,7 @@ def measure_workload(mode: str, workload: Workload, show: Callable[[str], object
     config, compute = workload.config, workload.compute
     asked = ("batch_size", "instances", "candidates", "warmup", "data_root")
     modes = {"data": measure_loading, "infer": measure_inference, "train": measure_training}  # its files may be broken
-    with _memory_errors_told(config.name):  # loading multiplies nothing, so it has no peak
+    with _named_memory_errors(config.name):  # loading multiplies nothing, so it has no peak
         peak = None if mode == "data" else convolution_peak(compute.device, compute.precision)
         report: dict[str, Any] = {
             "environment": environment(compute.device),
@@ -73,7 +73,8 @@ def measure_workload(mode: str, workload: Workload, show: Callable[[str], object
 
 
 @contextlib.contextmanager
-def _memory_errors_told(name: str) -> Iterator[None]:
+def _named_memory_errors(name: str) -> Iterator[None]:
+    """Out of memory as an InputError that names the model and the ways out."""
     try:
         yield
     except RuntimeError as error:

@@ -18,7 +18,16 @@ from solov2.settings import Rule, rules
 from solov2.suggestions import did_you_mean
 
 DATA_PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
-LIMITS = {name: name for name in ("score_threshold", "max_instances")}  # flags -> settings of post-processing
+LIMITS = {name: name for name in ("score_threshold", "max_instances")}  # flag -> setting of post-processing
+RUN_FLAGS = (
+    "--nproc",
+    "--device",
+    "--precision",
+    "--batch-size",
+    "--workers",
+    "--set",
+    "--overwrite",
+)  # train and eval
 Number = TypeVar("Number", int, float)
 
 
@@ -52,11 +61,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text that does not name it."""
+    """Adds the default to a help text that does not name it; only the text can say what None stands for."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if not action.option_strings or action.required or "default" in text or action.default == argparse.SUPPRESS:
+        if not action.option_strings or "default" in text or action.default in (None, argparse.SUPPRESS):
             return text
         if not action.default:
             return f"{text} (default: {'no' if action.nargs == 0 else 'none'})"
@@ -127,8 +136,11 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": ("H", "W"),
         "help": "network input in pixels, multiples of 32",
     },
-    "--json": {"metavar": "FILE", "help": "write the report as JSON; - is the screen"},
-    "--results": {"metavar": "FILE", "help": "write the instances in COCO's results format; - is the screen"},
+    "--json": {"metavar": "FILE", "help": "write the report as JSON; - is the screen (default: none)"},
+    "--results": {
+        "metavar": "FILE",
+        "help": "write the instances in COCO's results format; - is the screen (default: none)",
+    },
     "--overwrite": {"action": "store_true", "help": "replace files that are there already"},
     "--set": {
         "action": "append",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from solov2.commands.arguments import (
+    RUN_FLAGS,
     Parser,
     add_data_arguments,
     add_model_argument,
@@ -59,13 +60,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         "--weights",
         "--json",
         "--results",
-        "--nproc",
-        "--device",
-        "--precision",
-        "--batch-size",
-        "--workers",
-        "--set",
-        "--overwrite",
+        *RUN_FLAGS,
         notes={
             "--weights": "required, except with --oracle; default: none",
             "--batch-size": "default: 1, at which an image has its own padding",

@@ -89,8 +89,8 @@ def own_command(name: str) -> list[str]:
 def _print_error(error: BaseException) -> None:
     """Of several processes that make the same mistake, one prints it.
 
-    A launcher ends the others as soon as one has ended, so rank 0 speaks at once and the others wait for their end; a
-    rank that is alone with its error speaks after the wait.
+    A launcher ends all processes as soon as one has ended. So rank 0 prints at once, and the others wait to be ended; a
+    rank that is alone with its error prints it after the wait.
     """
     if not _speaks():
         time.sleep(HEAD_START + STAGGER * int(os.environ.get("LOCAL_RANK", 0)))

@@ -66,7 +66,10 @@ def build_parser(typed: str = "solov2") -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"solov2 {__version__}", help="print the version")
     parser.add_argument(
-        "--print-completion", choices=SHELLS, metavar="SHELL", help=f"print a completion script for {', '.join(SHELLS)}"
+        "--print-completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print a completion script for {', '.join(SHELLS)} (default: none)",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, purpose in COMMANDS.items():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from solov2.commands.arguments import (
+    RUN_FLAGS,
     Parser,
     add_data_arguments,
     add_model_argument,
@@ -86,13 +87,7 @@ def build_parser(typed: str = "solov2 train") -> Parser:
     add_shared_arguments(
         parser,
         "--weights",
-        "--nproc",
-        "--device",
-        "--precision",
-        "--batch-size",
-        "--workers",
-        "--set",
-        "--overwrite",
+        *RUN_FLAGS,
         notes={
             "--weights": "default: ImageNet's backbone",
             "--precision": recipe,

@@ -67,23 +67,23 @@ def watched(loader: DataLoader, dataset: CocoInstances) -> Iterator[dict[str, An
 
 @contextlib.contextmanager
 def _waiting(loader: DataLoader) -> Iterator[None]:
-    """Meanwhile the end of a loading process and the end of patience are errors; at any other time nothing is.
+    """A wait for the loader: a loading process that ends, or a wait beyond the loader's timeout, is an error inside.
 
     torch stops waiting for a batch by itself, but not for a tensor of a batch that was already announced, which it
     fetches from the process: a process that is frozen as a whole (SIGSTOP, a frozen container) never hands it over.
     """
     deadline = time.monotonic() + loader.timeout + FROZEN_SECONDS
 
-    def look(_number: int = 0, _frame: FrameType | None = None) -> None:
+    def check(_number: int = 0, _frame: FrameType | None = None) -> None:
         if _end_of(_workers(loader)) is not None:
             raise EOFError
         if time.monotonic() > deadline:
             raise TimeoutError(TIMED_OUT)
 
-    before = signal.signal(signal.SIGALRM, look)
+    before = signal.signal(signal.SIGALRM, check)
     try:
-        look()  # one may have ended since the last wait
-        signal.signal(signal.SIGCHLD, look)
+        check()  # a process may have ended since the last wait
+        signal.signal(signal.SIGCHLD, check)
         # Again and again, since an exception can be lost where Python runs a finalizer.
         signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY if loader.num_workers else 0, LOOK_EVERY)
         yield
@@ -98,18 +98,18 @@ def _workers(loader: DataLoader) -> list[Any]:
 
 
 def _end_of(workers: Collection[Any]) -> str | None:
-    """How a loading process ended that should not have."""
+    """What ended one of the loading processes early; None while all of them are well."""
     codes = [worker.exitcode for worker in workers if worker.exitcode]
     return None if not codes else KILLED if codes[0] < 0 else ENDED
 
 
 def _failure(error: Exception, workers: Collection[Any]) -> str | None:
-    """What became of a loading process, where that is behind an error."""
-    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)):  # of the pipes to a process that is ending
+    """What happened to a loading process, if that is what caused the error."""
+    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)):  # raised by the pipes of a process that ends
         ending = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
         for worker in workers:
             if worker.sentinel in ending:
-                worker.join(1)  # its files are closed before it has a code
+                worker.join(1)  # its pipes close before its exit code is there
     if isinstance(error, (RuntimeError, TimeoutError)) and TIMED_OUT in str(error):
         return _end_of(workers) or SILENT
     return _end_of(workers)
