@@ -8,6 +8,6 @@ from solov2 import build_model, list_models
 
 dependencies = ["torch", "torchvision", "pycocotools", "numpy", "PIL", "yaml", "tqdm"]
 
-# One function for each model; it takes what `solov2.build_model` takes behind the name, such as weights="official".
+# One function per model. It takes the keyword arguments of `solov2.build_model`, such as weights="official".
 for _name in list_models():
     globals()[_name] = functools.partial(build_model, _name)

@@ -1,4 +1,4 @@
-"""Packaging of the library; the settings of the tools are in pyproject.toml."""
+"""Packaging of the library; tool settings are in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigurations(build_py):
-    """The configurations stay at the top of the checkout, where they are edited, and travel inside the package."""
+    """Copies the configurations, which are at the top of the checkout, into the package."""
 
     def run(self) -> None:
-        """Copy them too; an editable install finds them beside the package."""
+        """Also copy the configurations; an editable install finds them next to the package."""
         super().run()
         if not self.editable_mode:
             for path in Path("configs").rglob("*.yaml"):
@@ -24,11 +24,11 @@ class BuildWithConfigurations(build_py):
 
 FAST = ["faster-coco-eval>=1.8"]
 TENSORBOARD = ["tensorboard>=2.14"]
-EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # ONNX alone; .pt2 needs nothing further
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # for .onnx; .pt2 needs nothing more
 DOCS = ["mkdocs-material>=9.5"]
 COMPLETION = ["shtab>=1.7"]
 SUPERVISION = ["supervision>=0.25"]
-# setuptools builds the wheel that tests/test_packaging.py looks into
+# setuptools builds the wheel that tests/test_packaging.py inspects
 TEST = ["pytest>=8.0", "hypothesis>=6.100", "setuptools>=77", "torchmetrics>=1.4", *FAST, *SUPERVISION, *COMPLETION]
 
 setup(
@@ -56,13 +56,13 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["solov2", "solov2.*"]),
-    # With this, setuptools makes an editable install a path entry instead of a finder, which Python asks too late
-    # where it is started in the folder above a clone: `solov2` would be that clone's folder.
+    # Makes setuptools add a path entry for an editable install instead of an import finder. Python consults a finder
+    # too late: started in the folder above a clone named `solov2`, it would import that folder as the package.
     package_dir={"": "."},
     package_data={"solov2": ["py.typed"]},
     cmdclass={"build_py": BuildWithConfigurations},
     install_requires=[
-        "torch>=2.10",  # weights_only=True had two holes before it: CVE-2025-32434 and CVE-2026-24747
+        "torch>=2.10",  # older versions have two holes in weights_only=True: CVE-2025-32434 and CVE-2026-24747
         "torchvision>=0.25",
         "pycocotools>=2.0.7",
         "numpy>=1.26",

@@ -1,4 +1,4 @@
-"""SOLOv2 instance segmentation in pure PyTorch. Names are handed on lazily, so that importing stays cheap."""
+"""SOLOv2 instance segmentation in pure PyTorch. Names are imported on first use, so that `import solov2` is cheap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from solov2.version import __version__ as __version__
 
 __all__ = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "to_supervision", "train"]
 
-_HOMES = {
+_EXPORTS = {
     "SOLOv2": "solov2.models.solov2",
     "TrainResult": "solov2.training.train",
     "build_model": "solov2.build",
@@ -19,8 +19,8 @@ _HOMES = {
     "to_supervision": "solov2.interoperability",
     "train": "solov2.training.train",
 }
-# Attribute -> module to import for it; a package comes with the module that its users call.
-_MODULES = {
+# Attribute -> module to import for it; for a package, the module that users call.
+_SUBMODULES = {
     "targets": "solov2.targets",
     "losses": "solov2.losses",
     "convert": "solov2.convert",
@@ -30,7 +30,7 @@ _MODULES = {
     "evaluation": "solov2.evaluation.coco",
 }
 
-if TYPE_CHECKING:  # the same names for type checkers, which would take whatever __getattr__ returns for Any
+if TYPE_CHECKING:  # the same names for type checkers, which cannot follow __getattr__
     from solov2 import convert as convert
     from solov2 import data as data
     from solov2 import evaluation as evaluation
@@ -47,13 +47,13 @@ if TYPE_CHECKING:  # the same names for type checkers, which would take whatever
 else:
 
     def __getattr__(name: str) -> object:
-        if name in _HOMES:
-            return getattr(importlib.import_module(_HOMES[name]), name)
-        if name in _MODULES:
-            importlib.import_module(_MODULES[name])
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(_EXPORTS[name]), name)
+        if name in _SUBMODULES:
+            importlib.import_module(_SUBMODULES[name])
             return sys.modules[f"solov2.{name}"]
         raise AttributeError(f"module 'solov2' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES, "__version__"])
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

@@ -1,9 +1,9 @@
-"""Model names -> configuration -> real constructors -> strict load: the one place where the parts meet."""
+"""Assemble a model: name -> configuration -> constructors -> strictly loaded weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from solov2.models.solov2 import SOLOv2
 from solov2.targets import TargetAssigner
 from solov2.weights import TRAITS, apply_weight_metadata, find_checkpoint, load_weights
 
+LOG = logging.getLogger(__name__)
+
 
 def build_model(
     name_or_config: str | Path | Config | ModelConfig | None = None,
@@ -37,22 +39,23 @@ def build_model(
     """Build a SOLOv2, load weights into it, and return it in evaluation mode.
 
     Args:
-        name_or_config: model name (`list_models`), path of a YAML file, or a configuration. May be left out where
-            `weights` is a checkpoint of this library, which carries its configuration.
-        weights: checkpoint file, ours or of a family that `solov2.convert` knows, or what
-            `solov2.weights.read_checkpoint` made of one; "official" fetches the published file of this model; None
-            leaves random weights.
-        num_classes: another class count than the configuration's (or the file's). The category layer is then
+        name_or_config: model name (`list_models`), path of a YAML file, or a configuration. Optional if `weights` is a
+            checkpoint of this library, which carries its configuration.
+        weights: checkpoint file of this library or of a family that `solov2.convert` knows, or a checkpoint read by
+            `solov2.weights.read_checkpoint`; "official" downloads the published file of this model; None keeps random
+            weights.
+        num_classes: class count, if not the configuration's (or the file's). The category layer of the file is then
             re-initialized, with a warning; all other weights are kept.
-        device: where to put the model; default the CPU.
+        device: where to put the model; default: the CPU.
         overrides: fields of `solov2.config.ModelConfig`, e.g. score_threshold=0.3, input_scale=(1333, 640).
 
     Returns:
-        The model, `.eval()`, with class_names from the file, else COCO's for 80 classes, else "class 0", "class 1", ...
+        The model in evaluation mode. Its `class_names` are the file's, else COCO's for 80 classes, else "class 0",
+        "class 1", ...
 
     Raises:
-        InputError (a ValueError): unknown name or override (close ones are listed), unreadable file, tensors that do
-            not fit (all are named).
+        InputError (a ValueError): unknown name or override (close ones are listed), unreadable file, or tensors that do
+            not fit (they are listed).
     """
     checkpoint = find_checkpoint(weights, name_or_config)
     config = _model_config(name_or_config, checkpoint)
@@ -87,15 +90,15 @@ def _model_config(given: str | Path | Config | ModelConfig | None, checkpoint: C
 def resolve_config(
     name: str | Path | None, checkpoint: Checkpoint | None, overrides: Mapping[str, Any] | None = None
 ) -> Config:
-    """The configuration of a model name or YAML file, else the one that a checkpoint carries, with entries changed.
+    """The configuration of a model name or YAML file, or else of a checkpoint, with overrides applied.
 
     Args:
-        name: model name or path; None for what the checkpoint says.
-        checkpoint: of any family; only this library's carry a configuration.
-        overrides: as of `solov2.config.override_config`.
+        name: model name or path; None to use the checkpoint's configuration.
+        checkpoint: of any family; only those of this library carry a configuration.
+        overrides: as for `solov2.config.override_config`.
 
     Raises:
-        InputError: neither says which model it is, or a name or an entry is wrong.
+        InputError: neither a name nor a configuration in the checkpoint, or an invalid name or override.
     """
     if name is not None:
         config: Config | None = load_config(name)
@@ -104,28 +107,29 @@ def resolve_config(
     else:
         config = checkpoint.configuration()
     if config is None:
-        raise InputError(f"{checkpoint.source if checkpoint else ''} does not say which model it is; name the model")
+        raise InputError(f"{checkpoint.source if checkpoint else ''} carries no configuration; name the model")
     return override_config(config, overrides or {})
 
 
 def _warn_config_mismatch(checkpoint: Checkpoint, config: ModelConfig, *, ignore: set[str]) -> None:
-    """Grids, sizes and thresholds leave no trace in a tensor's shape, so weights of others would load unnoticed."""
+    """Warn about settings that loading cannot check, since no tensor shape depends on them (grids, thresholds, ...)."""
     carried = (checkpoint.config or {}).get("model", {})
     now = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignore}
     changed = changed_settings(carried, now)
     if changed:
-        warnings.warn(
-            f"{checkpoint.source} was trained with other settings than the named model: {', '.join(changed)}; without "
-            "a named model its own are used",
-            stacklevel=3,
+        LOG.warning(
+            "%s was trained with other settings than the named model: %s; omit the model name to use the checkpoint's "
+            "settings",
+            checkpoint.source,
+            ", ".join(changed),
         )
 
 
 def construct(config: ModelConfig, class_names: Sequence[str]) -> SOLOv2:
-    """The model of a configuration with fresh weights, in training mode. The one place where the parts meet.
+    """Construct the model of a configuration, with newly initialized weights, in training mode.
 
     Raises:
-        InputError: values that no network can be made of.
+        InputError: no network can be built with these values, or the number of class names is wrong.
     """
     if len(class_names) != config.num_classes:
         raise InputError(f"{len(class_names)} class names for {config.num_classes} classes")
@@ -169,47 +173,47 @@ def construct(config: ModelConfig, class_names: Sequence[str]) -> SOLOv2:
             input_scale=config.input_scale,
         )
     except ValueError as error:
-        raise InputError(f"this configuration makes no network: {error}") from error
+        raise InputError(f"no network can be built from this configuration: {error}") from error
 
 
 def build_assigner(config: ModelConfig) -> TargetAssigner:
-    """The target assigner that belongs to a model configuration."""
+    """The target assigner for a model configuration."""
     return TargetAssigner(
         config.grid_sizes, config.scale_ranges, num_classes=config.num_classes, center_sigma=config.center_sigma
     )
 
 
 def build_criterion(config: ModelConfig, *, mask_weight: float = 3.0) -> SOLOv2Criterion:
-    """The criterion that belongs to a model configuration."""
+    """The criterion for a model configuration."""
     return SOLOv2Criterion(num_classes=config.num_classes, mask_weight=mask_weight)
 
 
 def build_compute(config: Config, device: torch.device, precision: str | None = None) -> Compute:
-    """Device, precision and layout of a configuration.
+    """Device, precision and memory layout for a configuration.
 
     Args:
-        config: `train.memory_format` "auto" is channels last, except for wide networks with plain convolutions on a
-            CPU: there the weight gradient of a 3x3 convolution of 64 channels and more takes 1.4 to 2.5 times as long
-            in that layout (oneDNN 3.12, AVX2), and the rest gains little.
+        config: with `train.memory_format` "auto" the layout is channels last, except for wide networks without
+            Winograd convolutions on a CPU: in that layout, the weight gradient of a 3x3 convolution with 64 or more
+            channels takes 1.4 to 2.5 times as long (oneDNN 3.12, AVX2), and the rest gains little.
         device: where to compute.
-        precision: default the one to train in.
+        precision: default: the training precision of `config`.
     """
     wanted = config.train.memory_format
     if wanted == "auto":
         wide = max(config.model.fpn_channels, config.model.tower_channels) >= 64
-        slow = device.type == "cpu" and wide and not _takes_winograd(config, device)
+        slow = device.type == "cpu" and wide and not _uses_winograd(config, device)
         wanted = "contiguous" if slow else "channels_last"
     layout = torch.channels_last if wanted == "channels_last" else torch.contiguous_format
     return Compute(device, precision or config.train.precision, layout)
 
 
 def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOLOv2:
-    """The model on its device and in its layout, with Winograd convolutions where they pay."""
-    if _takes_winograd(config, compute.device):
+    """Move the model to its device and layout, with Winograd convolutions where they are faster; returns the model."""
+    if _uses_winograd(config, compute.device):
         use_winograd(model)
     compute.place(model)
     return model
 
 
-def _takes_winograd(config: Config, device: torch.device) -> bool:
+def _uses_winograd(config: Config, device: torch.device) -> bool:
     return device.type == "cpu" and config.train.winograd and config.train.precision == "float32"

@@ -1,4 +1,4 @@
-"""Checkpoint files: one object, read once and whole or refused, and written atomically."""
+"""Checkpoint files: read once and validated, passed around as one object, and written atomically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from solov2.config import Config
 from solov2.errors import InputError
 from solov2.outputs import replace_file
 
-FORMAT = "solov2"  # value of the key "format" in our own files
+FORMAT = "solov2"  # value of the key "format" in files of this library
 
-# mmengine puts its loss history, which holds numpy arrays and functions, into every checkpoint. Nobody here reads it;
-# these names are allowed in a file only because they stand for `Inert` here, whatever they mean elsewhere.
+# mmengine stores its loss history, which contains numpy arrays and functions, in every checkpoint. It is not needed
+# here. These names are allowed in a file because loading maps them to `Inert`, whatever they mean elsewhere.
 MMENGINE_GLOBALS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     *(
@@ -38,7 +38,7 @@ MMENGINE_GLOBALS = (
 
 
 class Inert:
-    """Stands for an object of a file that is neither needed nor trusted: takes any arguments and does nothing."""
+    """Placeholder for an object in a file that is neither needed nor trusted; accepts any arguments, does nothing."""
 
     def __init__(self, *_arguments: object) -> None:
         pass
@@ -49,51 +49,51 @@ class Inert:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs to go on from a checkpoint, beside the configuration.
+    """What a run needs to resume from a checkpoint, apart from the configuration.
 
-    `weights` are those in training; with averaging they differ from the checkpoint's own.
+    `weights` are the ones being trained; with averaging they differ from the checkpoint's `weights`.
     """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]  # empty unless the run trained in fp16
-    epoch: int  # epochs done
-    step: int  # optimizer steps done of the epoch after them
-    evaluated: int  # epochs done at the last evaluation
+    epoch: int  # completed epochs
+    step: int  # completed optimizer steps of the next epoch
+    evaluated: int  # completed epochs at the last evaluation
     best: float  # mask AP of the best evaluation so far, -1 before the first
     global_batch: int  # images per optimizer step
     annotations_sha256: str  # of the training set
-    random_states: list[dict[str, Tensor]]  # of each process
-    updates: int | None = None  # steps in the averaged weights; None without averaging
+    random_states: list[dict[str, Tensor]]  # one per process
+    updates: int | None = None  # steps in the weight average; None without averaging
 
     @property
     def position(self) -> tuple[int, int]:
-        """(epochs done, optimizer steps done of the next)."""
+        """(completed epochs, completed optimizer steps of the next epoch)."""
         return self.epoch, self.step
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of a SOLOv2 and what is known of them; the same object for a file of any family.
+    """Weights of a SOLOv2 and their metadata; the same class for files of every family.
 
-    `solov2.weights.read_checkpoint` makes one of a file.
+    `solov2.weights.read_checkpoint` reads one from a file.
     """
 
-    source: str  # the file, for messages
-    weights: dict[str, Tensor]  # under our names; the averaged ones where a run kept them
+    source: str  # file name, for messages
+    weights: dict[str, Tensor]  # under our names; the weight average if the run kept one
     family: str = FORMAT  # "solov2", "original", "mmdet", "adelaidet"
     traits: dict[str, Any] = field(default_factory=dict)  # see `solov2.convert.convert_state_dict`
     class_names: list[str] | None = None
-    category_ids: list[int] | None = None  # of annotation files, one per class
-    config: dict[str, Any] | None = None  # nested, as `Config.to_dict` makes it
+    category_ids: list[int] | None = None  # the annotation file's ids, one per class
+    config: dict[str, Any] | None = None  # nested, as returned by `Config.to_dict`
     training: TrainingState | None = None
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], source: str) -> Checkpoint:
-        """The checkpoint in a file of our own.
+        """Build a checkpoint from the entries of a file of this library.
 
         Raises:
-            InputError: entries that are missing or of another type than we write.
+            InputError: an entry is missing or has the wrong type.
         """
         _check_entries(content, ENTRIES, REQUIRED, source)
         training = None
@@ -112,7 +112,7 @@ class Checkpoint:
         )
 
     def content(self) -> dict[str, Any]:
-        """The entries of a file of our own."""
+        """The entries of a file of this library."""
         known = {name: getattr(self, name) for name in ("config", "traits", "class_names", "category_ids")}
         content = {"format": FORMAT, "model": self.weights, **{k: v for k, v in known.items() if v is not None}}
         if self.training is not None:
@@ -124,23 +124,23 @@ class Checkpoint:
         return content
 
     def save(self, path: str | Path) -> None:
-        """Write a file of our own; its folder must exist.
+        """Write a file of this library; its folder must exist.
 
         Raises:
-            OSError: disk full, no permission; the old file stays.
+            OSError: disk full or no permission; an existing file is left unchanged.
         """
         write_file(path, self.content())
 
     def configuration(self) -> Config | None:
-        """The configuration that the file carries; None where it has none.
+        """The configuration stored in the file; None if there is none.
 
         Raises:
-            InputError: its model has keys that this version does not know.
+            InputError: its model section has unknown keys or invalid values.
         """
         return None if self.config is None else Config.from_checkpoint(self.config, source=self.source)
 
 
-Kind = tuple[type, type]  # of an entry and of its items; `object` where these may be anything
+Kind = tuple[type, type]  # types of an entry and of its items; `object` allows any
 REQUIRED = ("model",)
 ENTRIES: dict[str, Kind] = {
     "model": (dict, Tensor),
@@ -164,14 +164,14 @@ RUN_ENTRIES: dict[str, Kind] = {
 def _check_entries(content: Mapping[str, Any], kinds: Mapping[str, Kind], required: Iterable[str], source: str) -> None:
     missing = next((name for name in required if name not in content), None)
     if missing is not None:
-        raise InputError(f"{source} is no whole checkpoint: its entry '{missing}' is missing")
-    wrong = next((name for name, kind in kinds.items() if name in content and not _is(content[name], *kind)), None)
+        raise InputError(f"{source} is not a complete checkpoint: entry '{missing}' is missing")
+    wrong = next((name for name, kind in kinds.items() if name in content and not _fits(content[name], *kind)), None)
     if wrong is not None:
         kind = type(content[wrong]).__name__
-        raise InputError(f"{source} is damaged: its entry '{wrong}' ({kind}) is not what this library writes there")
+        raise InputError(f"{source} is damaged: entry '{wrong}' ({kind}) is not what this library writes there")
 
 
-def _is(value: Any, kind: type, item: type) -> bool:
+def _fits(value: Any, kind: type, item: type) -> bool:
     if kind is float and type(value) is int:
         return True
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -182,26 +182,26 @@ def _is(value: Any, kind: type, item: type) -> bool:
 
 
 def write_file(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write `content` by `torch.save`, see `outputs.replace_file`.
+    """Write `content` with `torch.save`, atomically (see `outputs.replace_file`).
 
     Raises:
-        OSError: disk full, no permission; the old file stays.
+        OSError: disk full or no permission; an existing file is left unchanged.
     """
     with replace_file(path) as file:
         try:
             torch.save(dict(content), file)
-        except RuntimeError as error:  # torch's complaint about the archive hides why it could not be written
+        except RuntimeError as error:  # torch's error about the archive hides the cause
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """Read a file of any family onto the CPU; it is opened once.
+    """Read a file of any family onto the CPU, opening it only once.
 
     Raises:
-        InputError: the file is missing, truncated, not a checkpoint, wants to run code, or claims more data than it has
-            bytes (an archive is refused before anything of it is unpacked).
+        InputError: the file is missing, truncated or not a checkpoint, could run code, or claims to hold more data than
+            its size (an archive is rejected before anything in it is unpacked).
     """
     path = Path(path)
     if not path.is_file():
@@ -213,8 +213,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
     for name, tensor in _tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
             raise InputError(
-                f"{path} is refused: its tensor {name} {list(tensor.shape)} is not stored in full in the {size} bytes "
-                "of the file; save it dense and contiguous"
+                f"{path} is rejected: tensor {name} {list(tensor.shape)} is not fully stored in the file's {size} "
+                "bytes; save it dense and contiguous"
             )
     return content
 
@@ -229,16 +229,16 @@ def _load(file: BinaryIO, path: Path) -> Any:
         reason = str(error)
         if "Unsupported" in reason or "GLOBAL" in reason or "weights_only" in reason.lower():
             raise InputError(
-                f"{path} is refused: it holds objects other than tensors and plain values, which loading "
-                "could run as code; save a plain state dict instead"
+                f"{path} is rejected: it contains objects other than tensors and plain values, and loading them "
+                "could run code; save a plain state dict instead"
             ) from error
         raise InputError(f"{path} is not a checkpoint file") from error
-    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
+    except Exception as error:  # given arbitrary bytes, the unpickler can raise anything
         raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
 
 
 def _check_archive(file: BinaryIO, path: Path) -> None:
-    """Refuse a zip archive that would grow when it is read: torch stores its records and never compresses them."""
+    """Reject a zip archive that would expand when read; torch never compresses its records."""
     if file.read(4) != b"PK\x03\x04":
         return
     try:
@@ -246,20 +246,20 @@ def _check_archive(file: BinaryIO, path: Path) -> None:
             records = archive.infolist()
     except Exception as error:  # a damaged directory makes zipfile raise BadZipFile, struct.error, ValueError, ...
         raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
-    packed = [record for record in records if record.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        largest = max(packed, key=lambda record: record.file_size)
+    compressed = [record for record in records if record.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        largest = max(compressed, key=lambda record: record.file_size)
         raise InputError(
-            f"{path} is refused: its record {largest.filename} is compressed ({largest.compress_size} bytes become "
+            f"{path} is rejected: record {largest.filename} is compressed ({largest.compress_size} bytes expand to "
             f"{largest.file_size}), which torch never does; save the checkpoint again with torch.save"
         )
     claimed, size = sum(record.file_size for record in records), os.fstat(file.fileno()).st_size
     if claimed > size:
-        raise InputError(f"{path} is refused: its records claim {claimed} bytes, and the file has {size}")
+        raise InputError(f"{path} is rejected: its records claim {claimed} bytes, but the file has only {size}")
 
 
 def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of nested dictionaries, lists and tuples, each container once."""
+    """Yield the names and tensors in nested dictionaries, lists and tuples, visiting each container once."""
     stack: list[tuple[str, Any]] = list(content.items())
     seen: set[int] = set()
     while stack:

@@ -1,4 +1,4 @@
-"""Where and how a network computes: device, precision and memory layout, which travel together."""
+"""Device, precision and memory layout of a network, which travel together as one `Compute`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from solov2.errors import InputError
 
 HALF_TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SPAN = "solov2: "  # before the names of spans, which tells them from torch's own annotations
+SPAN = "solov2: "  # prefix of span names, which distinguishes them from torch's own annotations
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Compute:
     """Device, precision and memory layout of a network.
 
     Args:
-        device: where weights and batches lie.
+        device: of weights and batches.
         precision: "float32", or "bf16" and "fp16" for mixed precision by autocast.
         memory_format: layout of images and convolution weights.
     """
@@ -32,16 +32,16 @@ class Compute:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def autocast(self) -> torch.autocast:
-        """The context of the forward pass; off for float32."""
+        """The autocast context of the forward pass; disabled for float32."""
         half = HALF_TYPES[self.precision]
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A loss scaler for fp16; for the other precisions one that does nothing."""
+        """A loss scaler for fp16; a disabled one for the other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def move(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch whose tensors, those of its targets too, are on the device; everything else is handed on."""
+        """Move the tensors of a batch, including those of its targets, to the device; keep everything else."""
 
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -61,7 +61,7 @@ class Compute:
             return model.normalize(batch["pixels"], batch["sizes"]).contiguous(memory_format=self.memory_format)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device and lay its weights out, in place; returns it."""
+        """Move a network to the device and memory format, in place; returns it."""
         return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]  # stubs lack it
 
 
@@ -73,11 +73,11 @@ def select_device(name: str | None = None) -> torch.device:
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        return torch.device("cpu") if accelerator is None else _of_local_rank(accelerator.type)
+        return torch.device("cpu") if accelerator is None else _local_rank_device(accelerator.type)
     try:
         device = torch.device(name)
         if device.type != "cpu" and device.index is None and accelerator is not None:
-            device = _of_local_rank(device.type)
+            device = _local_rank_device(device.type)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
@@ -85,15 +85,15 @@ def select_device(name: str | None = None) -> torch.device:
     return device
 
 
-def _of_local_rank(kind: str) -> torch.device:
+def _local_rank_device(kind: str) -> torch.device:
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
 
 
 def span(name: str) -> contextlib.AbstractContextManager[object]:
-    """A stage of the work, by the name under which a profiler shows it and the benchmark counts it.
+    """Context that marks a stage of the work with a name, for profilers and the benchmark.
 
-    Without a profiler it does nothing, which costs half a microsecond. Nor does it under `torch.compile` and
-    `torch.export`, whose graphs would hold the profiler's operations.
+    Without a profiler it does nothing, at a cost of half a microsecond. It also does nothing under `torch.compile` and
+    `torch.export`, whose graphs would otherwise contain the profiler's operations.
     """
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return contextlib.nullcontext()
@@ -101,6 +101,6 @@ def span(name: str) -> contextlib.AbstractContextManager[object]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was queued; a CPU queues nothing."""
+    """Wait until the device has finished its queued work; a CPU queues nothing."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

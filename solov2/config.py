@@ -1,14 +1,14 @@
-"""A configuration: YAML files over `base:` files, overrides, and a sentence for every mistake.
+"""Configurations: YAML files layered over `base:` files, overrides, and a clear error for every mistake.
 
-A YAML file names only what differs from its base, or else from the defaults. What each setting takes stands beside it
-in `solov2.sections`, and `solov2.settings` holds every value against it.
+A YAML file states only what differs from its base or, without one, from the defaults. `solov2.sections` declares the
+type and range of every setting, and `solov2.settings` checks values against them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +18,19 @@ import yaml
 
 from solov2.errors import InputError
 from solov2.sections import DataConfig, ModelConfig, TrainConfig
-from solov2.settings import PostprocessSettings, Rule, Settings, rules, shown
+from solov2.settings import PostprocessSettings, Rule, Settings, format_value, rules
 from solov2.suggestions import did_you_mean
 
+LOG = logging.getLogger(__name__)
 SECTIONS: dict[str, type[Settings]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 SETTING_NAMES = [f"{section}.{entry.name}" for section, cls in SECTIONS.items() for entry in dataclasses.fields(cls)]
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".pkl", ".safetensors")
-KEYS = ["base", "name", *SECTIONS]  # of a file
+KEYS = ["base", "name", *SECTIONS]  # top-level keys of a file
 
 
 @dataclass(frozen=True)
 class Config:
-    """One resolved configuration; `name` is the model name, which is also the file name."""
+    """A resolved configuration; `name` is the model name, which is also the file name without its suffix."""
 
     name: str = "solov2_r50_fpn_1x"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -39,83 +40,83 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of plain YAML/JSON types (tuples become lists)."""
         values = _plain(dataclasses.asdict(self))
-        limits = [entry.name for entry in dataclasses.fields(PostprocessSettings)]  # inherited, so they come first
+        # Inherited fields come first; move them to the end.
+        limits = [entry.name for entry in dataclasses.fields(PostprocessSettings)]
         values["model"] |= {name: values["model"].pop(name) for name in limits}
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> Config:
-        """Build and check a configuration.
+        """Build and validate a configuration.
 
         Args:
-            values: nested mapping with the keys of this class.
-            source: what to call it in error messages, usually the file name.
+            values: nested mapping whose keys are the fields of this class and of its sections.
+            source: its name in error messages, usually the file name.
 
         Raises:
-            InputError: unknown key (with the nearest match), a value that its setting does not take, or values that
-                contradict each other.
+            InputError: unknown key (with the closest match), invalid value, or values that contradict each other.
         """
         name = values.get("name", cls.name)
         try:
             for key in values:
                 if key not in KEYS[1:]:
-                    raise _unknown(key, [*KEYS, *SETTING_NAMES])
+                    raise _unknown_setting(key, [*KEYS, *SETTING_NAMES])
             name = Rule(str).check(str(name) if isinstance(name, (int, float)) else name, "name")
-            return cls(name, **{section: _build(section, values.get(section)) for section in SECTIONS})
+            return cls(name, **{section: _build_section(section, values.get(section)) for section in SECTIONS})
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
 
     @classmethod
     def from_checkpoint(cls, values: Mapping[str, Any], source: str) -> Config:
-        """The configuration that a checkpoint of an older or newer version carries.
+        """Build the configuration stored in a checkpoint, which another version may have written.
 
-        Keys of `data` and `train` that this version does not know are passed over, they change no weight, and a value
-        that it does not take gives way to the default, with a warning. The model's must all be known and right.
+        In `data` and `train`, which do not affect the weights, unknown keys are ignored, and an invalid value is
+        replaced by the default, with a warning. In `model`, every key must be known and every value valid.
 
         Raises:
-            InputError: as `from_dict`.
+            InputError: as for `from_dict`.
         """
         kept = dict(values)
         for name in ("data", "train"):
             if isinstance(kept.get(name), Mapping):
-                kept[name] = dict(_taken(name, kept[name], source))
-        if isinstance(kept.get("model"), Mapping):  # below 0 meant no limit once
-            limits = {key: 0 for key in ("max_candidates", "max_instances") if _below_zero(kept["model"].get(key))}
+                kept[name] = dict(_valid_settings(name, kept[name], source))
+        if isinstance(kept.get("model"), Mapping):  # negative values used to mean no limit
+            limits = {key: 0 for key in ("max_candidates", "max_instances") if _is_negative(kept["model"].get(key))}
             kept["model"] = {**kept["model"], **limits}
         return cls.from_dict(kept, source)
 
 
-def _taken(section: str, values: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
-    """The settings of a section that this version knows and takes."""
-    known = rules(SECTIONS[section])  # type: ignore[arg-type]  # takes __hash__ for that of the class
+def _valid_settings(section: str, values: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
+    """Yield the known, valid settings of a section as (key, value); warn about invalid values."""
+    known = rules(SECTIONS[section])  # type: ignore[arg-type]  # mypy checks the instances' __hash__
     for key, value in values.items():
         if key in known:
             try:
                 yield key, known[key].check(value, f"{section}.{key}")
             except InputError as error:
-                warnings.warn(f"{source}: {error}; its default is used", stacklevel=3)
+                LOG.warning("%s: %s; using the default", source, error)
 
 
-def _below_zero(value: Any) -> bool:
+def _is_negative(value: Any) -> bool:
     return isinstance(value, int) and value < 0
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """'section.key old -> new' of each setting that two nested dictionaries have both and that differs."""
+    """'section.key old -> new' for each setting that is in both nested dictionaries and differs."""
     changed: list[str] = []
     for key in sorted(before.keys() & now.keys()):
         if isinstance(before[key], Mapping) and isinstance(now[key], Mapping):
             changed += changed_settings(before[key], now[key], f"{prefix}{key}.")
-        elif json.dumps(before[key]) != json.dumps(now[key]):  # as YAML, JSON does not tell tuples from lists
+        elif json.dumps(before[key]) != json.dumps(now[key]):  # in JSON, tuples equal lists
             changed.append(f"{prefix}{key} {json.dumps(before[key])} -> {json.dumps(now[key])}")
     return changed
 
 
 def config_folder() -> Path:
-    """Folder of the named configurations: inside the installed package, else beside it in a checkout.
+    """Folder of the named configurations: inside the installed package or, in a checkout, next to it.
 
     Raises:
-        InputError: neither exists.
+        InputError: neither folder exists.
     """
     package = Path(__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):
@@ -128,25 +129,25 @@ def config_folder() -> Path:
 
 
 def list_models() -> list[str]:
-    """Names of all configurations, sorted; each is accepted by `build_model`, train.py, eval.py and benchmark.py."""
+    """Sorted names of all configurations; `build_model`, train.py, eval.py and benchmark.py accept each of them."""
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
 def find_config(name: str | Path) -> Path:
-    """Path of a configuration given as a model name or as a YAML file.
+    """Path of the configuration with a given model name or YAML path.
 
     Raises:
-        InputError: no such file or name; the message lists close names.
+        InputError: no such name or file; the message lists close names.
     """
     path = Path(name)
     if path.suffix in WEIGHT_SUFFIXES:
-        raise InputError(f"{path} is no model name or YAML file; weights are given as weights (--weights {path})")
+        raise InputError(f"{path} is neither a model name nor a YAML file; pass weights as weights (--weights {path})")
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
         if (config_folder() / path.name).is_file() and path.parent.name in ("", "configs"):
             return config_folder() / path.name  # `configs/NAME.yaml` typed outside the checkout
-        raise InputError(f"configuration file {path} does not exist; named ones: {', '.join(list_models())}")
+        raise InputError(f"configuration file {path} does not exist; available models: {', '.join(list_models())}")
     if str(name) in list_models():
         return config_folder() / f"{name}.yaml"
     raise InputError(
@@ -158,12 +159,12 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
     """Read a configuration by model name or path and apply overrides.
 
     Args:
-        name: model name (`list_models`) or path of a YAML file. The file may name another by `base:`, by a path
-            relative to itself or as here, and that one another; its own values win.
+        name: model name (`list_models`) or path of a YAML file. The file may name a base under `base:`, either as a
+            path relative to itself or like this argument, and that base another one; the file's own values win.
         overrides: {"section.key": value} or strings "section.key=value" with the value in YAML.
 
     Raises:
-        InputError: file, key, type or value is wrong, or the bases go in a circle; the sentence names it.
+        InputError: invalid file, key, type or value, or circular bases; the message names it.
     """
     path = find_config(name)
     values = {"name": path.stem, **_read_with_bases(path)}
@@ -171,15 +172,15 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
 
 
 def override_config(config: Config, overrides: Mapping[str, Any] | Sequence[str]) -> Config:
-    """Copy of a configuration with some entries changed.
+    """Copy of a configuration with some settings changed.
 
     Args:
-        config: what to start from.
-        overrides: {"section.key": value}, or {"key": value} since names are unique across sections, or strings
+        config: the configuration to copy.
+        overrides: {"section.key": value}; {"key": value}, since names are unique across sections; or strings
             "section.key=value" with the value in YAML.
 
     Raises:
-        InputError: key, type or value is wrong; the sentence names it.
+        InputError: invalid key, type or value; the message names it.
     """
     values = config.to_dict()
     for key, value in parse_overrides(overrides).items():
@@ -189,23 +190,23 @@ def override_config(config: Config, overrides: Mapping[str, Any] | Sequence[str]
 
 
 def replace_model(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
-    """Copy of a model configuration with some fields changed.
+    """Copy of a model configuration with some settings changed.
 
     Raises:
-        InputError: unknown field (with close names), or a value that it does not take.
+        InputError: unknown setting (with close names) or invalid value.
     """
     known = [entry.name for entry in dataclasses.fields(ModelConfig)]
     for key in overrides:
         if key not in known:
-            raise _unknown(key, [*known, *(name for name in SETTING_NAMES if not name.startswith("model."))])
+            raise _unknown_setting(key, [*known, *(name for name in SETTING_NAMES if not name.startswith("model."))])
     return dataclasses.replace(config, **overrides)
 
 
 def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """{"section.key": value} of strings "section.key=value" with the value in YAML; a mapping is returned as it is.
+    """{"section.key": value} from strings "section.key=value" with the value in YAML; a mapping is copied.
 
     Raises:
-        InputError: a string of another form.
+        InputError: a string does not have this form.
     """
     if isinstance(overrides, Mapping):
         return dict(overrides)
@@ -213,7 +214,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or "." not in key:
-            raise InputError(f"override '{text}' must be written section.key=value, e.g. train.epochs=24")
+            raise InputError(f"override '{text}' must have the form section.key=value, e.g. train.epochs=24")
         items[key.strip()] = _parse_yaml(value, f"override '{text}'")
     return items
 
@@ -221,43 +222,43 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
 def _section_of(key: str) -> str:
     sections = {name.partition(".")[2]: name.partition(".")[0] for name in SETTING_NAMES}
     if key not in sections:
-        raise _unknown(key, sections)
+        raise _unknown_setting(key, sections)
     return sections[key]
 
 
-def _build(section: str, values: Any) -> Any:
+def _build_section(section: str, values: Any) -> Any:
     if not isinstance(values, (Mapping, type(None))):
-        raise InputError(f"{section} must be a mapping of settings, got {shown(values)}")
+        raise InputError(f"{section} must be a mapping of settings, got {format_value(values)}")
     for key in values or {}:
         if f"{section}.{key}" not in SETTING_NAMES:
-            raise _unknown(f"{section}.{key}", SETTING_NAMES)
+            raise _unknown_setting(f"{section}.{key}", SETTING_NAMES)
     return SECTIONS[section](**values or {})
 
 
-def _unknown(key: str, known: Iterable[str]) -> InputError:
-    return InputError(f"unknown setting {shown(key)}{did_you_mean(str(key), known)}")
+def _unknown_setting(key: str, known: Iterable[str]) -> InputError:
+    return InputError(f"unknown setting {format_value(key)}{did_you_mean(str(key), known)}")
 
 
 def _read_with_bases(path: Path) -> dict[str, Any]:
-    """The values of a file over those of its base, over those of the base's base, and so on."""
+    """The values of a file merged over those of its base, which are merged over those of its own base, and so on."""
     values, files = _read_yaml(path), [path]
     while (base := values.pop("base", None)) is not None:
         files.append(_find_base(base, files[-1]))
         if files[-1].resolve() in [file.resolve() for file in files[:-1]]:
-            raise InputError(f"{path}: its bases go in a circle: {' -> '.join(map(str, files))}")
-        below = _read_yaml(files[-1])
-        below.pop("name", None)
-        values = _merge(below, values)
+            raise InputError(f"{path}: circular bases: {' -> '.join(map(str, files))}")
+        base_values = _read_yaml(files[-1])
+        base_values.pop("name", None)
+        values = _merge(base_values, values)
     return values
 
 
 def _find_base(base: Any, path: Path) -> Path:
     if not isinstance(base, str):
-        raise InputError(f"{path}: base must be the name of a model or a file, got {shown(base)}")
-    beside = path.parent / base
+        raise InputError(f"{path}: base must be a model name or the path of a YAML file, got {format_value(base)}")
+    relative = path.parent / base
     try:
-        return beside if beside.is_file() else find_config(base)
-    except (InputError, OSError) as error:  # is_file raises where a folder may not be entered
+        return relative if relative.is_file() else find_config(base)
+    except (InputError, OSError) as error:  # is_file raises for inaccessible folders and overlong names
         raise InputError(f"{path}: base: {error}") from error
 
 
@@ -280,17 +281,17 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except RecursionError as error:
-        raise InputError(f"{source} is not a configuration: it is nested too deeply") from error
+        raise InputError(f"{source} is nested too deeply to be a configuration") from error
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML of plain values: {' '.join(str(error).split())}") from error
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections are merged, everything else is replaced."""
+    """Merge sections; replace everything else."""
     merged = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = {**merged[key], **value} if both else value
+        is_section = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if is_section else value
     return merged
 
 

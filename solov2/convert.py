@@ -1,8 +1,9 @@
-"""Published checkpoints of every SOLOv2 implementation, by named rules.
+"""Convert the checkpoints of other SOLOv2 implementations with tables of names.
 
-Each family is a table of prefixes, theirs -> ours. A name that no rule knows is reported, never dropped. What a family
-does otherwise (pixel statistics, position of the strides, kind of deformable convolution) travels beside the tensors as
-`traits`, which `solov2.build_model` reads before it constructs the network."""
+Each family has a table of prefixes, theirs -> ours. A name that matches no entry is an error; nothing is dropped. What
+else differs between families (pixel statistics, stride position, DCN version) is returned as `traits`, which
+`solov2.build_model` reads before it constructs the network.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-# Beside the tensors of the network a file may hold its pixel statistics (detectron2; mmdetection's data_preprocessor).
+# Pixel statistics that a file may hold among its tensors (detectron2; mmdetection's data_preprocessor).
 STATISTICS = {
     "pixel_mean": "pixel_mean",
     "pixel_std": "pixel_std",
@@ -24,7 +25,7 @@ STATISTICS = {
 
 
 def _mmdet_prefixes() -> Iterator[tuple[str, str]]:
-    """mmdetection 2.25 and later, 3.x included."""
+    """mmdetection 2.25 and later, including 3.x."""
     yield "backbone", "backbone"
     for i in range(4):
         yield f"neck.lateral_convs.{i}.conv", f"fpn.lateral.{i}"
@@ -40,7 +41,7 @@ def _mmdet_prefixes() -> Iterator[tuple[str, str]]:
 
 
 def _original_prefixes() -> Iterator[tuple[str, str]]:
-    """WXinlong/SOLO: mmdetection's layout under the names of the authors' fork."""
+    """WXinlong/SOLO: mmdetection's structure with the names of the authors' fork."""
     renamed = {
         "mask_head.cls_convs": "bbox_head.cate_convs",
         "mask_head.kernel_convs": "bbox_head.kernel_convs",
@@ -71,7 +72,7 @@ def _adelaidet_prefixes() -> Iterator[tuple[str, str]]:
         yield f"backbone.fpn_lateral{i + 2}", f"fpn.lateral.{i}"
         yield f"backbone.fpn_output{i + 2}", f"fpn.output.{i}"
         for theirs, ours in (("cate_tower", "category_tower"), ("kernel_tower", "kernel_tower")):
-            yield f"ins_head.{theirs}.{3 * i}", f"head.{ours}.{i}.conv"  # convolution, norm, ReLU in one list
+            yield f"ins_head.{theirs}.{3 * i}", f"head.{ours}.{i}.conv"  # a flat list of convolution, norm, ReLU
             yield f"ins_head.{theirs}.{3 * i + 1}", f"head.{ours}.{i}.norm"
     yield "ins_head.cate_pred", "head.category_predictor"
     yield "ins_head.kernel_pred", "head.kernel_predictor"
@@ -95,7 +96,7 @@ PREFIXES = {
     "original": dict(_original_prefixes()),
     "adelaidet": dict(_adelaidet_prefixes()),
 }
-SIGNS = {  # a tensor that every file of the family holds and no file of another
+MARKERS = {  # a tensor that is in every file of the family and in no other file
     "solov2": "head.category_predictor.bias",
     "mmdet": "mask_head.conv_cls.bias",
     "original": "bbox_head.solo_cate.bias",
@@ -104,25 +105,25 @@ SIGNS = {  # a tensor that every file of the family holds and no file of another
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict of another SOLOv2 implementation under our names. The tensors are handed on, not copied.
+    """Rename the state dict of another SOLOv2 implementation to our names. The tensors are not copied.
 
     Args:
-        state_dict: name -> tensor, without wrappers (`unwrap` takes those off).
+        state_dict: name -> tensor, without wrappers (see `unwrap`).
 
     Returns:
-        (state dict, traits). The traits are family ("solov2", "original", "mmdet" or "adelaidet"), stride_in_1x1 (the
-        MSRA backbone of detectron2 strides in the first 1x1 of a bottleneck), channel_order ("rgb" or "bgr"),
-        pixel_mean and pixel_std in that order, modulated (DCNv2, which is also what networks without deformable
-        convolutions say, or DCNv1).
+        (state dict, traits). The traits are family ("solov2", "original", "mmdet" or "adelaidet"), stride_in_1x1 (True
+        for detectron2's MSRA backbone, which strides in the first 1x1 convolution of a bottleneck), channel_order
+        ("rgb" or "bgr"), pixel_mean and pixel_std (3 floats each, in channel order), and modulated (False for DCNv1,
+        True for DCNv2 and for networks without deformable convolutions).
 
     Raises:
-        ValueError: the family is not recognized, or names fit no rule; the sentence lists them.
+        ValueError: the family is not recognized, or some names are unknown; the message lists them.
     """
-    family = next((family for family, sign in SIGNS.items() if sign in state_dict), None)
+    family = next((family for family, marker in MARKERS.items() if marker in state_dict), None)
     if family is None:
         raise ValueError(
-            "the names in this file are not those of a SOLOv2 that this version converts (WXinlong/SOLO, mmdetection, "
-            f"AdelaiDet, or our own); its first names are: {', '.join(list(state_dict)[:3]) or 'none'}"
+            "the tensor names match no SOLOv2 that this version converts (WXinlong/SOLO, mmdetection, AdelaiDet, or "
+            f"our own); the first names are: {', '.join(list(state_dict)[:3]) or 'none'}"
         )
     detectron2 = family == "adelaidet"
     traits = {
@@ -136,26 +137,26 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
     for name in STATISTICS.keys() & tensors.keys():
         traits[STATISTICS[name]] = tensors.pop(name).flatten().tolist()
     if family != "solov2":
-        tensors = _rename(_drop_averages(tensors), PREFIXES[family])
+        tensors = _rename(_drop_ema_copies(tensors), PREFIXES[family])
     return tensors, traits | {"modulated": is_modulated(tensors)}
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> mmdetection's, for a checkpoint that mmdetection is to load.
+    """Rename a state dict from our names to mmdetection's.
 
     Raises:
-        ValueError: a name that mmdetection's SOLOv2 has no place for.
+        ValueError: mmdetection's SOLOv2 has no counterpart of a tensor.
     """
     if "head.category_tower.0.norm.running_mean" in state_dict:
-        raise ValueError("the head has batch norm, and mmdetection's SOLOv2 has group norm there")
+        raise ValueError("the head has batch norm, but the head of mmdetection's SOLOv2 has group norm")
     return _rename(state_dict, {ours: theirs for theirs, ours in PREFIXES["mmdet"].items()})
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file by name, whatever they are wrapped in.
+    """The tensors of a checkpoint file by name, without wrappers.
 
-    Takes "state_dict" or "model" of the file if it has one, and the prefix "module." (DataParallel) or "model." off the
-    names. mmcv and mmengine write averaged weights (EMA) under the plain names, so those are what is taken.
+    Uses the entry "state_dict" or "model" if there is one, and strips the prefix "module." (DataParallel) or "model."
+    from the names. mmcv and mmengine store averaged weights (EMA) under the plain names, so those are used.
     """
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), Mapping):
@@ -168,7 +169,7 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def class_names_of(content: Mapping[str, Any]) -> list[str] | None:
-    """Class names in the meta entry of mmdetection (2.x: CLASSES; 3.x: dataset_meta)."""
+    """Class names from mmdetection's meta entry (2.x: CLASSES; 3.x: dataset_meta); None if there are none."""
     meta = content.get("meta")
     places = [meta, meta.get("dataset_meta")] if isinstance(meta, Mapping) else []
     for place in places:
@@ -179,20 +180,24 @@ def class_names_of(content: Mapping[str, Any]) -> list[str] | None:
     return None
 
 
-def _drop_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without mmcv's second copies: `ema_backbone_conv1_weight` beside `backbone.conv1.weight`."""
-    second = {"ema_" + name.replace(".", "_") for name in tensors}
-    return {name: tensor for name, tensor in tensors.items() if name not in second}
+def _drop_ema_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the second copies that mmcv's EMA stores: `ema_backbone_conv1_weight` next to `backbone.conv1.weight`."""
+    copies = {"ema_" + name.replace(".", "_") for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if name not in copies}
 
 
 def _current_name(name: str) -> str:
-    """Offset branches of old files: `conv2_offset` beside `conv2` is `conv2.conv_offset` now (mmdetection 1.x)."""
+    """The current name of an offset branch: mmdetection 1.x wrote `conv2_offset` for `conv2.conv_offset`."""
     name = re.sub(r"(convs_all_levels\.\d\.conv\d)\.conv_offset\.", r"\1.conv.conv_offset.", name)
     return re.sub(r"(?<!\.conv)(?<!\.conv\d)\.(conv\d?)_offset\.", r".\1.conv_offset.", name)
 
 
 def _rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Replace the longest prefix (of whole dotted parts) that the table knows in each name."""
+    """Replace the longest known prefix (of whole dotted parts) of each name.
+
+    Raises:
+        ValueError: names without a known prefix.
+    """
     renamed, unknown = {}, []
     for name, tensor in tensors.items():
         parts = _current_name(name).split(".")
@@ -204,12 +209,12 @@ def _rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[
         else:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"{len(unknown)} names fit no rule of this family, among them {', '.join(unknown[:5])}")
+        raise ValueError(f"{len(unknown)} names are unknown in this family, among them {', '.join(unknown[:5])}")
     return renamed
 
 
 def is_modulated(tensors: Mapping[str, Tensor]) -> bool:
-    """DCNv2 has three numbers per tap in its offset branches, DCNv1 two."""
+    """Whether the tensors are DCNv2's: its offset branches have three channels per kernel tap, DCNv1's two."""
     return all(
         len(tensor) == 3 * tensor.shape[-1] * tensor.shape[-2]
         for name, tensor in tensors.items()

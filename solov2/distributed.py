@@ -1,9 +1,10 @@
-"""Process groups, ranks and collectives. Launching itself is torchrun's."""
+"""Process groups, ranks and collectives. Processes are launched by torchrun."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import sys
 import time
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 
-NCCL_GRACE = 300  # seconds
-LAUNCHER_SETTINGS = {  # so that a signal for the launcher reaches its workers, and these have time to save
+LOG = logging.getLogger(__name__)
+NCCL_EXTRA_SECONDS = 300  # timeout of nccl beyond that of gloo, see `process_group`
+LAUNCHER_SETTINGS = {  # the launcher forwards signals to its workers and gives them time to save
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
 }
@@ -38,7 +40,7 @@ LAUNCHER_VARIABLES = (
 
 
 def rank() -> int:
-    """Number of this process, 0 without a process group."""
+    """Rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -48,50 +50,50 @@ def world_size() -> int:
 
 
 def launched_rank() -> int:
-    """Number that a launcher gave this process, before there is a process group; 0 without a launcher."""
+    """Rank assigned by the launcher, known before there is a process group; 0 without a launcher."""
     return int(os.environ.get("RANK", 0))
 
 
 def restarted() -> bool:
-    """Whether torchrun has started the workers again after a failure (its --max-restarts)."""
+    """Whether torchrun has restarted the workers after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def launch_name() -> str:
-    """What all starts of its workers by one torchrun have in common; empty without one."""
+    """Name of the torchrun launch, the same for all restarts of its workers; empty without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{name} of process {os.getppid()}" if name == "none" else name  # "none" is everybody's default
+    return f"{name} of process {os.getppid()}" if name == "none" else name  # "none" is torchrun's default
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes files."""
+    """Whether this is rank 0, which prints and writes files."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[None]:
-    """Within it, this process belongs to the group that torchrun prepared; alone it only makes `device` current.
+    """Initialize torch's process group under torchrun and destroy it on exit; make `device` the current device.
 
-    The backend is torch's default for the device: nccl on GPUs, gloo on a CPU. After an error the group is not left in
-    good order, since leaving nccl's waits for the other processes, which may wait for this one; torchrun ends them when
-    this one has ended.
+    The backend is torch's default for the device: nccl on GPUs, gloo on a CPU. After an error the group is not
+    destroyed: with nccl that waits for the other ranks, which may be waiting for this one. torchrun ends them once this
+    one has exited.
 
     Args:
-        device: of this process.
-        timeout: seconds after which an exchange that another process does not join is an error. nccl, which then ends
-            the process without a word, gets more, so that an exchange between the hosts can be the first to fail.
+        device: device of this process.
+        timeout: seconds after which a collective that another rank does not join is an error. On timeout nccl ends the
+            process without a message, so it gets `NCCL_EXTRA_SECONDS` more and gloo's collectives fail first.
     """
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     if "RANK" in os.environ and not dist.is_initialized():
-        patience = datetime.timedelta(seconds=timeout if device.type == "cpu" else timeout + NCCL_GRACE)
-        store, own_rank, size = next(dist.rendezvous("env://", timeout=patience))
+        group_timeout = datetime.timedelta(seconds=timeout if device.type == "cpu" else timeout + NCCL_EXTRA_SECONDS)
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=group_timeout))
         dist.init_process_group(
             dist.get_default_backend_for_device(device),
             store=fresh_store(store, own_rank, size, timeout=timeout),
             rank=own_rank,
             world_size=size,
-            timeout=patience,
+            timeout=group_timeout,
             device_id=device if device.type != "cpu" else None,
         )
     yield
@@ -100,47 +102,48 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
 
 
 def fresh_store(store: dist.Store, own_rank: int, size: int, *, timeout: float) -> dist.Store:
-    """A part of `store` that only the processes living now know.
+    """A view of `store` under a new key prefix, shared by the live ranks only.
 
-    The launcher's agent keeps one store for all its restarts (torch 2.14, which no longer tells them apart), and a
-    process that finds the address of a dead one there fails or waits forever. So rank 0 hands a fresh key prefix to
-    each live rank, and keys left by dead ranks are ignored.
+    torchrun keeps one store across all restarts (torch 2.14 no longer separates them), and a rank that finds the
+    address of a dead one there fails or waits forever. So rank 0 hands a fresh key prefix to each live rank, and keys
+    left by dead ranks are ignored.
 
     Args:
-        store: what all processes reach; may hold what dead ones left.
-        own_rank, size: of this process, and how many there are.
+        store: the store that all ranks share; may contain keys of dead ranks.
+        own_rank: rank of this process.
+        size: number of processes.
         timeout: seconds that rank 0 waits for the others.
 
     Raises:
-        TimeoutError: some process did not ask.
+        TimeoutError: a rank did not join in time.
     """
-    name = uuid.uuid4().hex
+    name = uuid.uuid4().hex  # rank 0: the prefix; other ranks: the id of their request
     if own_rank > 0:
-        store.set(f"asks/{own_rank}", name)
-        name = store.get(f"told/{name}").decode()
-        store.set(f"knows/{name}/{own_rank}", "")
-        return dist.PrefixStore(name, store)
+        store.set(f"request/{own_rank}", name)
+        prefix = store.get(f"reply/{name}").decode()
+        store.set(f"joined/{prefix}/{own_rank}", "")
+        return dist.PrefixStore(prefix, store)
     missing, deadline = set(range(1, size)), time.monotonic() + timeout
     while missing:
         for other in sorted(missing):
-            if store.check([f"asks/{other}"]):
-                store.set(f"told/{store.get(f'asks/{other}').decode()}", name)
-            if store.check([f"knows/{name}/{other}"]):
+            if store.check([f"request/{other}"]):
+                store.set(f"reply/{store.get(f'request/{other}').decode()}", name)
+            if store.check([f"joined/{name}/{other}"]):
                 missing.remove(other)
         if missing and time.monotonic() > deadline:
-            raise TimeoutError(f"processes {sorted(missing)} did not join within {timeout:.0f} seconds")
+            raise TimeoutError(f"ranks {sorted(missing)} did not join within {timeout:.0f} seconds")
         time.sleep(0.02 if missing else 0)
     return dist.PrefixStore(name, store)
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """`value` of every process, in rank order, on every process. Values are pickled: for small host data only."""
+    """The `value` of every rank, in rank order, on every rank. Values are pickled: for small host data only."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -149,7 +152,7 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` on every process."""
+    """The `value` of rank 0, on every rank."""
     if world_size() == 1:
         return value
     values = [value]
@@ -158,7 +161,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_reduce_max(value: Tensor) -> Tensor:
-    """The largest of the processes' scalars (0 to 255), as uint8 on the same device; the host does not wait for it."""
+    """Maximum of a scalar (integer in 0..255) over all ranks, as uint8 on the same device; the host does not wait."""
     value = value.to(torch.uint8)
     if world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
@@ -166,22 +169,22 @@ def all_reduce_max(value: Tensor) -> Tensor:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers (running statistics differ between processes that saw other images)."""
+    """Copy the buffers of rank 0 to all ranks; running statistics differ between ranks, which see different images."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
-    """Replace this process by torch's launcher with `nproc` workers; returns only where nothing has to be done.
+    """Replace this process by torchrun with `nproc` workers; returns only if that many processes are already running.
 
     Args:
-        nproc: processes wanted on this machine.
-        arguments: the whole command line without the flag that asked for it, script first.
-        device: value of --device; more processes than accelerators are refused unless it is the CPU.
+        nproc: number of processes on this machine.
+        arguments: the command line without --nproc, script first.
+        device: value of --device; unless it is the CPU, there must be an accelerator for each process.
 
     Raises:
-        InputError: nproc < 1, a torchrun of another size is already running, or too few devices.
+        InputError: nproc < 1, a torchrun with another number of processes is running, or there are too few devices.
     """
     if launched_processes(nproc) == nproc:
         return
@@ -190,10 +193,10 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
         if nproc > torch.accelerator.device_count():
             raise InputError(
                 f"--nproc {nproc} but this machine has {torch.accelerator.device_count()} "
-                f"{accelerator.type} devices; use one process per device"
+                f"{accelerator.type} devices; use at most one process per device"
             )
     elif nproc > (os.cpu_count() or 1):
-        print(f"warning: --nproc {nproc} on {os.cpu_count()} CPU cores; the processes will share them", file=sys.stderr)
+        LOG.warning("--nproc %d on %s; the processes will share them", nproc, count(os.cpu_count() or 1, "CPU core"))
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -214,7 +217,7 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
 
 
 def launched_processes(nproc: int) -> int:
-    """Number of processes that a torchrun has already started, 1 without one.
+    """Number of processes that torchrun has started, 1 without torchrun.
 
     Raises:
         InputError: nproc < 1, or another number of processes is already running.
@@ -223,14 +226,12 @@ def launched_processes(nproc: int) -> int:
     if nproc < 1:
         raise InputError(f"--nproc must be at least 1, got {nproc}")
     if running > 1 and running != nproc:
-        raise InputError(
-            f"--nproc {nproc} inside a torchrun of {running} processes: leave the flag out or make them equal"
-        )
+        raise InputError(f"--nproc {nproc} inside a torchrun of {running} processes: omit --nproc or pass {running}")
     return running
 
 
 def without_nproc(arguments: Sequence[str]) -> list[str]:
-    """A command line without `--nproc N` and `--nproc=N`."""
+    """The command line without `--nproc N` or `--nproc=N`."""
     kept, skip = [], False
     for argument in arguments:
         if skip:

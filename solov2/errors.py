@@ -1,16 +1,21 @@
-"""The ground that every module may stand on: the two errors that a user sees, and text made safe for a terminal."""
+"""What every module may import: the two errors that a user sees, and helpers for the text of messages."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """A user's mistake, told in one sentence; the commands print it without a traceback."""
+    """A user's mistake, described in one sentence; the commands print it without a traceback."""
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on through no mistake of its user, told in one sentence."""
+    """A run that cannot continue, through no fault of its user; described in one sentence."""
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number and its noun: "1 image", "2 images"; `plural` where it takes more than an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def printable(text: str) -> str:
-    """Text from a file, made safe for a terminal: control characters are written as escapes."""
+    """Make text from a file safe for a terminal: control characters become escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

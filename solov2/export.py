@@ -1,8 +1,8 @@
 """One graph from pixels to instances, for `torch.export`, ONNX and compilers.
 
-Post-processing as `solov2.models.postprocess` does it has as many candidates as the image asks for. Here every step
-has a fixed number of rows instead: the best cells, the best (cell, class) pairs of those, the best instances. No shape
-depends on a value, which is what `torch.export`, ONNX and compilers ask for.
+`solov2.models.postprocess` keeps as many candidates as an image needs. Here every step has a fixed number of rows
+instead: the best cells, their best (cell, class) pairs, the best instances. No shape depends on a value, as
+`torch.export`, ONNX and compilers require.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from solov2.ops.matrix_nms import decay_scores
 from solov2.outputs import replace_file
 from solov2.settings import PostprocessSettings
 
-NUM_CELLS = 512  # photographs seldom have more cells above the category threshold
+NUM_CELLS = 512  # images seldom have more cells above the category threshold
 FORMATS = (".pt2", ".onnx")
 
 
 class ExportedSOLOv2(nn.Module):
-    """What is exported: pixels in, instances or raw outputs out.
+    """The module that is exported: pixels in, instances or raw outputs out.
 
     Args:
-        model: left as it is; a copy with its batch norms folded is exported.
+        model: left unchanged; a copy with folded batch norms is exported.
         raw: return the raw outputs of `SOLOv2.forward` instead of instances.
-        num_cells: cells whose masks are computed, see `select_instances`.
+        num_cells: number of cells whose masks are computed, see `select_instances`.
 
     Raises:
-        InputError: settings without a limit, which have no fixed number of rows.
+        InputError: `model.settings.max_candidates` is 0 (no limit), so the number of rows is not fixed.
     """
 
     def __init__(self, model: SOLOv2, *, raw: bool = False, num_cells: int = NUM_CELLS) -> None:
@@ -67,38 +67,38 @@ def select_instances(
 ) -> dict[str, Tensor]:
     """The instances that `solov2.models.postprocess.postprocess` finds, in tensors of fixed shape.
 
-    They are the same as long as no more than `num_cells` cells have a category score above `category_threshold`; of
-    more, those with the highest category score are taken. All masks of these cells are alive at once: 3 x B x num_cells
-    x H / 4 x W / 4 floats.
+    They are the same as long as at most `num_cells` cells have a category score above `category_threshold`; if more do,
+    those with the highest category scores are used. All masks of these cells are in memory at once: 3 x B x num_cells x
+    H / 4 x W / 4 floats.
 
     Args:
         raw: outputs of `SOLOv2.forward`.
-        settings: thresholds and limits; `max_candidates` of 1 or more.
-        num_cells: n, cells that a mask is computed for.
+        settings: thresholds and limits; `max_candidates` must be at least 1.
+        num_cells: n, number of cells whose masks are computed.
 
     Returns:
         scores: float [B, K], descending, 0 where the image has fewer instances; K = max_instances, where that is
             0 max_candidates (or n C, if smaller).
-        labels: int64 [B, K], meaningless where the score is 0, like the mask.
+        labels: int64 [B, K], meaningless where the score is 0, as are the masks.
         masks: float [B, K, H / 4, W / 4], probabilities on the padded input at stride 4.
     """
     scores, kernels, area_thresholds = flatten_raw(raw, settings)  # [B, cells, C], [B, cells, E], [cells]
     features = widen(raw["mask_features"])
     cells = scores.amax(2).topk(min(num_cells, scores.shape[1]), dim=1).indices  # [B, n]
-    soft = (_rows(kernels, cells).to(features.dtype) @ features.flatten(2)).sigmoid()  # [B, n, h w]
+    soft = (_gather_rows(kernels, cells).to(features.dtype) @ features.flatten(2)).sigmoid()  # [B, n, h w]
     masks = (soft > settings.mask_threshold).to(soft.dtype)
     areas = masks.sum(2)
     mask_scores = torch.where(areas > area_thresholds[cells], (soft * masks).sum(2) / areas.clamp(min=1), 0)
-    scores = _rows(scores, cells)  # [B, n, C]
+    scores = _gather_rows(scores, cells)  # [B, n, C]
     num_classes = scores.shape[2]
     scores = torch.where(scores > settings.category_threshold, scores * mask_scores[:, :, None], 0).flatten(1)
     scores, pairs = scores.topk(min(settings.max_candidates, scores.shape[1]), dim=1)
     slots, labels = pairs // num_classes, pairs % num_classes  # slots: which of the n cells
-    shared = _rows(_rows(masks @ masks.mT, slots).mT, slots)  # symmetric
+    shared = _gather_rows(_gather_rows(masks @ masks.mT, slots).mT, slots)  # symmetric
     scores = decay_scores(shared, labels, scores, kernel=settings.nms_kernel, sigma=settings.nms_sigma)
     scores = torch.where(scores >= settings.score_threshold, scores, 0)
     scores, order = scores.topk(min(settings.max_instances or scores.shape[1], scores.shape[1]), dim=1)
-    soft = _rows(soft, slots.gather(1, order))
+    soft = _gather_rows(soft, slots.gather(1, order))
     return {
         "scores": scores,
         "labels": labels.gather(1, order),
@@ -106,24 +106,24 @@ def select_instances(
     }
 
 
-def _rows(values: Tensor, rows: Tensor) -> Tensor:
-    """values [B, n, m] at rows [B, k] -> [B, k, m]."""
+def _gather_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Gather rows: values [B, n, m], row indices [B, k] -> [B, k, m]."""
     return values.gather(1, rows[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def export_program(
     model: SOLOv2, size: tuple[int, int], *, raw: bool = False, num_cells: int = NUM_CELLS
 ) -> torch.export.ExportedProgram:
-    """`ExportedSOLOv2` as one graph for images of one padded size and batches of any size, on the model's device.
+    """`ExportedSOLOv2` as one graph for one padded image size and any batch size, on the model's device.
 
     Raises:
-        InputError: `size` (height, width) is not of positive multiples of 32; see `ExportedSOLOv2`.
+        InputError: height or width of `size` is not a positive multiple of 32; see also `ExportedSOLOv2`.
     """
     if any(side < model.divisor or side % model.divisor for side in size):
         raise InputError(f"size {size[0]} x {size[1]}: height and width must be multiples of {model.divisor}")
     module = ExportedSOLOv2(model, raw=raw, num_cells=num_cells).eval()
     device = model.pixel_mean.device
-    pixels = torch.zeros(2, 3, *size, dtype=torch.uint8, device=device)  # a batch of 1 would be taken for a constant
+    pixels = torch.zeros(2, 3, *size, dtype=torch.uint8, device=device)  # a batch of 1 would be traced as a constant
     sizes = torch.tensor([size, size], device=device)
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     with torch.no_grad():
@@ -131,15 +131,15 @@ def export_program(
 
 
 def save_program(program: torch.export.ExportedProgram, path: str | Path, class_names: Sequence[str]) -> None:
-    """Write a program and the names of its classes; an existing file is replaced as a whole or not at all.
+    """Write a program and its class names to a file, atomically: an existing file is replaced completely or not at all.
 
     Args:
         program: from `export_program`.
         path: .pt2 for `torch.export.load`, .onnx for ONNX.
-        class_names: kept as a JSON list: the extra file class_names.json of a .pt2, the metadata class_names in ONNX.
+        class_names: stored as a JSON list: extra file class_names.json of a .pt2, metadata entry class_names in ONNX.
 
     Raises:
-        InputError: another ending, or ONNX is wanted and its packages are absent.
+        InputError: unknown file name suffix, or the packages for ONNX are not installed.
         OSError: disk full, no permission.
     """
     check_format(path)
@@ -154,10 +154,10 @@ def save_program(program: torch.export.ExportedProgram, path: str | Path, class_
 
 
 def check_format(path: str | Path) -> None:
-    """Whether `save_program` can write this kind of file here.
+    """Check that `save_program` can write this kind of file here.
 
     Raises:
-        InputError: as of `save_program`.
+        InputError: as in `save_program`.
     """
     if Path(path).suffix not in FORMATS:
         raise InputError(f"{path}: the name must end in {' or '.join(FORMATS)}")
@@ -165,7 +165,7 @@ def check_format(path: str | Path) -> None:
         try:
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise InputError("ONNX needs further packages: pip install 'solov2[export]'") from error
+            raise InputError("ONNX export needs additional packages: pip install 'solov2[export]'") from error
 
 
 def _to_onnx(program: torch.export.ExportedProgram, class_names: str) -> bytes:

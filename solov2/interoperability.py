@@ -1,4 +1,4 @@
-"""Results as objects of other libraries; docs/interoperability.md shows which of them take results as they are."""
+"""Results as objects of other libraries; docs/interoperability.md shows which libraries take results directly."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def to_supervision(result: Mapping[str, Any], class_names: Sequence[str] | None = None) -> supervision.Detections:
-    """One result as `supervision.Detections`, for the annotators, trackers and zones of that library.
+    """Convert one result to `supervision.Detections`, for the annotators, trackers and zones of that library.
 
     Args:
         result: one entry of what `SOLOv2.predict` returns, on any device: scores float32 [N], labels int64 [N], boxes
-            float32 [N, 4], and masks, bool [N, H, W] or N RLE.
-        class_names: name of each label, usually `SOLOv2.class_names`; without them there are no names in `data`.
+            float32 [N, 4], and masks, bool [N, H, W] or N RLEs.
+        class_names: name of each label, usually `SOLOv2.class_names`; None leaves `data` without names.
 
     Returns:
         xyxy float32 [N, 4] (maximum exclusive), confidence float32 [N], class_id int64 [N], data["class_name"] str [N],
-        and mask bool [N, H, W], which RLE becomes too; None for no RLE, which do not say how large the image is.
+        and mask bool [N, H, W], decoded from RLEs if need be; None for an empty list of RLEs, which has no image size.
 
     Raises:
         InputError: supervision is not installed, or a label has no name.
@@ -34,7 +34,7 @@ def to_supervision(result: Mapping[str, Any], class_names: Sequence[str] | None 
     try:
         import supervision
     except ImportError as error:
-        raise InputError("to_supervision needs a further package: pip install supervision") from error
+        raise InputError("to_supervision needs an additional package: pip install supervision") from error
     masks, labels = result["masks"], result["labels"].cpu().numpy()
     if not isinstance(masks, Tensor):
         masks = torch.stack([decode_rle(rle) for rle in masks]).bool() if masks else None

@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DICE_EPSILON = 1e-3  # on each of the two squared sums, as in the reference
-COUNT_EPSILON = torch.finfo(torch.float32).eps  # mmdetection's guard of the focal divisor
+COUNT_EPSILON = torch.finfo(torch.float32).eps  # mmdetection's guard against a zero divisor of the focal loss
 
 
 class SOLOv2Criterion(nn.Module):
-    """Raw outputs and targets -> weighted losses, without a host synchronization.
+    """Raw outputs and targets -> weighted losses, without synchronizing with the host.
 
     loss_category: sum of the sigmoid focal loss over all cells and classes / (positive cells + 1).
-    loss_mask: mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. A cell that instances
-    share counts once, so that both losses count the same cells, as in mmdetection; the authors' code takes the mean
-    over pairs, which differs only there.
-    Half-precision inputs are computed in float32. Without a positive cell loss_mask is a zero connected to the graph
+    loss_mask: mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. A cell shared by
+    several instances counts once, so that both losses count the same cells, as in mmdetection; the authors' code takes
+    the mean over pairs, which differs only for such cells.
+    Half-precision inputs are computed in float32. Without a positive cell, loss_mask is a zero connected to the graph
     (DistributedDataParallel needs every gradient).
 
     Args:
         num_classes: C.
         mask_weight: lambda, the weight of the mask loss (the category loss has weight 1).
-        focal_gamma, focal_alpha: of the focal loss.
+        focal_gamma, focal_alpha: parameters of the focal loss.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class SOLOv2Criterion(nn.Module):
     def forward(
         self, raw: dict[str, Any], targets: dict[str, Any], num_positives: Tensor | float | None = None
     ) -> dict[str, Tensor]:
-        """Losses of a batch, weights applied: the caller only adds.
+        """Losses of a batch, already weighted: the caller only sums them.
 
         Args:
             raw: category_logits list of [B, C, S, S], kernels list of [B, E, S, S], mask_features [B, E, h, w].
             targets: from `TargetAssigner`, on the same device.
-            num_positives: positive cells to normalize by, where that is more than this batch (gradient accumulation or
-                all processes); default this batch's own number.
+            num_positives: number of positive cells to normalize by, if other than this batch's own: that of all
+                accumulated batches, of all processes.
 
         Returns:
             {"loss_category", "loss_mask"}: scalars in at least float32.
@@ -55,13 +55,13 @@ class SOLOv2Criterion(nn.Module):
         category: Tensor = targets["category"]  # [B, cells]
         with torch.autocast(category.device.type, enabled=False):
             logits = torch.cat([level.flatten(2) for level in raw["category_logits"]], dim=2)  # [B, C, cells]
-            focal = self._focal(_wide(logits), category)  # []
-            dice = self._dice(raw["kernels"], _wide(raw["mask_features"]), targets)  # []
+            focal = self._focal(_widen(logits), category)  # []
+            dice = self._dice(raw["kernels"], _widen(raw["mask_features"]), targets)  # []
         if num_positives is None:
             num_positives = (category < self.num_classes).sum()  # every positive cell has exactly one category
-        elif not isinstance(num_positives, Tensor):  # filled on the device: a copy from the host would wait for it
+        elif not isinstance(num_positives, Tensor):  # filled on the device: copying from the host would synchronize
             num_positives = focal.new_full((), num_positives)
-        num_positives = num_positives.to(focal.dtype)  # an int64 would make the guarded sum float32
+        num_positives = num_positives.to(focal.dtype)  # int64 plus the float epsilon would be float32
         return {
             "loss_category": focal / (num_positives + 1 + COUNT_EPSILON),
             "loss_mask": self.mask_weight * dice / num_positives.clamp(min=1),
@@ -70,7 +70,7 @@ class SOLOv2Criterion(nn.Module):
     def _focal(self, logits: Tensor, category: Tensor) -> Tensor:
         """Sum of the sigmoid focal loss (Lin et al. 2017); logits [B, C, cells], category [B, cells]."""
         positive = category[:, None] == torch.arange(self.num_classes, device=category.device)[:, None]  # [B, C, cells]
-        # With z = +-logit the wrong probability is sigmoid(-z) and the cross entropy softplus(-z).
+        # With z = logit where positive, else -logit: 1 - p_t is sigmoid(-z), the cross entropy softplus(-z).
         signed = torch.where(positive, -logits, logits)  # [B, C, cells], -z
         weight = torch.where(positive, self.focal_alpha, 1 - self.focal_alpha)  # [B, C, cells]
         cross_entropy = F.softplus(signed, threshold=40)  # [B, C, cells]; the default, 20, is exact in float32 only
@@ -83,9 +83,9 @@ class SOLOv2Criterion(nn.Module):
         """
         flat_kernels = torch.cat([level.flatten(2) for level in kernels], dim=2).transpose(1, 2)  # [B, cells, E]
         image, cell, instance = targets["positives"].unbind(1)  # [P] each
-        # One index tensor on the flattened rows: its backward is repeatable, that of two index tensors is not on a CPU.
+        # One index into flattened rows: its backward pass is deterministic, that of two index tensors is not on a CPU.
         chosen = flat_kernels.flatten(0, 1).index_select(0, image * flat_kernels.shape[1] + cell)  # [P, E]
-        pairs, instances = _per_image(targets)
+        pairs, instances = _counts_per_image(targets)
         total = features.new_zeros(())
         first = 0
         for own_kernels, own_masks, own_instance, feature in zip(
@@ -97,9 +97,9 @@ class SOLOv2Criterion(nn.Module):
         ):
             # The dynamic convolution (equation 1) as one matrix product, [P_i, E] x [E, h w].
             probability = (own_kernels.to(feature.dtype) @ feature.flatten(1)).sigmoid()  # [P_i, h w]
-            truth = own_masks.to(probability.dtype)  # [N_i, h w], one plane per instance
+            truth = own_masks.to(probability.dtype)  # [N_i, h w], one mask per instance
             own_instance = own_instance - first  # [P_i], into own_masks
-            # With all instances as one product: a plane per pair would be several times the memory.
+            # One product with all instances: a copy of the mask per pair would take several times the memory.
             overlap = (probability @ truth.T).gather(1, own_instance[:, None])[:, 0]  # [P_i]
             area = truth.sum(1, dtype=torch.float32).index_select(0, own_instance)  # [P_i], float32 in the reference
             squares = probability.square().sum(1)  # [P_i]
@@ -108,11 +108,11 @@ class SOLOv2Criterion(nn.Module):
         return total
 
 
-def _per_image(targets: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """(pairs, instances) of each image on the host.
+def _counts_per_image(targets: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Numbers of (pairs, instances) of each image, on the host.
 
-    `TargetAssigner` returns both; where a caller left them out they are counted from the triples, which on an
-    accelerator waits for the device.
+    `TargetAssigner` returns both; where a caller left them out, they are counted from the triples, which synchronizes
+    with an accelerator.
     """
     if "positives_per_image" in targets:
         return targets["positives_per_image"], targets["instances_per_image"]
@@ -126,6 +126,6 @@ def _per_image(targets: dict[str, Any]) -> tuple[list[int], list[int]]:
     return pairs, [end - start for start, end in zip([0, *ends], ends)]
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half-precision types as float32; float32 and float64 as they are."""
+def _widen(x: Tensor) -> Tensor:
+    """Promote half precision to float32; float32 and float64 stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The one way to predict, under `SOLOv2.predict`, the predict command, evaluation and the benchmark."""
+"""Prediction, shared by `SOLOv2.predict`, the predict command, evaluation and the benchmark."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from solov2.compute import Compute
 
 
 class Predictor:
-    """Batches -> results of one model, in two halves that may overlap: `launch` queues the network for a batch, and
-    `collect` makes the results of the oldest batch that was launched.
+    """Predicts batches with one model in two steps that may overlap: `launch` queues the network for a batch, and
+    `collect` returns the results of the oldest batch launched.
 
     Args:
-        model: a `SOLOv2`, known by its `normalize`, `forward` and `postprocess` alone; put into evaluation mode.
-        compute: where and how the network runs; the model is there already.
-        mask_format: "bool" for planes, "rle" for COCO's RLE.
-        score_threshold, max_instances: of post-processing; None keeps the model's own.
+        model: a `SOLOv2`, used only through its `normalize`, `forward` and `postprocess`; put into evaluation mode.
+        compute: device, precision and layout; the model must already be on the device.
+        mask_format: "bool" for full-size masks, "rle" for COCO RLEs.
+        score_threshold, max_instances: post-processing limits; None keeps the model's own.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Predictor:
         images = self.compute.images(self.model, moved)  # float32 [B, 3, H, W]
         with self.compute.autocast():
             raw = self.model(images)
-        self._launched.append((raw, batch["sizes"], batch["original_sizes"]))  # sizes of the host need no wait
+        self._launched.append((raw, batch["sizes"], batch["original_sizes"]))  # host sizes need no synchronization
 
-    @torch.no_grad()  # gradient mode belongs to a thread, and this may be another one
+    @torch.no_grad()  # gradient mode is per thread, and this may run in another one
     def collect(self) -> list[dict[str, Any]]:
         """Results of the oldest launched batch, one per image, see `solov2.models.postprocess.postprocess`."""
         raw, sizes, original_sizes = self._launched.popleft()

@@ -1,11 +1,11 @@
-"""What somebody may have meant who typed a name that does not exist."""
+"""Suggestions for names that do not exist."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# Our name -> what other libraries call the same.
+# Our name -> names of the same setting in other libraries.
 OTHER_NAMES = {
     "accumulate": "accumulate_grad_batches accum grad_accum gradient_accumulation_steps",
     "backbone": "arch encoder",
@@ -49,15 +49,17 @@ OTHER_NAMES = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' (did you mean A or B?)' with what `name` stands for elsewhere, or else the closest names; or an empty string.
+    """' (did you mean A or B?)' for the end of an error message, or an empty string.
+
+    Suggests our names for what other libraries call `name`, or else the closest names.
 
     Args:
-        name: what was typed. Of it and of `known`, only what follows a section counts, without the dashes of a flag:
-            'train.lr' and '--lr' stand for 'train.learning_rate' and '--learning-rate'.
-        known: what could have been meant.
+        name: what was typed. Sections and the dashes of flags are ignored, here and in `known`: 'train.lr' and '--lr'
+            suggest 'train.learning_rate' and '--learning-rate'.
+        known: the names that exist.
     """
-    candidates = {_bare(each): each for each in known}
-    typed, names = _bare(name), list(candidates)
+    candidates = {_normalize(each): each for each in known}
+    typed, names = _normalize(name), list(candidates)
     close = (
         [each for each in names if each == typed]
         or [own for own, others in OTHER_NAMES.items() if typed in others.split() and own in candidates]
@@ -67,5 +69,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(candidates[each] for each in close)}?)" if close else ""
 
 
-def _bare(name: str) -> str:
+def _normalize(name: str) -> str:
     return name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()

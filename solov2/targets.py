@@ -18,14 +18,14 @@ from solov2.ops.resize import quarter_masks
 class TargetAssigner:
     """Assigns instances to grid cells as the reference does, in float32.
 
-    An instance belongs to every level whose scale range holds sqrt(box area), bounds included; the ranges overlap, so
-    usually to two. There it takes the cells of its center region (box scaled by `center_sigma` around the center of
-    mass of the mask), at most one cell away from the center's own cell. A later instance overwrites the category of a
-    shared cell; both keep their mask entry.
+    An instance belongs to every level whose scale range contains sqrt(box area), bounds included; the ranges overlap,
+    so usually to two. There it takes the cells of its center region (the box scaled by `center_sigma` and moved to the
+    mask's center of mass), at most one cell away from the center's own cell. A later instance overwrites the category
+    of a shared cell; both keep their positive entry.
 
     Args:
         grid_sizes: S of each level, finest first.
-        scale_ranges: (lowest, highest) sqrt(box area) of each level, in input pixels.
+        scale_ranges: (minimum, maximum) sqrt(box area) of each level, in input pixels.
         num_classes: C; the background has index C.
         center_sigma: size of the center region as a fraction of the box.
 
@@ -52,7 +52,7 @@ class TargetAssigner:
         self.num_cells = sum(size * size for size in self.grid_sizes)
 
     def __call__(self, instances: Sequence[dict[str, Tensor]], padded_size: tuple[int, int]) -> dict[str, Any]:
-        """Targets of a batch.
+        """Assign the targets of a batch.
 
         Args:
             instances: per image boxes float32 [N, 4] x1, y1, x2, y2 (of the annotation, in input pixels), labels
@@ -62,11 +62,11 @@ class TargetAssigner:
             padded_size: (H, W) of the batch, multiples of 32.
 
         Returns:
-            category: int64 [B, cells], background = num_classes, cells of all levels one after another, row-major.
+            category: int64 [B, cells], background = num_classes; cells of all levels concatenated, row-major.
             positives: int64 [P, 3] = (image, cell, instance); sorted by image, then level, then instance, then cell.
-                Instances are numbered through the whole batch.
+                Instances are numbered across the batch.
             masks: uint8 [sum N, H / 4, W / 4].
-            positives_per_image, instances_per_image: lists of B integers, on the host.
+            positives_per_image, instances_per_image: lists of B integers.
         """
         quarter = (padded_size[0] // 4, padded_size[1] // 4)
         categories, positives, masks, offset = [], [], [], 0
@@ -97,9 +97,9 @@ class TargetAssigner:
         """One image: category int64 [cells] and (cell, instance) pairs int64 [P, 2]."""
         center_y, center_x, area = centers  # [N] each
         width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]  # [N] each
-        scale = (width * height).clamp(min=0).sqrt()  # [N], of the box as in the reference, not of the mask
+        scale = (width * height).clamp(min=0).sqrt()  # [N], of the box, not of the mask, as in the reference
         low, high = torch.tensor(self.scale_ranges).reshape(-1, 2, 1).unbind(1)  # [levels, 1] each
-        # An empty mask has no center of mass and takes no cell.
+        # An empty mask has no center of mass, so it gets no cell.
         level, chosen = ((scale >= low) & (scale <= high) & (area > 0)).nonzero(as_tuple=True)  # [n] each, by level
 
         sizes = torch.tensor(self.grid_sizes)  # [levels]
@@ -124,9 +124,9 @@ class TargetAssigner:
 
 
 def _cell(position: Tensor, extent: Tensor, size: Tensor) -> Tensor:
-    """Grid index of positions: trunc((position / extent) / (1 / S)) in float32, 1 / S rounded to float32 first.
+    """Grid index of positions: trunc((position / extent) / (1 / S)) in float32, with 1 / S rounded to float32 first.
 
-    Not the same as floor(position * S / extent) at and near cell borders; mmdetection trains with this.
+    This differs from floor(position * S / extent) at and near cell borders; mmdetection trains with it.
     """
     step = (1 / size.double()).float()  # [n]
     return torch.trunc(position / extent / step).long()  # [3, 2, n]

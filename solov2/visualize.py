@@ -1,4 +1,4 @@
-"""Pictures of instances: translucent masks, outlines and labels that stay readable on busy photographs."""
+"""Draw instances: translucent masks, outlines, and labels that stay readable on cluttered images."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from solov2.ops.masks import decode_rle
 Point = tuple[int, int]  # x, y in pixels
 Color = tuple[int, int, int]
 
-PAPER = (250, 250, 250)  # background and ink of sheets
-INK = (30, 30, 30)
-CELL = 560  # pixels of the square that a picture of a sheet is fitted into
+SHEET_BACKGROUND = (250, 250, 250)
+SHEET_TEXT = (30, 30, 30)
+CELL = 560  # side in pixels of the square that a picture on a contact sheet is fitted into
 TITLES = ("ground truth", "predictions")
-FILL = 0.45  # share of the color inside a mask
+FILL = 0.45  # opacity of the color inside a mask
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One instance to draw. Only the surroundings of its mask are kept: 100 planes of a large photo fill memory."""
+    """One instance to draw. The mask is cropped, because 100 full-size masks of a large image need too much memory."""
 
     text: str
     color: Color
-    corner: Point  # upper left of the neighborhood in the picture
-    mask: np.ndarray  # bool [h, w] of the neighborhood, with at least one pixel
+    corner: Point  # upper left corner of the crop in the picture
+    mask: np.ndarray  # cropped, bool [h, w], with at least one pixel set
 
     @classmethod
-    def cut_out(cls, mask: np.ndarray, text: str, color: Color, *, margin: int, scale: int) -> Instance:
-        """Keep the tight box of bool [H, W], widened by a margin as far as the picture goes and enlarged by `scale`."""
+    def crop(cls, mask: np.ndarray, text: str, color: Color, *, margin: int, scale: int) -> Instance:
+        """Crop a mask, bool [H, W], to its tight box plus a margin in pixels, and enlarge it by an integer `scale`."""
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - margin)
         window = mask[top : int(rows[-1]) + 1 + margin, left : int(columns[-1]) + 1 + margin]
@@ -48,16 +48,16 @@ class Instance:
 
     @property
     def area(self) -> int:
-        """Pixels of the mask."""
+        """Number of pixels of the mask."""
         return int(self.mask.sum())
 
     def region(self, plane: np.ndarray) -> np.ndarray:
-        """View of a plane [H, W, ...] at the neighborhood."""
+        """View of the crop in an array [H, W, ...]."""
         (left, top), (height, width) = self.corner, self.mask.shape
         return plane[top : top + height, left : left + width]
 
     def top(self) -> Point:
-        """The pixel in the middle of the top row of the mask."""
+        """The middle pixel in the top row of the mask."""
         row = int(self.mask.any(1).argmax())
         columns = np.flatnonzero(self.mask[row])
         return self.corner[0] + int(columns[len(columns) // 2]), self.corner[1] + row
@@ -70,24 +70,27 @@ def draw_instances(
     *,
     score_threshold: float = 0.3,
     scale: int = 1,
+    colors: Sequence[Color] | None = None,
 ) -> Image.Image:
     """Draw instances on a copy of an image.
 
-    Large instances are drawn first, so that small ones in front stay visible. Colors follow the order in the result.
+    Large instances are drawn first, so that small ones in front stay visible.
 
     Args:
-        image: path, PIL image, array [H, W, 3] or tensor [3, H, W], as `SOLOv2.predict` takes them.
-        result: `labels` int64 [N] and `masks`, bool or uint8 [N, H, W] or a list of N RLE dicts; `scores` float32 [N]
-            where there are any. Without scores (ground truth) all instances are drawn, labeled with their class alone.
+        image: path, PIL image, array uint8 [H, W, 3] or tensor uint8 [3, H, W], as for `SOLOv2.predict`.
+        result: `labels` int64 [N]; `masks` bool or uint8 [N, H, W], or a list of N RLE dicts; optional `scores`
+            float32 [N]. Without scores (ground truth) all instances are drawn, labeled with their class only.
         class_names: name of each label.
-        score_threshold: leave out instances below this score.
-        scale: enlarge image and masks by this whole factor first: labels on a 200 pixel image would hide it.
+        score_threshold: minimum score of the instances that are drawn.
+        scale: integer factor by which image and masks are enlarged first; on a small image labels would hide it.
+        colors: (red, green, blue), 0 to 255, of each of the N instances; default: `instance_color` of the index among
+            the drawn instances.
 
     Returns:
-        RGB picture of the image's size times `scale`.
+        RGB image; its size is that of the input times `scale`.
 
     Raises:
-        InputError: masks of another size than the image, or a label without a name.
+        InputError: the masks do not have the size of the image, or a label has no name.
     """
     picture = Image.fromarray(to_rgb_tensor(image).permute(1, 2, 0).cpu().numpy())
     size = (picture.height, picture.width)
@@ -99,33 +102,34 @@ def draw_instances(
     for rank, index in enumerate(kept):
         text = _label_text(labels[index], None if scores is None else scores[index], class_names)
         mask = _mask_array(result["masks"][index], size)
-        if mask.any():  # a final mask may be empty: there is nothing that a label could name
-            instances.append(Instance.cut_out(mask, text, instance_color(rank), margin=width + 1, scale=scale))
+        if mask.any():  # a final mask may be empty, which leaves nothing to label
+            color = instance_color(rank) if colors is None else colors[index]
+            instances.append(Instance.crop(mask, text, color, margin=width + 1, scale=scale))
     picture = Image.fromarray(_paint(np.array(picture), instances, width))
     _draw_labels(picture, instances)
     return picture
 
 
 def instance_color(index: int) -> Color:
-    """RGB color of the instance of this rank; neighbors in rank are far apart in hue, the list never ends."""
-    hue = (0.58 + index * 0.618034) % 1.0  # steps of the golden section never come close to an earlier hue for long
+    """RGB color (0 to 255) for any index >= 0; successive indices differ strongly in hue."""
+    hue = (0.58 + index * 0.618034) % 1.0  # golden-ratio steps spread the hues evenly
     saturation, value = ((0.85, 1.0), (0.6, 1.0), (0.95, 0.8))[index // 5 % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def contact_sheet(rows: Sequence[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Pairs of pictures, ground truth and predictions, as the rows of one sheet.
+    """Arrange (ground truth, predictions) pairs of pictures as the rows of one sheet.
 
     Raises:
-        InputError: no rows.
+        InputError: `rows` is empty.
     """
     if not rows:
         raise InputError("a contact sheet needs at least one pair of pictures")
     gap, top = CELL // 70, CELL // 16
     fitted = [(_fit(left), _fit(right)) for left, right in rows]
     heights = [max(left.height, right.height) for left, right in fitted]
-    sheet = Image.new("RGB", (2 * CELL + 3 * gap, top + sum(heights) + gap * len(rows)), PAPER)
+    sheet = Image.new("RGB", (2 * CELL + 3 * gap, top + sum(heights) + gap * len(rows)), SHEET_BACKGROUND)
     _draw_titles(sheet, (gap + CELL / 2, 2 * gap + 1.5 * CELL), top)
     y = top
     for pair, height in zip(fitted, heights, strict=True):
@@ -143,7 +147,7 @@ def _scores(result: Mapping[str, Any]) -> list[float] | None:
 
 def _label_text(label: int, score: float | None, class_names: Sequence[str]) -> str:
     if not 0 <= label < len(class_names):
-        raise InputError(f"label {label} has no name: there are {len(class_names)} class names")
+        raise InputError(f"label {label} has no name: class_names has length {len(class_names)}")
     return class_names[label] if score is None else f"{class_names[label]} {score:.2f}"
 
 
@@ -151,24 +155,24 @@ def _mask_array(mask: Tensor | np.ndarray | Mapping[str, Any], size: tuple[int, 
     """One mask as bool [H, W]."""
     array = np.asarray(torch.as_tensor(decode_rle(dict(mask)) if isinstance(mask, Mapping) else mask).cpu()) > 0
     if array.shape != size:
-        raise InputError(f"masks of {array.shape} (height, width) do not fit an image of {size}")
+        raise InputError(f"the masks have size {array.shape} (height, width) but the image has {size}")
     return array
 
 
-def _paint(photo: np.ndarray, instances: Sequence[Instance], width: int) -> np.ndarray:
-    """Fill and outline masks on a copy of uint8 [H, W, 3], the largest first, with lines of `width` pixels.
+def _paint(image: np.ndarray, instances: Sequence[Instance], width: int) -> np.ndarray:
+    """Fill and outline masks on a copy of `image`, uint8 [H, W, 3], the largest first, with lines of `width` pixels.
 
-    Each fill starts from the photograph, not from the fills below: mixed colors would belong to no instance.
+    Each fill blends with the original image, not with fills below it: a mix of two colors would belong to no instance.
     """
-    pixels = photo.copy()
+    pixels = image.copy()
     order = sorted(instances, key=lambda instance: -instance.area)
     for instance in order:
         inside = instance.mask
-        fill = (1 - FILL) * instance.region(photo)[inside] + FILL * np.asarray(instance.color, np.float32)
+        fill = (1 - FILL) * instance.region(image)[inside] + FILL * np.asarray(instance.color, np.float32)
         instance.region(pixels)[inside] = fill
     for instance in order:
         inside, region, color = instance.mask, instance.region(pixels), np.asarray(instance.color, np.float32)
-        # A dark rim outside the bright line shows the outline on light and on dark ground.
+        # The dark rim around the bright line makes the outline visible on light and on dark backgrounds.
         rim = _grow(inside, max(1, width // 2)) & ~inside
         line = inside & _grow(~inside, width)
         region[rim] = 0.4 * region[rim] + 0.15 * color
@@ -177,7 +181,7 @@ def _paint(photo: np.ndarray, instances: Sequence[Instance], width: int) -> np.n
 
 
 def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """bool [h, w] grown by some pixels in all eight directions."""
+    """Dilate a mask, bool [h, w], by `pixels` in all eight directions."""
     plane = torch.from_numpy(mask).float()[None]
     for kernel in ((2 * pixels + 1, 1), (1, 2 * pixels + 1)):
         plane = F.max_pool2d(plane, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
@@ -185,10 +189,10 @@ def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> None:
-    """One label per instance, above its mask as long as no earlier label is there."""
-    font_size = max(11, round(min(picture.size) / (30 if len(instances) <= 12 else 40)))  # a crowd leaves less room
+    """Draw one label per instance, above its mask unless that would cover an earlier label."""
+    font_size = max(11, round(min(picture.size) / (30 if len(instances) <= 12 else 40)))  # less room if there are many
     font = ImageFont.load_default(size=font_size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # what a size asks for
+    assert isinstance(font, ImageFont.FreeTypeFont)  # because a size is given
     pad = max(2, font_size // 5)
     height = sum(font.getmetrics()) + pad
     draw, taken = ImageDraw.Draw(picture), np.zeros((0, 4))
@@ -201,8 +205,13 @@ def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> None:
 
 
 def _label_place(size: Point, top: Point, taken: np.ndarray, bounds: Point) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 of a label of `size` over the point `top`, the nearest height at which it covers none of `taken`
-    ([K, 4], the same), inside a picture of `bounds`, as far as there is room.
+    """Box (x0, y0, x1, y1) of a label: directly above `top`, or at the nearest free height if there is one.
+
+    Args:
+        size: (width, height) of the label.
+        top: (x, y) of the point.
+        taken: boxes of the earlier labels, float64 [K, 4].
+        bounds: (width, height) of the picture, which contains the box.
     """
     (width, height), (right, bottom) = size, bounds
     x = max(0, min(top[0] - width // 2, right - width))
@@ -228,4 +237,4 @@ def _fit(picture: Image.Image) -> Image.Image:
 def _draw_titles(sheet: Image.Image, centers: tuple[float, float], height: int) -> None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=round(0.6 * height))
     for title, x in zip(TITLES, centers, strict=True):
-        draw.text((x, height / 2), title, fill=INK, font=font, anchor="mm")
+        draw.text((x, height / 2), title, fill=SHEET_TEXT, font=font, anchor="mm")

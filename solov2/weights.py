@@ -1,10 +1,9 @@
-"""Weights: published and ImageNet files, the one door for checkpoints of every family, strict loading."""
+"""Weights: published and ImageNet files, reading checkpoints of every family, and strict loading."""
 
 from __future__ import annotations
 
-import sys
+import logging
 import urllib.error
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from solov2.checkpoint import FORMAT, Checkpoint, load_file, write_file
 from solov2.config import Config, ModelConfig, replace_model
 from solov2.convert import class_names_of, convert_state_dict, is_modulated, to_mmdet, unwrap
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 from solov2.outputs import check_outputs
 
+LOG = logging.getLogger(__name__)
 IMAGENET_WEIGHTS = {
     "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
     "resnet34": torchvision.models.ResNet34_Weights.IMAGENET1K_V1,
@@ -30,14 +30,14 @@ IMAGENET_WEIGHTS = {
 
 
 class PublishedFile(NamedTuple):
-    """A file of weights that others have published, and the mask AP of that very file on COCO val2017 in percent."""
+    """A weights file published by others, and the mask AP of this file on COCO val2017, in percent."""
 
     url: str
     mask_ap: float
 
 
-# mmdetection's file names end in the first eight digits of their SHA-256. The authors' files have no published hash,
-# and are licensed for academic use.
+# mmdetection's file names end in the first eight digits of the file's SHA-256. The authors' files have no published
+# hash and are licensed for academic use.
 _MMDET, _AUTHORS = "https://download.openmmlab.com/mmdetection/v2.0/solov2", "https://huggingface.co/xinlongwang/SOLO"
 PUBLISHED_WEIGHTS = {
     "solov2_r50_fpn_1x": PublishedFile(
@@ -64,14 +64,14 @@ PUBLISHED_WEIGHTS = {
         f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_512_DCN_R50_3x.pth", 36.4
     ),
 }
-TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # fields a weights file decides
+TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # set by the weights
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint file of any family, once; foreign weights are converted.
+    """Read a checkpoint file of any family, opening it only once; weights of other families are converted.
 
     Raises:
-        InputError: unreadable (see `solov2.checkpoint.load_file`), damaged, or of no family that is known.
+        InputError: unreadable (see `solov2.checkpoint.load_file`), damaged, or of an unknown family.
     """
     content, source = load_file(path), str(path)
     if content.get("format") == FORMAT:
@@ -86,11 +86,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def find_checkpoint(
     weights: str | Path | Checkpoint | None, name_or_config: str | Path | Config | ModelConfig | None = None
 ) -> Checkpoint | None:
-    """The checkpoint that `weights` stands for.
+    """The checkpoint that the argument `weights` refers to; None for None.
 
     Args:
-        weights: a file, "official" for the published file of the model, or a checkpoint that was read before.
-        name_or_config: the model.
+        weights: a file, "official" for the model's published file, or a checkpoint that has already been read.
+        name_or_config: the model; required for "official".
 
     Raises:
         InputError: the file does not exist, cannot be read or cannot be downloaded.
@@ -101,28 +101,27 @@ def find_checkpoint(
 
 
 def official_weights(name: str | Path | Config | ModelConfig | None) -> Path:
-    """Path of a model's published weights in torch's hub cache, where they are downloaded to on first use.
+    """Path of a model's published weights in torch's hub cache; they are downloaded on first use.
 
     Raises:
-        InputError: nothing is published under this name, or the download failed; the sentence names the ways on.
+        InputError: no weights are published for this model, or the download failed; the message says what to do.
     """
     name = Path(name).stem if isinstance(name, (str, Path)) else getattr(name, "name", None)
     if name is None:
-        raise InputError("weights official are those of a model: name it too (--config MODEL)")
+        raise InputError("official weights are those of a named model: name it too (--config MODEL)")
     if name not in PUBLISHED_WEIGHTS:
         raise InputError(
-            f"no weights are published for {name}; there are some for: {', '.join(PUBLISHED_WEIGHTS)}; for others give "
-            "a file"
+            f"no weights are published for {name}, only for {', '.join(PUBLISHED_WEIGHTS)}; give a file instead"
         )
     url = PUBLISHED_WEIGHTS[name].url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path
-    print(f"downloading {url}; its authors license it for academic use only", file=sys.stderr)
-    start_of_hash = torch.hub.HASH_REGEX.search(path.name)
+    LOG.warning("downloading %s; its authors license it for academic use only", url)
+    hash_prefix = torch.hub.HASH_REGEX.search(path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), start_of_hash and start_of_hash.group(1))
+        torch.hub.download_url_to_file(url, str(path), hash_prefix and hash_prefix.group(1))
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise InputError(
             f"the published weights could not be downloaded from {url} ({_reason(error)}); put that file into "
@@ -132,59 +131,61 @@ def official_weights(name: str | Path | Config | ModelConfig | None) -> Path:
 
 
 def apply_weight_metadata(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """The configuration with what weights determine: pixel statistics, channel order, strides, kind of DCN.
+    """The configuration with the settings in `TRAITS` taken from a checkpoint.
 
     Raises:
-        InputError: traits of a type that the configuration does not take.
+        InputError: invalid value of a trait.
     """
     return replace_model(config, {key: checkpoint.traits[key] for key in TRAITS if key in checkpoint.traits})
 
 
 def weight_metadata(config: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint of this model carries beside its tensors, see `solov2.convert.convert_state_dict`."""
+    """The traits to store in a checkpoint of this model, see `solov2.convert.convert_state_dict`."""
     values = {key: getattr(config, key) for key in TRAITS}
     return {"family": FORMAT, **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}}
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> bool:
-    """Load a state dict strictly; only a category layer of another class count is re-initialized, with a warning.
+    """Load a state dict strictly; only a category layer with another class count is re-initialized, with a warning.
 
     Args:
-        model: takes the weights.
-        state: our names.
-        source: the file, for messages.
+        model: receives the weights.
+        state: tensors under our names.
+        source: file name, for messages.
 
     Returns:
         Whether the category layer was re-initialized.
 
     Raises:
-        InputError: missing, surplus or misshapen tensors, all listed.
+        InputError: missing or unexpected tensors, or tensors of the wrong shape; they are listed.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     state = dict(state)
     reinitialized = False
     layer = "head.category_predictor"
-    if f"{layer}.bias" in state and f"{layer}.bias" in own and len(state[f"{layer}.bias"]) != len(own[f"{layer}.bias"]):
-        warnings.warn(
-            f"{source} has {len(state[f'{layer}.bias'])} classes and the model {len(own[f'{layer}.bias'])}: "
-            "the category layer is re-initialized, all other weights are kept",
-            stacklevel=2,
+    bias = f"{layer}.bias"
+    if bias in state and bias in expected and len(state[bias]) != len(expected[bias]):
+        LOG.warning(
+            "%s has %s and the model %d: the category layer is re-initialized, all other weights are kept",
+            source,
+            count(len(state[bias]), "class", "classes"),
+            len(expected[bias]),
         )
-        state |= {f"{layer}.{part}": own[f"{layer}.{part}"] for part in ("weight", "bias")}
+        state |= {f"{layer}.{part}": expected[f"{layer}.{part}"] for part in ("weight", "bias")}
         reinitialized = True
-    for name in own:  # files of families that do not count batches
+    for name in expected:  # some families do not store batch counters
         if name.endswith("num_batches_tracked"):
-            state.setdefault(name, own[name])
-    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+            state.setdefault(name, expected[name])
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misshapen = [
-        f"{name} is {list(state[name].shape)} and should be {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{name} is {list(state[name].shape)} and should be {list(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
     ]
-    if missing or surplus or misshapen:
+    if missing or unexpected or misshapen:
         parts = [
-            f"{len(names)} {kind} ({_some(names)})"
-            for kind, names in (("missing", missing), ("surplus", surplus), ("of another shape", misshapen))
+            f"{len(names)} {kind} ({_abbreviated(names)})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
             if names
         ]
         raise InputError(f"{source} does not fit this model: {'; '.join(parts)}")
@@ -193,16 +194,16 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, source: str) -> None:
-    """ImageNet weights for a backbone.
+    """Load ImageNet weights into a backbone.
 
     Args:
         backbone: a `ResNet` of the published width.
         name: its architecture.
-        source: "imagenet" (torchvision's IMAGENET1K_V1 as in the reference, downloaded into torch's hub cache with its
-            hash checked), "none", or the path of a torchvision state dict.
+        source: "imagenet" (torchvision's IMAGENET1K_V1, as in the reference, downloaded into torch's hub cache and
+            verified by its hash), "none", or the path of a torchvision state dict.
 
     Raises:
-        InputError: download or file failed; the sentence names the ways on.
+        InputError: no such weights, failed download or unusable file; the message says what to do.
     """
     if source == "none":
         return
@@ -229,16 +230,16 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
 
     Args:
         source: a file of any family.
-        target: file to write; folders are made as needed.
-        to: "solov2", which keeps traits, configuration and class names beside the tensors, or "mmdet".
+        target: file to write; folders are created as needed.
+        to: "solov2", which also stores traits, configuration and class names, or "mmdet".
         overwrite: replace an existing target.
 
     Returns:
-        One line on what was found and written.
+        One line that says what was read and written.
 
     Raises:
-        InputError: source unreadable or unknown, target there already or not writable, or a network that mmdetection
-            has no names or no place for its traits.
+        InputError: the source is unreadable or of an unknown family, the target exists or is not writable, or
+            mmdetection's SOLOv2 cannot represent the network.
     """
     check_outputs([("OUT", target)], overwrite=overwrite, inputs=[source])
     checkpoint = read_checkpoint(source)
@@ -266,12 +267,12 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
             if layers
             else ""
         )
-        + f"{traits.get('channel_order', 'rgb')} input, written to {target} under the names of {to}"
+        + f"{traits.get('channel_order', 'rgb')} input, written to {target} with the names of {to}"
     )
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+def _abbreviated(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _reason(error: BaseException) -> str:

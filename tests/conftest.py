@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: where the repository and the optional reference material are."""
+"""Shared fixtures: the paths of the repository and of the optional reference material."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytest.register_assert_rewrite("helpers")  # their assertions tell values as those of test modules do
+pytest.register_assert_rewrite("helpers")  # so that its failed assertions show values, as those of test modules do
 
-# More threads than cores slow small tensors down by an order of magnitude.
+# With more threads than cores, small tensors are slower by an order of magnitude.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads_as_before() -> Iterator[None]:
-    """A command under test may choose its own number of threads, on which the last bits of others' figures depend."""
+def restore_thread_count() -> Iterator[None]:
+    """A command under test may set the number of threads, which changes the last bits of other tests' results."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -27,12 +27,12 @@ def as_many_threads_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The checkout: the folder of setup.py."""
+    """The checkout, the folder that contains setup.py."""
     return ROOT
 
 
 def shared_folder(name: str) -> Path:
-    """A folder of reference material beside the checkout; a test that needs it is skipped where it is absent."""
+    """A folder of reference material beside the checkout; skips the test if it does not exist."""
     folder = ROOT.parent / "shared" / name
     if not folder.is_dir():
         pytest.skip(f"no reference material at ../shared/{name}")
@@ -41,11 +41,11 @@ def shared_folder(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def coco_photos() -> Path:
-    """A COCO tree of a few real photographs: annotations/, train2017/, val2017/."""
+    """A small COCO dataset of real photographs: annotations/, train2017/, val2017/."""
     return shared_folder("coco_photos")
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Reference numbers of SOLOv2 (README.md there says what they are)."""
+    """Stored results of the SOLOv2 reference (described in its README.md)."""
     return shared_folder("golden")

@@ -1,4 +1,4 @@
-"""What the benchmark measures with: spans, operations, the peak, prepared inputs, comparisons and sweeps."""
+"""The parts of the benchmark: spans, operations, the peak, synthetic inputs, comparisons and sweeps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """What other tests compiled counts towards torch's limit of graphs per function."""
+    """Graphs compiled in other tests count toward torch's limit per function."""
     torch._dynamo.reset()
 
 
@@ -40,15 +40,15 @@ def targets_of(graph: torch.fx.Graph) -> str:
     return " ".join(str(node.target) for node in graph.nodes)
 
 
-def test_compiled_and_exported_graphs_hold_no_span() -> None:
-    """One graph of the forward pass, without an operation of the profiler; run as it is, the same pass has them."""
+def test_compiled_and_exported_graphs_contain_no_spans() -> None:
+    """The forward pass is one graph without profiler operations; in eager mode, it has them."""
     model, images, graphs = tiny_model().eval(), torch.randn(1, 3, 64, 64), []
 
     def keep(module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
         graphs.append(module.graph)
         return module.forward
 
-    # Under a profiler, as a user may compile; dynamo drops its operations unless it is told to capture them.
+    # Compile under a profiler, as a user might; dynamo drops profiler operations unless set to capture them.
     running = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     with running, torch.no_grad(), torch._dynamo.config.patch(capture_profiler_record_function=True):
         torch.compile(model.forward, backend=keep)(images)
@@ -61,7 +61,7 @@ def test_compiled_and_exported_graphs_hold_no_span() -> None:
 
 
 def event(name: str, start: float, end: float, kernels: float = 0.0, **changes: Any) -> SimpleNamespace:
-    """An event of a profile, in microseconds."""
+    """A profiler event; times in microseconds."""
     return SimpleNamespace(**{
         "name": name, "device_type": DeviceType.CPU, "self_device_time_total": kernels,
         "is_user_annotation": name.startswith("solov2: "),
@@ -76,15 +76,15 @@ EVENTS = [  # outer 10-100 with inner 20-50 (twice), then outer again
     event("solov2: inner", 20, 30),
     event("solov2: outer", 100, 110),
     event("Optimizer.step", 12, 90, 99.0, is_user_annotation=True),
-    event("aten::mm", 25, 26, 7.0, thread=2),  # as of a backward pass
-    event("aten::mm", 35, 200, 1.0),  # a kernel counts where it was launched
-    event("solov2: inner", 300, 900, 99.0, device_type=DeviceType.CUDA),  # the same span on the device's own row
+    event("aten::mm", 25, 26, 7.0, thread=2),  # as in a backward pass
+    event("aten::mm", 35, 200, 1.0),  # a kernel belongs to the span that launched it
+    event("solov2: inner", 300, 900, 99.0, device_type=DeviceType.CUDA),  # the same span on the device's timeline
     event("kernel", 300, 400, 99.0, device_type=DeviceType.CUDA),
     event("aten::copy_", 5, 6, 3.0),
 ]
 
 
-def test_spans_inside_spans_count_once() -> None:
+def test_nested_spans_count_once() -> None:
     assert span_times(EVENTS, on_device=False) == {"outer": 60 + 10, "inner": 20 + 10}
     assert span_times(EVENTS, on_device=True) == {OUTSIDE: 3, "outer": 5, "inner": 7 + 1}
     assert span_times(EVENTS[-1:], on_device=False) == {}
@@ -104,7 +104,7 @@ def test_shares_of_wall_time() -> None:
 
 
 def test_shares_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of two iterations over an unprofiled iteration; what they do not fill is idle time."""
+    """Kernel time per iteration over the time of an unprofiled iteration; the rest is idle time."""
     profile = SimpleNamespace(__enter__=None, events=lambda: EVENTS)
     manager = type("Profile", (), {"__enter__": lambda _: profile, "__exit__": lambda *_: None})
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: manager())
@@ -112,20 +112,20 @@ def test_shares_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     shares, seconds = profiled_shares(lambda: None, torch.device("cuda"), 2, 16e-6)
     assert seconds == 0.5 and list(shares) == ["outer", "inner", OUTSIDE, IDLE]
     assert list(shares.values()) == pytest.approx([2.5 / 16, 4 / 16, 1.5 / 16, 8 / 16])
-    shares, _ = profiled_shares(lambda: None, torch.device("cuda"), 2, 4e-6)  # kernels that ran side by side
+    shares, _ = profiled_shares(lambda: None, torch.device("cuda"), 2, 4e-6)  # concurrent kernels
     assert shares[IDLE] == 0 and sum(shares.values()) == pytest.approx(1)
 
 
-def test_totals_are_of_unprofiled_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_totals_come_from_unprofiled_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[bool] = []
     monkeypatch.setattr(measure, "seconds_of", lambda step, _device: (step(), len(steps) / 1000)[1])
     monkeypatch.setattr(measure, "profiled_shares", lambda step, _device, count, median: ({"a": median * count}, 0.010))
     workload = SimpleNamespace(compute=SimpleNamespace(device=CPU), iterations=4, warmup=2, batch_size=3)
     part = measure.measure(lambda: steps.append(torch.autograd._profiler_enabled()), workload)  # type: ignore[arg-type]
-    assert steps == [True, *[False] * 6]  # one that is counted, two of the warm-up, four of 4, 5, 6, 7 ms
+    assert steps == [True, *[False] * 6]  # one for the operations, two of warm-up, four of 4, 5, 6, 7 ms
     assert part["median_ms"] == pytest.approx(5.5) and part["p90_ms"] == pytest.approx(7)
     assert part["images_per_second"] == part["queued_images_per_second"] == pytest.approx(3 / 0.0055)
-    with pytest.MonkeyPatch.context() as patch:  # beside a process that takes twice as long
+    with pytest.MonkeyPatch.context() as patch:  # next to a process that takes twice as long
         patch.setattr(measure.distributed, "all_gather_objects", lambda own: [own, tuple(2 * x for x in own)])
         steps.clear()
         both = measure.measure(lambda: steps.append(False), workload)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def test_totals_are_of_unprofiled_iterations(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 16, 3, padding=1, bias=False), DeformConv2d(8, 16, 3, padding=1)])
 def test_operations_of_forward_and_backward(layer: nn.Module) -> None:
-    """2 x outputs x weights per filter; the backward pass takes two of them where the input needs its gradient."""
+    """2 x outputs x weights per filter; the backward pass takes twice as many if the input needs a gradient."""
     x = torch.randn(2, 8, 6, 5, requires_grad=True)
     own = 2 * (2 * 16 * 6 * 5) * (8 * 3 * 3)
     offsets = 2 * (2 * 27 * 6 * 5) * (8 * 3 * 3) if isinstance(layer, DeformConv2d) else 0
@@ -202,11 +202,11 @@ def test_synthetic_ground_truth() -> None:
     sides = sample["boxes"][:, 2:] - sample["boxes"][:, :2]
     assert (area > 0).all() and (sides > 0).all() and (area < 64 * 96 / 3).all()
     assert torch.equal(sample["extents"], sample["boxes"].long())
-    whole = ellipses(200, 64, 96, torch.Generator().manual_seed(0))
-    assert (whole.amax((1, 2)) > 0.9).all() and (whole.amin((1, 2)) < 0).all()
+    many = ellipses(200, 64, 96, torch.Generator().manual_seed(0))
+    assert (many.amax((1, 2)) > 0.9).all() and (many.amin((1, 2)) < 0).all()
 
 
-def test_calibrated_norms_hold_the_statistics() -> None:
+def test_calibrate_sets_the_statistics() -> None:
     model, images = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).eval(), 5 + 2 * torch.randn(4, 3, 8, 8)
     calibrate(model, images)
     assert not model[0].training and model[0].running_mean.allclose(images.mean((0, 2, 3)))
@@ -234,7 +234,7 @@ def report_of(milliseconds: float) -> dict[str, Any]:
     }
 
 
-def test_rates_belong_to_the_peak() -> None:
+def test_rates_are_relative_to_the_peak() -> None:
     part = report_of(10.0)["parts"]["optimized_inference"]
     rows = [line.split() for line in format_part("optimized_inference", part, {"gflop_per_second": 100.0}).splitlines()]
     assert rows[-3:] == [
@@ -263,14 +263,14 @@ def test_comparison(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", '{"parts": {}}', '{"sweep": "size", "reports": {}}'])
-def test_foreign_files_are_refused(content: str, tmp_path: Path) -> None:
+def test_other_files_are_rejected(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=f"^--compare {path} is not the report of one run, as --json writes it$"):
+    with pytest.raises(InputError, match=f"^--compare {path} is not "):
         read_report(str(path))
 
 
-def test_a_value_that_fails_is_a_row_and_the_sweep_goes_on() -> None:
+def test_a_sweep_reports_a_failed_value_and_continues() -> None:
     write = f"import json, sys; json.dump({report_of(10.0)}, open(sys.argv[-1], 'w'))"
     fail = "import sys; sys.exit('warning: something\\nerror: it does not fit')"
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
@@ -281,6 +281,6 @@ def test_a_value_that_fails_is_a_row_and_the_sweep_goes_on() -> None:
     assert [" ".join(row.split()) for row in shown] == [
         "batch-size part ms images/s peak MiB",
         "8 it does not fit",
-        "4 ended by signal 9, most likely for want of memory",
+        "4 ended by signal 9, most likely out of memory",
         "2 optimized inference 10.00 100.00 100",
     ]

@@ -1,4 +1,4 @@
-"""Checkpoint files: atomic, safe, and refused in one sentence when broken."""
+"""Checkpoint files: written atomically, loaded safely, and rejected with a one-line message when broken."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("updates", [None, 5])
 def test_round_trip_of_a_run(tmp_path, updates):
-    """With averaging, a checkpoint's weights are the averaged ones and its state keeps those in training."""
+    """With averaging, a checkpoint's weights are the average, and its training state holds the ones being trained."""
     saved = state(updates=updates)
     Checkpoint("here", weights() if updates else saved.weights, **KNOWN, training=saved).save(tmp_path / "last.pth")
     loaded = read_checkpoint(tmp_path / "last.pth")
@@ -65,13 +65,13 @@ def test_failed_save_leaves_the_old_file(tmp_path):
         ("epoch", "3"), ("epoch", True), ("step", 1.5), ("best", None), ("random_states", torch.ones(2)),
     ],
 )  # fmt: skip
-def test_entries_of_another_type_are_refused_by_name(tmp_path, entry, value):
+def test_errors_name_the_entry_of_the_wrong_type(tmp_path, entry, value):
     content = Checkpoint("here", weights(), **KNOWN, training=state()).content()
     torch.save({**content, entry: value}, tmp_path / "damaged.pth")
     with pytest.raises(InputError, match=rf"damaged.pth.*'{entry}'"):
         read_checkpoint(tmp_path / "damaged.pth")
     torch.save({key: item for key, item in content.items() if key != "step"}, tmp_path / "half.pth")
-    half = read_checkpoint(tmp_path / "half.pth")  # its weights can be used, the run cannot go on
+    half = read_checkpoint(tmp_path / "half.pth")  # its weights are usable, but the run cannot be resumed
     assert half.training is None and half.weights["head.category_predictor.bias"].tolist() == [2, 2]
 
 
@@ -80,7 +80,7 @@ class Bomb:
         return os.system, ("touch bomb",)
 
 
-def test_refused_files(tmp_path, monkeypatch):
+def test_rejected_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = tmp_path / "good.pth"
     torch.save({"format": FORMAT, "model": {"weight": torch.zeros(10000)}}, good)

@@ -1,4 +1,4 @@
-"""The front door: every command found, one vocabulary, quick help, mistakes told once."""
+"""The commands: all are found, flags are consistent, help is fast, and mistakes are reported once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from solov2.errors import InputError
 from solov2.version import __version__
 
 HEAVY = ("torch", "torchvision", "numpy", "pycocotools", "PIL")
-PRODUCT = "--output"  # a run folder, pictures, an exported file: what a command makes
+PRODUCT = "--output"  # what a command produces: a run folder, pictures, an exported file
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -87,7 +87,7 @@ def test_the_model_is_a_positional_or_a_flag(name: str, words: list[str], model:
                     parsers()[name].parse_args([*both, *needed])
 
 
-def test_unknown_flags_are_named_with_close_ones() -> None:
+def test_errors_for_unknown_flags_suggest_close_ones() -> None:
     for words, flag in (
         (["--epoch", "3"], "--epochs"),
         (["--bs", "3"], "--batch-size"),
@@ -117,7 +117,7 @@ def test_unknown_flags_are_named_with_close_ones() -> None:
         (["--no-such-flag"], ["--no-such-flag"]),
     ],
 )
-def test_mistakes_are_one_sentence(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_messages_are_one_line(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     out, err = capsys.readouterr()
     [line] = err.splitlines()
@@ -135,7 +135,7 @@ def test_numbers_of_flags() -> None:
     ("script", "typed", "again"),
     [
         ("train.py", "train.py", ["train.py"]),
-        ("mine.py", "mine.py", ["mine.py"]),  # a user's own script does more than the command
+        ("mine.py", "mine.py", ["mine.py"]),  # a user's own script, which may do more than the command
         ("solov2-train", "solov2-train", ["solov2-train"]),
         ("bin/solov2", "solov2 train", ["bin/solov2", "train"]),
         ("solov2/__main__.py", "python -m solov2 train", ["-m", "solov2", "train"]),
@@ -166,7 +166,7 @@ def test_help_prints_the_name_that_was_typed(words: list[str], usage: str, repo_
 
 
 def test_help_and_mistakes_import_nothing_heavy(repo_root: Path) -> None:
-    """torch, torchvision and numpy cost seconds; they come after parsing, whatever is asked for."""
+    """torch, torchvision and numpy take seconds to import, so commands import them only after parsing."""
     code = (
         "import sys\nfrom solov2.commands.main import COMMANDS, main\n"
         "for words in [['--help'], ['--version'], ['no'], *([name, '--help'] for name in COMMANDS), "
@@ -186,7 +186,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0 and capsys.readouterr().out == f"solov2 {__version__}\n"
 
 
-def test_the_front_door_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"]):
         with pytest.raises(SystemExit) as stop:
             main(words)
@@ -217,13 +217,13 @@ def test_completion_without_shtab_names_the_extra(monkeypatch, capsys: pytest.Ca
     assert "solov2[completion]" in capsys.readouterr().err
 
 
-def test_the_whole_parser_parses_every_command() -> None:
+def test_the_combined_parser_parses_every_command() -> None:
     args = build_parser().parse_args(["train", "quickstart", "--epochs", "3"])
     assert (args.command, args.model, args.epochs) == ("train", "quickstart", 3)
 
 
 @pytest.mark.parametrize("words", [["no_such_model"], ["quickstart", "--epoch", "3"], ["quickstart", "--epochs", "0"]])
-def test_several_processes_tell_a_mistake_once_and_before_the_launcher(words: list[str], tmp_path: Path) -> None:
+def test_several_processes_report_a_mistake_once_and_before_the_launcher(words: list[str], tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     result = subprocess.run(
         [*LAUNCHER, str(root / "train.py"), *words, "--output", str(tmp_path / "run")],
@@ -236,7 +236,7 @@ def test_several_processes_tell_a_mistake_once_and_before_the_launcher(words: li
     assert error < report and "Traceback" not in "\n".join(lines[:error])
 
 
-def test_a_positional_that_is_left_out_keeps_the_flag() -> None:
+def test_an_omitted_positional_does_not_override_the_flag() -> None:
     parser = Parser(prog="x")
     add_model_argument(parser, default="none")
     assert parser.parse_args(["--config", "a"]).model == "a" and parser.parse_args(["b"]).model == "b"

@@ -1,4 +1,4 @@
-"""`torch.compile` makes one graph of the forward pass and one of the losses, without a break, and changes no number."""
+"""`torch.compile` turns forward pass and losses into one graph each, without breaks and with the same results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from solov2.models.solov2 import SOLOv2
 from solov2.models.winograd import WinogradConv2d
 
 SIZE = (64, 96)
-# Both kinds of norm, with and without deformable convolutions; the whole networks are among the slow tests.
+# Both kinds of norm, with and without deformable convolutions; the full networks are among the slow tests.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "light, group norm": ("basic blocks", {"backbone": "resnet10"}),
     "batch norm, deformable": (
@@ -30,11 +30,11 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """What other tests compiled counts towards torch's limit of graphs per function."""
+    """Graphs compiled by other tests count towards torch's limit per function."""
     torch._dynamo.reset()
 
 
-def test_more_sizes_than_torch_compiles_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_beyond_the_recompile_limit_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **words: original(self, backend="eager", **words))
     model = lively(tiny_model())
@@ -51,7 +51,7 @@ def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def step(model: SOLOv2, backend: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(losses, gradients) of a training step whose forward pass and losses are compiled, or not at all for None."""
+    """(losses, gradients) of a training step with compiled forward pass and losses; eager if `backend` is None."""
     torch.manual_seed(3)
     images = torch.randn(3, 3, *SIZE, dtype=model.fpn.lateral[0].weight.dtype)
     targets = tiny_targets(model, (3, 0, 2), SIZE)
@@ -65,10 +65,10 @@ def step(model: SOLOv2, backend: str | None) -> tuple[dict[str, Tensor], dict[st
 
 
 def assert_same_step(model: SOLOv2, backend: str, tolerance: float) -> None:
-    """Gradients within the tolerance of the largest of their tensor, or of a thousandth of the largest of all."""
+    """Gradients agree relative to the maximum of their tensor, or to a thousandth of the overall maximum."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     wanted_losses, wanted = step(model, None)
-    model.load_state_dict(state)  # running statistics have moved
+    model.load_state_dict(state)  # running statistics have changed
     losses, gradients = step(model, backend)
     for name, loss in wanted_losses.items():
         assert losses[name].item() == pytest.approx(loss.item(), rel=tolerance)
@@ -89,18 +89,18 @@ def assert_same_forward(model: SOLOv2, backend: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_training_has_no_graph_break(kind: str) -> None:
-    """Forward pass and losses of a batch, one of whose images is empty."""
+    """Forward pass and losses of a batch that includes an empty image."""
     variant, changes = SMALL[kind]
     assert_same_step(tiny_model(variant, **changes).double(), "eager", 1e-12)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_winograd_convolutions_are_traced(bias: bool) -> None:
-    """The one module that `SOLOv2.optimize` adds, changed in place by a ReLU as in a residual block.
+    """The one module that `SOLOv2.optimize` adds, followed by an in-place ReLU as in a residual block.
 
-    The whole prepared form is among the slow tests.
+    The full optimized model is among the slow tests.
     """
-    conv = WinogradConv2d.of(nn.Conv2d(64, 64, 3, padding=1, bias=bias).requires_grad_(False)).eval()
+    conv = WinogradConv2d.from_conv(nn.Conv2d(64, 64, 3, padding=1, bias=bias).requires_grad_(False)).eval()
     conv.prepare()
 
     def forward(x: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def test_winograd_convolutions_are_traced(bias: bool) -> None:
     assert torch.allclose(compiled(forward, "aot_eager")(x), forward(x), atol=1e-6)
 
 
-def test_losses_traced_in_both_directions() -> None:
-    """The graphs of both directions of the criterion give the losses and gradients that eager mode gives."""
+def test_losses_forward_and_backward_are_traced() -> None:
+    """The criterion's forward and backward graphs give the losses and gradients of eager mode."""
     generator = torch.Generator().manual_seed(0)
     model = tiny_model()
     targets, sizes = tiny_targets(model, (3, 0), SIZE), model.grid_sizes
@@ -132,7 +132,7 @@ def test_losses_traced_in_both_directions() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_kind_of_network_traced_in_both_directions(variant: str) -> None:
+def test_every_kind_of_network_is_traced_forward_and_backward(variant: str) -> None:
     model = lively(tiny_model(variant)).double()
     assert_same_forward(model, "aot_eager", 1e-10)
     assert_same_step(model, "aot_eager", 1e-9)
@@ -140,14 +140,14 @@ def test_every_kind_of_network_traced_in_both_directions(variant: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["solov2_light_r18_fpn_3x", "solov2_light_r50_dcn_fpn_3x"])
-def test_the_prepared_form_is_traced(name: str) -> None:
+def test_optimized_model_is_traced(name: str) -> None:
     torch.manual_seed(0)
     assert_same_forward(lively(build_model(name, num_classes=3)).optimize(), "aot_eager", 1e-4)
 
 
 @pytest.mark.slow
-def test_generated_code() -> None:
-    """Inductor, which needs a C++ compiler on a CPU: the prepared form, and a training step."""
+def test_inductor() -> None:
+    """The optimized model and a training step with Inductor, which needs a C++ compiler on a CPU."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler")
     model = lively(tiny_model("nothing frozen, batch norm"))

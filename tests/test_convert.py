@@ -1,4 +1,4 @@
-"""Files of every family: each name becomes ours, what differs is carried, and what does not fit is named."""
+"""Files of every family: names are converted, differences become traits, and errors list what does not fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
 from solov2.weights import PUBLISHED_WEIGHTS, convert_file, official_weights
 
-KEYS = load("keys.json.gz")  # family -> network -> name -> shape, as the families' own code lists them
+KEYS = load("keys.json.gz")  # family -> network -> name -> shape, listed by the family's own code
 CASES = [(family, config) for family, configs in KEYS.items() for config in configs]
 # parameters and state-dict entries of mmdetection's networks
 SIZES = {
@@ -66,7 +66,7 @@ def mmdet_state(model: SOLOv2) -> dict[str, Tensor]:
 
 
 def scrambled(model: SOLOv2) -> SOLOv2:
-    """Statistics and offset branches that are not the start values, so that a lost tensor shows in the outputs."""
+    """Change statistics and offset branches from their initial values, so that a lost tensor shows in the outputs."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -90,14 +90,14 @@ def assert_same_function(one: SOLOv2, other: SOLOv2) -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes_are_the_references(name: str) -> None:
+def test_sizes_match_the_reference(name: str) -> None:
     model = without_storage(name)
     assert (sum(parameter.numel() for parameter in model.parameters()), len(model.state_dict())) == SIZES[name]
 
 
 @pytest.mark.parametrize(("family", "config"), CASES)
-def test_every_published_name_finds_its_place(family: str, config: str) -> None:
-    """The lists of names and shapes convert to exactly our state dict; only batch counters may be missing."""
+def test_every_published_name_is_converted(family: str, config: str) -> None:
+    """The listed names and shapes convert to exactly our state dict; only batch counters may be missing."""
     stored = {name: torch.empty(shape, device="meta") for name, shape in KEYS[family][config].items()}
     converted, traits = convert_state_dict(stored)
     own = {name: tensor.shape for name, tensor in without_storage(f"{config}_fpn_3x").state_dict().items()}
@@ -109,7 +109,7 @@ def test_every_published_name_finds_its_place(family: str, config: str) -> None:
 
 
 @pytest.mark.parametrize("config", [*MODELS, "solov2_r101"])
-def test_to_mmdet_gives_mmdetections_names(config: str) -> None:
+def test_to_mmdet_returns_mmdetections_names(config: str) -> None:
     stored = {name: tuple(shape) for name, shape in KEYS["mmdet"][config].items()}
     model = without_storage(f"{config}_fpn_3x")
     assert {name: tuple(tensor.shape) for name, tensor in to_mmdet(model.state_dict()).items()} == stored
@@ -148,7 +148,7 @@ def test_families_agree_on_every_tensor() -> None:
     }
 
 
-def test_our_own_names_pass() -> None:
+def test_our_own_names_are_unchanged() -> None:
     state = build_model("quickstart").state_dict()
     converted, traits = convert_state_dict(state)
     assert traits["family"] == "solov2" and list(converted) == list(state)
@@ -156,7 +156,7 @@ def test_our_own_names_pass() -> None:
 
 
 def test_old_names_of_offset_branches() -> None:
-    """`conv2_offset` beside `conv2`, as mmdetection 1.x and detectron2 name it; the same in towers and mask branch."""
+    """`conv2_offset` next to `conv2`, as in mmdetection 1.x and detectron2, also in the towers and the mask branch."""
     state = mmdet_state(scrambled(tiny_model(DCN)))
     expected, _ = convert_state_dict(state)
     old = {
@@ -171,13 +171,13 @@ def test_old_names_of_offset_branches() -> None:
 
 def test_unknown_names_are_listed() -> None:
     state = mmdet_state(tiny_model()) | {"mask_head.extra.weight": torch.zeros(1), "rpn_head.conv.bias": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"2 names fit no rule.*mask_head.extra.weight, rpn_head.conv.bias"):
+    with pytest.raises(ValueError, match=r"^2 .*mask_head.extra.weight, rpn_head.conv.bias"):
         convert_state_dict(state)
 
 
 @pytest.mark.parametrize("state", [{}, {"module.layer.weight": torch.zeros(1)}], ids=["nothing", "something else"])
-def test_unknown_families_are_refused(state: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="not those of a SOLOv2"):
+def test_unknown_families_are_rejected(state: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"names are: {', '.join(state) or 'none'}"):
         convert_state_dict(state)
 
 
@@ -186,8 +186,8 @@ def test_unknown_families_are_refused(state: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("family", ["mmdet", "original"])
 @pytest.mark.parametrize("config", ["solov2_light_r18", "solov2_light_r50_dcn"])
-def test_generated_files_give_the_references_outputs(family: str, config: str, tmp_path: Path) -> None:
-    """File -> build_model -> the fixture's outputs, float64. One is a file of old torch, without zip."""
+def test_generated_files_reproduce_the_reference_outputs(family: str, config: str, tmp_path: Path) -> None:
+    """File -> build_model -> the fixture's outputs in float64. One family's file is in torch's old format, not zip."""
     state = mmdet_weights(mmdet_shapes(without_storage(MODELS[config])), FORWARD[config]["overrides"])
     if family == "original":
         state = {original_name(name): tensor for name, tensor in state.items()}
@@ -200,7 +200,7 @@ def test_generated_files_give_the_references_outputs(family: str, config: str, t
 
 
 def test_r101_shares_its_first_stage_with_the_fixture_of_r101_dcn() -> None:
-    """No fixture holds R101 without DCN; its layer1 is that of R101-DCN, and so is the weight rule."""
+    """There is no fixture for R101 without DCN, but its layer1 and weight rule are those of R101-DCN."""
     entry = FORWARD["solov2_r101_dcn"]
     shapes = {name: tuple(shape) for name, shape in KEYS["mmdet"]["solov2_r101"].items()}
     first = {name: shape for name, shape in shapes.items() if name.startswith(("backbone.conv1", "backbone.bn1",
@@ -218,7 +218,7 @@ def test_r101_shares_its_first_stage_with_the_fixture_of_r101_dcn() -> None:
 
 
 def plain_msra_backbone(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    """detectron2's ResNet-50 written down once more, from its names alone: stride on the first 1x1 of each stage."""
+    """An independent ResNet-50 with detectron2's names: the stride is in the first 1x1 convolution of each stage."""
 
     def conv_norm(name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
         x = F.conv2d(x, state[f"{name}.weight"], stride=stride, padding=padding)
@@ -242,8 +242,8 @@ def plain_msra_backbone(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def test_adelaidet_backbone_is_detectron2s(tmp_path: Path) -> None:
-    """Stride position, BGR and std 1 survive loading, and saving and loading again."""
+def test_adelaidet_backbone_matches_detectron2(tmp_path: Path) -> None:
+    """Stride position, BGR and std 1 survive loading, and then saving and loading."""
     state = mmdet_state(scrambled(tiny_model("bottlenecks")))
     theirs = {adelaidet_name(n): tensor for n, tensor in state.items() if not n.endswith("num_batches_tracked")}
     torch.save({"model": theirs, "iteration": 269999}, tmp_path / "SOLOv2_R50_3x.pth")
@@ -261,8 +261,8 @@ def test_adelaidet_backbone_is_detectron2s(tmp_path: Path) -> None:
     assert_same_function(model, again)
 
 
-def test_dcn_v1_is_seen_in_the_offset_branches(tmp_path: Path) -> None:
-    """The authors' light R50-DCN has 18 offset channels; the configuration says DCNv2, the file decides."""
+def test_dcn_v1_is_detected_from_the_offset_branches(tmp_path: Path) -> None:
+    """The authors' light R50-DCN has 18 offset channels; the configuration says DCNv2, but the file decides."""
     model = scrambled(tiny_model("DCNv1"))
     state = {original_name(name): tensor for name, tensor in mmdet_state(model).items()}
     assert len(state["backbone.layer2.0.conv2.conv_offset.weight"]) == 18
@@ -271,7 +271,7 @@ def test_dcn_v1_is_seen_in_the_offset_branches(tmp_path: Path) -> None:
     assert_same_function(model, build_model("solov2_light_r50_dcn_fpn_3x", weights=tmp_path / "v1.pth", **TINY))
 
 
-def test_wrappers_are_taken_off() -> None:
+def test_wrappers_are_removed() -> None:
     state = mmdet_state(tiny_model())
     averaged = {"ema_" + name.replace(".", "_"): tensor + 1 for name, tensor in state.items()}
     for content in (
@@ -280,14 +280,14 @@ def test_wrappers_are_taken_off() -> None:
         {"model": state},
         {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
         {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}, "pytorch-lightning_version": "2"},
-        {"state_dict": state | averaged},  # mmcv: the plain names hold the average, the others what it is made of
+        {"state_dict": state | averaged},  # mmcv: the average is under the plain names
     ):
         converted, _ = convert_state_dict(unwrap(content))
         assert converted["head.category_predictor.bias"] is state["mask_head.conv_cls.bias"]
         assert len(converted) == len(state)
 
 
-def test_statistics_in_a_file_are_carried() -> None:
+def test_pixel_statistics_in_a_file_become_traits() -> None:
     state = {adelaidet_name(name): tensor for name, tensor in mmdet_state(tiny_model("bottlenecks")).items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     extra = {
@@ -311,7 +311,7 @@ def test_class_names_come_from_mmdetections_meta(tmp_path: Path) -> None:
 
 
 class HistoryBuffer:
-    """What mmengine keeps in every checkpoint."""
+    """As stored by mmengine in every checkpoint."""
 
     def __init__(self) -> None:
         self._log_history, self._count_history = np.array([1.0, 2.0]), np.array([1, 1])
@@ -338,17 +338,17 @@ def test_mmengines_history_is_loaded_inertly(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("family", ["mmdet", "original"])
-def test_what_does_not_fit_is_named(family: str, tmp_path: Path) -> None:
+def test_errors_list_what_does_not_fit(family: str, tmp_path: Path) -> None:
     rename = original_name if family == "original" else str
     state = {rename(name): tensor for name, tensor in mmdet_state(tiny_model()).items()}
     level = rename("mask_head.mask_feature_head.convs_all_levels.1.conv0.conv.weight")
     faults: dict[str, tuple[dict[str, Tensor], str]] = {
         "missing": ({n: t for n, t in state.items() if n != level}, r"1 missing \(mask_feature_head.levels.1.0.conv.w"),
-        "surplus": (
+        "unexpected": (
             state | {level.replace(".1.conv0.", ".3.conv2."): torch.zeros(1), "backbone.fc.bias": torch.zeros(1)},
-            r"1 surplus \(backbone.fc.bias\); 1 of another shape \(mask_feature_head.levels.3.2.conv.weight is",
+            r"1 unexpected \(backbone.fc.bias\); 1 of another shape \(mask_feature_head.levels.3.2.conv.weight is",
         ),
-        "unknown": (state | {"rpn_head.weight": torch.zeros(1)}, "1 names fit no rule.*rpn_head.weight"),
+        "unknown": (state | {"rpn_head.weight": torch.zeros(1)}, "1 names .*rpn_head.weight"),
     }
     for content, message in faults.values():
         torch.save({"state_dict": content}, tmp_path / "file.pth")
@@ -379,7 +379,7 @@ def test_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*paths[:2], "--overwrite"]) == 0
 
 
-def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"state_dict": {"fc.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     torch.save({"state_dict": mmdet_state(tiny_model())}, tmp_path / "good.pth")
@@ -390,7 +390,7 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ("missing.pth", "does not exist", "out.pth", ()),
         ("text.pth", "text.pth", "out.pth", ()),
         ("cut.pth", "truncated", "out.pth", ()),
-        ("other.pth", "not those of a SOLOv2", "out.pth", ()),
+        ("other.pth", "other.pth: ", "out.pth", ()),
         ("good.pth", "is not a folder", "text.pth/out.pth", ()),
         ("batch_norm.pth", "group norm", "out.pth", ("--to", "mmdet")),
     ):
@@ -403,8 +403,8 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
 # ---- published files
 
 
-def test_published_weights_are_fetched_into_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every name of the table is a model; a file in the cache is taken; offline the sentence says both ways."""
+def test_published_weights_are_downloaded_into_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every published name is a model, a cached file is used, and the offline error says what to do."""
     assert set(PUBLISHED_WEIGHTS) == set(list_models()) - {"quickstart"}
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     name = "solov2_light_r34_fpn_3x"
@@ -413,27 +413,25 @@ def test_published_weights_are_fetched_into_the_hub_cache(tmp_path: Path, monkey
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(
-        InputError, match=r"SOLOv2_LIGHT_448_R34_3x.pth \(no route to host\); put that file into"
-    ) as error:
+    with pytest.raises(InputError, match=r"SOLOv2_LIGHT_448_R34_3x.pth \(no route to host\)") as error:
         build_model(name, weights="official")
     assert str(tmp_path / "checkpoints") in str(error.value)
-    with pytest.raises(InputError, match="no weights are published for quickstart; .*solov2_r50_fpn_1x"):
+    with pytest.raises(InputError, match="quickstart.*solov2_r50_fpn_1x"):
         official_weights("quickstart")
 
     asked = []
 
-    def fetch(url: str, target: str, start_of_hash: str | None) -> None:
-        asked.append((url, start_of_hash))
+    def fetch(url: str, target: str, hash_prefix: str | None) -> None:
+        asked.append((url, hash_prefix))
         torch.save({"state_dict": mmdet_state(scrambled(tiny_model()))}, target)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    for _ in range(2):  # the second time it is in the cache
+    for _ in range(2):  # the second time, from the cache
         model = build_model("solov2_light_r18_fpn_3x", weights="official", **TINY)
     assert asked == [(PUBLISHED_WEIGHTS["solov2_light_r18_fpn_3x"].url, "75fa355b")]
     assert_same_function(model, scrambled(tiny_model()))
 
 
-def test_tables_have_no_two_names_for_one_place() -> None:
+def test_no_two_names_map_to_the_same_tensor() -> None:
     for prefixes in PREFIXES.values():
         assert len(set(prefixes.values())) == len(prefixes)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import solov2
+from solov2.checkpoint import Checkpoint, write_file
 from solov2.commands.main import COMMANDS, command_module
+from solov2.config import load_config, override_config
+from solov2.convert import to_mmdet
 from solov2.data.shapes import generate_shapes
+from solov2.weights import weight_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,3 +108,122 @@ def test_the_training_loop_of_the_docs(repo_root: Path, tmp_path: Path, monkeypa
     assert all(loss.isfinite() for loss in names["losses"].values())
     steps = {state["step"].item() for state in names["optimizer"].state.values()}
     assert steps == {4}  # two epochs of two batches of eight
+
+
+TINY = "--set model.input_scale=[192,128]"
+FEW = f"--epochs 1 --batch-size 2 --set data.train_scales=[128] --set data.train_long_edge=192 {TINY}"
+CPU = "--device cpu --overwrite"
+HERE = f"{CPU} --workers 0"
+TIMED = "--device cpu --size 64 96 --iterations 1"
+MINE = "--val-annotations mine/val.json --val-images mine/images"
+WEIGHTS = {
+    "solov2_r50_fpn_3x": "r50.pth",
+    "solov2_light_r50_fpn_3x": "light.pth",
+    "solov2_light_r18_fpn_3x": "r18.pth",
+}
+# Words that let a documented command end within seconds, on the files of `prepare_files`.
+RUNS = {
+    "python train.py configs/quickstart.yaml": f"{HERE} --epochs 1 --set data.shapes_train=16",
+    "solov2 predict street.jpg folder/ --weights FILE --results results.json": CPU,
+    "solov2 check-data mine/train.json --images mine/images": "",
+    "python eval.py configs/solov2_r50_fpn_3x.yaml --weights FILE": f"{HERE} --data-root data/coco {TINY}",
+    "solov2 export solov2_light_r50_fpn_3x --weights FILE --size 448 768 --output light.onnx": "--overwrite",
+    "solov2 export solov2_light_r50_fpn_3x --weights FILE --size 448 768 --output light.pt2": "--overwrite",
+    "solov2 export --weights runs/mine/best.pth --size 448 768 --output mine.onnx": "--overwrite",
+    "solov2 models": "",
+    'solov2 train solov2_r50_fpn_1x --set train.epochs=6 --set "data.train_scales=[640]"': "--dry-run",
+    "solov2 train mine.yaml": f"{HERE} --output runs/yaml {FEW}",
+    "python eval.py --weights runs/quickstart/best.pth --results results.json": HERE,
+    "python benchmark.py --json now.json": TIMED,
+    "python benchmark.py solov2_r101_fpn_3x --mode infer": TIMED,
+    "python benchmark.py --mode data --data-root data/coco": "--device cpu --iterations 1",
+    "python benchmark.py --json then.json --compare now.json": TIMED,
+    "python benchmark.py --mode train --sweep batch-size 1 2 4 8": TIMED,
+    "python eval.py --weights FILE --precision bf16": f"{HERE} --data-root data/coco {TINY}",
+    "python train.py solov2_r50_fpn_3x --dry-run": "",
+    "python train.py --resume --output DIR": "--device cpu --workers 0",
+    "solov2 convert SOLOv2_R50_3x.pth ours.pth": "--overwrite",
+    "solov2 convert runs/mine/best.pth theirs.pth --to mmdet": "--overwrite",
+    "python train.py solov2_light_r18_fpn_3x --weights FILE --train-annotations mine/train.json "
+    f"--train-images mine/images {MINE}": f"{HERE} {FEW}",
+    "solov2 check-data mine/train.json --images mine/images --config solov2_light_r18_fpn_3x": "",
+    f"python eval.py solov2_light_r18_fpn_3x --oracle {MINE}": "--device cpu --workers 0",
+    "solov2 check-data mine/train.json --images mine/images --json report.json --fix mine/repaired.json": "--overwrite",
+}
+# Why the others do not run here, by how they begin.
+NOT_RUN = {
+    "pip install": "changes the environment; .ci/run types both commands of the README in fresh ones",
+    "pytest": "runs this test",
+    "torchrun --nproc-per-node 8": "eight processes; two run in test_distributed.py",
+    "torchrun -- train.py --nproc 8": "eight processes; two run in test_distributed.py",
+    "torchrun train.py --nproc 8": "documented as refused by torchrun",
+    "torchrun --max-restarts": "part of a command; restart.py runs it whole",
+    "python train.py --nproc 8": "eight processes; two run in test_distributed.py",
+    "python train.py solov2_light_r18_fpn_3x --weights official": "downloads",
+    "python train.py configs/quickstart.yaml --seed 0": "minutes; runs in short form above",
+    "python tests/scripts/": "minutes to hours, on its own",
+    "python tests/peer/": "needs mmdetection in an environment of its own",
+    "python docs/generate.py": "rewrites docs/; test_values.py and this file hold its result",
+    "solov2 --": "a form, not a command",
+    "solov2 COMMAND": "a form, not a command",
+    "python -m solov2 C": "a form, not a command",
+}
+
+
+def documented_lines() -> set[str]:
+    """Every command of the pages; those of commands.md are the usage texts that the parsers themselves print."""
+    pages = [page for page in PAGES if page.name not in ("commands.md", "changelog.md")]
+    return {" ".join(line.split()) for page in pages for line in commands_of(page) if "…" not in line}
+
+
+def test_every_command_runs_or_has_a_reason() -> None:
+    lines = documented_lines()
+    unknown = [line for line in lines if line not in RUNS and not line.startswith(tuple(NOT_RUN))]
+    assert not unknown and set(RUNS) <= lines, (unknown, set(RUNS) - lines)
+
+
+@pytest.mark.slow
+def test_documented_commands_run(repo_root: Path, tmp_path: Path) -> None:
+    """All of `RUNS`, in the order of the pages, in a folder with the files that they name."""
+    prepare_files(tmp_path)
+    failed = []
+    for line, more in RUNS.items():
+        if ".onnx" in line and importlib.util.find_spec("onnx") is None:
+            continue
+        name, words = parsed_words(line)
+        weights = next((file for model, file in WEIGHTS.items() if model in line), "tiny.pth")
+        typed = [{"FILE": weights, "DIR": "runs/quickstart"}.get(word, word) for word in words]
+        command = [sys.executable, "-m", "solov2", name, *typed, *more.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            failed.append(f"{' '.join(command[2:])}: {done.returncode}\n{done.stderr[-600:]}")
+    assert not failed, "\n\n".join(failed)
+
+
+def prepare_files(folder: Path) -> None:
+    """Data, images and weights under the names that the pages use."""
+    generate_shapes(folder / "data/coco", train_images=8, val_images=2, size=96, seed=0)
+    mine, coco = folder / "mine", folder / "data/coco"
+    shutil.copytree(coco / "train2017", mine / "images")
+    shutil.copy(coco / "annotations/instances_train2017.json", mine / "train.json")
+    shutil.copy(coco / "annotations/instances_train2017.json", mine / "val.json")
+    photos = sorted((mine / "images").iterdir())
+    shutil.copytree(coco / "val2017", folder / "folder")
+    shutil.copy(photos[0], folder / "street.jpg")
+    (folder / "mine.yaml").write_text("base: quickstart\ndata: {root: data/coco, shapes: false}\n")
+    names = json.loads((mine / "train.json").read_text())["categories"]
+    for name, path in {**WEIGHTS, "quickstart": "tiny.pth", "solov2_light_r18_fpn_3x": "runs/mine/best.pth"}.items():
+        overrides = {"model.num_classes": 4, "data.root": "data/coco", "data.shapes": False}
+        config = override_config(load_config(name), overrides)
+        model = solov2.build_model(config)
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Checkpoint(
+            source=path,
+            weights=model.state_dict(),
+            traits=weight_metadata(config.model),
+            class_names=[category["name"] for category in names],
+            category_ids=[category["id"] for category in names],
+            config=config.to_dict(),
+        ).save(folder / path)
+    shutil.copy(folder / "runs/mine/best.pth", folder / WEIGHTS["solov2_light_r18_fpn_3x"])
+    write_file(folder / "SOLOv2_R50_3x.pth", to_mmdet(solov2.build_model("solov2_r50_fpn_3x").state_dict()))

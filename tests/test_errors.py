@@ -1,4 +1,4 @@
-"""Expected failures of a command: one sentence on stderr and the exit code that README states."""
+"""Expected failures of a command: one line on stderr and the documented exit code."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import errno
 
 import pytest
 
-from solov2.commands import exit as ending
+from solov2.commands import exit as command_exit
 from solov2.commands.arguments import Parser
-from solov2.commands.exit import sentence
+from solov2.commands.exit import error_message
 from solov2.errors import InputError, RunFailed, printable
 
 
 def run_command(body, words):
-    """Run a command that takes any words."""
+    """Run a command that takes any arguments."""
 
     def build_parser(typed):
         parser = Parser(prog=typed)
         parser.add_argument("all", nargs="*")
         return parser
 
-    return ending.run_command("train", build_parser, body, words)
+    return command_exit.run_command("train", build_parser, body, words)
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (InputError("no such model: x"), 2, "error: no such model: x"),
         (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 2, "No space left on device: 'a.pth'"),
@@ -35,16 +35,16 @@ def run_command(body, words):
         (TimeoutError("processes [1] did not join within 60 seconds"), 1, "error: processes [1] did not join"),
     ],
 )
-def test_a_failure_is_one_sentence_and_a_code(error, code, said, capsys):
+def test_a_failure_is_one_line_and_an_exit_code(error, code, message, capsys):
     def body(_arguments):
         raise error
 
     assert run_command(body, []) == code
     out, err = capsys.readouterr()
-    assert out == "" and said in err and len(err.splitlines()) == 1
+    assert out == "" and message in err and len(err.splitlines()) == 1
 
 
-def test_an_interruption_is_a_code_for_the_shell_and_an_exception_for_python(capsys, monkeypatch):
+def test_an_interruption_is_an_exit_code_for_the_shell_and_an_exception_for_python(capsys, monkeypatch):
     def interrupted(_arguments):
         raise KeyboardInterrupt
 
@@ -56,7 +56,7 @@ def test_an_interruption_is_a_code_for_the_shell_and_an_exception_for_python(cap
     assert capsys.readouterr().err == "interrupted\n" * 2
 
 
-def test_what_nobody_expected_keeps_its_traceback():
+def test_an_unexpected_error_keeps_its_traceback():
     def body(_arguments):
         raise ZeroDivisionError
 
@@ -64,32 +64,32 @@ def test_what_nobody_expected_keeps_its_traceback():
         run_command(body, [])
 
 
-def test_the_body_gets_the_arguments_and_gives_the_code():
+def test_the_body_gets_the_arguments_and_returns_the_exit_code():
     assert run_command(lambda args: len(args.words) + len(args.all) - 3, ["a", "b", "c"]) == 3
 
 
-def test_the_sentence_of_an_error_from_a_loading_process():
+def test_the_message_of_an_error_from_a_worker():
     text = (
         "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
     )
-    assert sentence(InputError(f"{text}solov2.config.InputError: a.jpg is broken\n")) == "a.jpg is broken"
+    assert error_message(InputError(f"{text}solov2.config.InputError: a.jpg is broken\n")) == "a.jpg is broken"
 
 
 def test_text_from_files_cannot_steer_a_terminal():
     assert printable("a\x1b[2Jb\nc ü") == r"a\x1b[2Jb\nc ü"
 
 
-def test_a_rank_that_is_not_the_first_lets_it_speak(monkeypatch, capsys):
-    """The launcher ends it meanwhile, or it is alone with its error and speaks after all."""
+def test_only_rank_zero_prints_an_error_at_once(monkeypatch, capsys):
+    """The launcher ends the other ranks while they wait; a rank that fails alone prints after the wait."""
 
     def body(_arguments):
         raise InputError("broken")
 
     waited = []
-    monkeypatch.setattr(ending.time, "sleep", waited.append)
+    monkeypatch.setattr(command_exit.time, "sleep", waited.append)
     for rank in ("0", "3"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert run_command(body, []) == 2
     assert capsys.readouterr().err == "error: broken\n" * 2
-    assert waited == [ending.HEAD_START + 3 * ending.STAGGER]
+    assert waited == [command_exit.HEAD_START + 3 * command_exit.STAGGER]

@@ -1,4 +1,4 @@
-"""COCO figures: equal to plain pycocotools, independent of sharding, right on ground truth and on nothing."""
+"""COCO figures: equal to plain pycocotools, independent of sharding, right on ground truth and without predictions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rectangles(corners: torch.Tensor) -> torch.Tensor:
 
 
 def scene(images: int = 12, seed: int = 0) -> tuple[dict[str, Any], list[int], list[dict[str, Any]]]:
-    """A data set of rectangles of three classes with gaps in the ids, and imperfect results for it."""
+    """A dataset of rectangles in three classes, with gaps in the ids, and imperfect results for it."""
     generator = torch.Generator().manual_seed(seed)
     annotations, image_ids, results = [], [], []
     for image in range(images):
@@ -82,7 +82,7 @@ CATEGORY_IDS = [3, 7, 90, 91]
 
 
 def plain_figures(coco: COCO, results: str | list[dict[str, Any]], kind: str) -> dict[str, float]:
-    """What pycocotools says without any of our code."""
+    """The figures of pycocotools without any of our code."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco, coco.loadRes(results), kind)
         evaluation.evaluate()
@@ -92,7 +92,7 @@ def plain_figures(coco: COCO, results: str | list[dict[str, Any]], kind: str) ->
 
 
 def photo_ground_truth(coco: COCO, category_ids: list[int], *, own_boxes: bool) -> tuple[list[int], list[dict]]:
-    """The annotations of a COCO file as predictions, crowd regions left out."""
+    """The annotations of a COCO file as predictions, without crowd regions."""
     image_ids, results = [], []
     for image_id, image in coco.imgs.items():
         annotations = [annotation for annotation in coco.imgToAnns[image_id] if not annotation["iscrowd"]]
@@ -131,12 +131,12 @@ def test_ground_truth_as_predictions(coco_photos: Path, tmp_path: Path) -> None:
     assert plain_figures(coco, str(tmp_path / "results.json"), "segm")["AP"] == pytest.approx(1.0, abs=1e-9)
 
 
-def test_figures_are_those_of_pycocotools() -> None:
+def test_figures_equal_those_of_pycocotools() -> None:
     dataset, image_ids, results = scene()
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
     evaluator.update(image_ids, results)
     summary = evaluator.summarize()
-    assert 0.1 < summary["segm"]["AP"] < 0.9  # neither trivial end
+    assert 0.1 < summary["segm"]["AP"] < 0.9  # not trivial
     assert 0 < summary["segm"]["AP_small"] < 1
     assert summary["segm"] == plain_figures(load(dataset), evaluator.results(), "segm")
     assert summary["bbox"] == plain_figures(load(dataset), evaluator.box_results(), "bbox")
@@ -144,7 +144,7 @@ def test_figures_are_those_of_pycocotools() -> None:
 
 
 def degraded_photographs(coco: COCO, category_ids: list[int]) -> tuple[list[int], list[dict[str, Any]]]:
-    """The annotations of photographs with some labels wrong, masks moved, instances doubled and scores tied."""
+    """The annotations of photographs with some wrong labels, shifted masks, doubled instances and tied scores."""
     image_ids, results = photo_ground_truth(coco, category_ids, own_boxes=False)
     image_ids, results = image_ids[:20], results[:20]
     generator = torch.Generator().manual_seed(0)
@@ -160,8 +160,8 @@ def degraded_photographs(coco: COCO, category_ids: list[int]) -> tuple[list[int]
     return image_ids, results
 
 
-def test_faster_figures_agree_to_15_decimals(coco_photos: Path) -> None:
-    """Generated shapes, photographs with crowd regions, nothing found.
+def test_faster_coco_eval_agrees_to_15_decimals(coco_photos: Path) -> None:
+    """Rectangles, photographs with crowd regions, and no predictions.
 
     pycocotools adds 2e-16 to the divisor of a precision, which shows in a curve that starts with a single hit.
     """
@@ -188,16 +188,16 @@ def test_faster_figures_agree_to_15_decimals(coco_photos: Path) -> None:
             assert summaries[1]["per_class"][name] == pytest.approx(figures, rel=0, abs=5e-16)
 
 
-def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, _, _ = scene()
     with pytest.raises(InputError, match="slow; choose one of pycocotools, faster-coco-eval"):
         CocoEvaluator(load(dataset), CATEGORY_IDS, backend="slow")
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(InputError, match=r"^faster-coco-eval is not installed: pip install 'solov2\[fast\]'$"):
+    with pytest.raises(InputError, match=r"faster-coco-eval .*solov2\[fast\]"):
         CocoEvaluator(load(dataset), CATEGORY_IDS, backend="faster-coco-eval")
 
 
-def test_area_of_a_mask_is_not_that_of_its_box() -> None:
+def test_the_area_is_that_of_the_mask_not_of_its_box() -> None:
     """A thin diagonal is small as a mask and large as a box; with the box's area it would count as large."""
     mask = torch.eye(SIZE, dtype=torch.bool)[None]
     far = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
@@ -231,7 +231,7 @@ def test_area_of_a_mask_is_not_that_of_its_box() -> None:
     assert evaluator.summarize()["bbox"]["AP_small"] == pytest.approx(1.0)  # its box is large, so it does not count
 
 
-def test_sharding_does_not_change_a_digit() -> None:
+def test_sharding_changes_no_digit() -> None:
     dataset, image_ids, results = scene()
     whole = CocoEvaluator(load(dataset), CATEGORY_IDS)
     whole.update(image_ids, results)
@@ -250,7 +250,7 @@ def test_sharding_does_not_change_a_digit() -> None:
         assert merged.summarize(per_class=True) == whole.summarize(per_class=True)
 
 
-def test_nothing_found_gives_zero() -> None:
+def test_no_predictions_give_zero() -> None:
     dataset, image_ids, results = scene(images=2)
     nothing = [{key: value[:0] for key, value in result.items()} for result in results]
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
@@ -264,14 +264,14 @@ def test_nothing_found_gives_zero() -> None:
     assert summary["per_class"]["unseen"] == {"segm_AP": -1.0, "bbox_AP": -1.0}
 
 
-def test_image_without_ground_truth_in_the_whole_file() -> None:
+def test_file_without_ground_truth() -> None:
     dataset, image_ids, results = scene(images=1)
     evaluator = CocoEvaluator(load({**dataset, "annotations": []}), CATEGORY_IDS)
     evaluator.update(image_ids, results)
     assert set(evaluator.summarize()["segm"].values()) == {-1.0}
 
 
-def test_only_the_images_asked_for_count() -> None:
+def test_only_requested_images_count() -> None:
     dataset, image_ids, results = scene()
     subset = image_ids[4:7]
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS, image_ids=subset)
@@ -285,7 +285,7 @@ def test_only_the_images_asked_for_count() -> None:
     assert evaluator.summarize()["segm"] == plain_figures(load(small), evaluator.results(), "segm")
 
 
-def test_per_class_figures_average_to_the_whole() -> None:
+def test_per_class_ap_averages_to_ap() -> None:
     dataset, image_ids, results = scene()
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
     evaluator.update(image_ids, results)
@@ -296,7 +296,7 @@ def test_per_class_figures_average_to_the_whole() -> None:
         assert len(set(seen)) == 3
 
 
-def test_rle_masks_give_the_same_results_as_planes() -> None:
+def test_rle_masks_give_the_same_results_as_bool_masks() -> None:
     dataset, image_ids, results = scene(images=3)
     planes, runs = (CocoEvaluator(load(dataset), CATEGORY_IDS) for _ in range(2))
     planes.update(image_ids, results)
@@ -320,7 +320,7 @@ def test_results_are_json_with_the_ids_of_the_file() -> None:
     assert evaluator.box_results()[0]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
 
 
-def test_the_callers_annotations_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_callers_annotations_are_not_changed(capsys: pytest.CaptureFixture[str]) -> None:
     dataset, image_ids, results = scene(images=2)
     coco = load(dataset)
     evaluator = CocoEvaluator(coco, CATEGORY_IDS)
@@ -331,7 +331,7 @@ def test_the_callers_annotations_stay_as_they_are(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == ""
 
 
-def test_annotations_without_area_box_and_crowd_flag() -> None:
+def test_annotations_without_area_box_and_iscrowd() -> None:
     dataset, image_ids, results = scene()
     keys = ("id", "image_id", "category_id", "segmentation")
     bare = {**dataset, "annotations": [{key: entry[key] for key in keys} for entry in dataset["annotations"]]}
@@ -341,7 +341,7 @@ def test_annotations_without_area_box_and_crowd_flag() -> None:
     assert lean.summarize() == whole.summarize()
 
 
-def test_mistakes_are_named() -> None:
+def test_errors_name_the_mistake(caplog: pytest.LogCaptureFixture) -> None:
     dataset, image_ids, results = scene(images=2)
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
     with pytest.raises(InputError, match="image id 999 "):
@@ -355,11 +355,11 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(InputError, match="label 2 of image .* has no category"):
         CocoEvaluator(load(dataset), [3, 7]).update(image_ids, results)
     dataset["annotations"][0]["id"] = 0
-    with pytest.warns(UserWarning, match="annotation id 0"):
-        CocoEvaluator(load(dataset), CATEGORY_IDS)
+    CocoEvaluator(load(dataset), CATEGORY_IDS)
+    assert "annotation id 0" in caplog.text
 
 
-def test_table_for_people() -> None:
+def test_table() -> None:
     dataset, image_ids, results = scene()
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
     evaluator.update(image_ids, results)

@@ -1,4 +1,4 @@
-"""The check of an accelerator (tests/scripts/gpu_check.py) works on a CPU, and no item needs another."""
+"""The accelerator check (tests/scripts/gpu_check.py) runs on a CPU, and its items are independent of each other."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from scripts import gpu_check
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> tuple[Path, str]:
-    """(folder of the results, what was printed) of all items on a CPU."""
+    """(result folder, stdout) of all items on a CPU."""
     folder = tmp_path_factory.mktemp("gpu_check")
     command = [sys.executable, repo_root / "tests/scripts/gpu_check.py", "--out", folder / "out", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads wait for each other on a busy machine
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads would wait for each other on a busy machine
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "out", done.stdout
@@ -28,11 +28,11 @@ def checked(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> tuple[
 
 @pytest.fixture(scope="module")
 def results(checked: tuple[Path, str]) -> dict[str, dict[str, Any]]:
-    """Item -> what its file holds."""
+    """Item -> content of its result file."""
     return {path.stem: json.loads(path.read_text()) for path in checked[0].iterdir()}
 
 
-def test_every_item_leaves_a_file_and_a_part_of_the_table(
+def test_every_item_has_a_file_and_a_part_of_the_table(
     checked: tuple[Path, str], results: dict[str, dict[str, Any]]
 ) -> None:
     assert results.keys() == gpu_check.ITEMS.keys()
@@ -42,20 +42,20 @@ def test_every_item_leaves_a_file_and_a_part_of_the_table(
     assert results["environment"]["device"] == "cpu" and results["environment"]["torch"] == torch.__version__
 
 
-def test_a_cpu_differs_from_itself_in_nothing(results: dict[str, dict[str, Any]]) -> None:
+def test_a_cpu_does_not_differ_from_itself(results: dict[str, dict[str, Any]]) -> None:
     differences = {name: value for name, value in results["parity"].items() if name != "item_seconds"}
     assert len(differences) == 7 and set(differences.values()) == {0}
 
 
-def test_a_difference_is_seen() -> None:
-    wanted = torch.tensor([1.0, 3.0])  # of standard deviation 1
+def test_differences() -> None:
+    wanted = torch.tensor([1.0, 3.0])  # standard deviation 1
     assert gpu_check.relative_difference(torch.tensor([1.0, 2.5]), wanted) == 0.5
     assert gpu_check.relative_difference(torch.tensor(3.0), torch.tensor(2.0)) == 0.5
     for broken in (math.nan, math.inf):
         assert gpu_check.difference(torch.tensor([1.0, broken]), wanted) > 1e300
 
 
-def test_losses_are_finite_and_alike_in_both_precisions(results: dict[str, dict[str, Any]]) -> None:
+def test_losses_are_finite_and_similar_in_both_precisions(results: dict[str, dict[str, Any]]) -> None:
     step = results["step"]
     for precision in ("float32", "bf16"):
         assert set(step[precision]) == {"loss_category", "loss_mask"}
@@ -63,7 +63,7 @@ def test_losses_are_finite_and_alike_in_both_precisions(results: dict[str, dict[
     assert step["bf16"] == pytest.approx(step["float32"], rel=0.02)
 
 
-def test_speeds_are_there_for_every_form(results: dict[str, dict[str, Any]]) -> None:
+def test_every_form_has_a_speed(results: dict[str, dict[str, Any]]) -> None:
     rows = {item: {name for name in results[item] if "batch" in name} for item in ("training", "inference")}
     assert rows["training"] == {f"{form}, batch {count}" for form in gpu_check.FORMS for count in (1, 2)}
     assert rows["inference"] == {
@@ -80,10 +80,10 @@ def test_speeds_are_there_for_every_form(results: dict[str, dict[str, Any]]) -> 
     assert results["quickstart"]["seconds"] > 0 and 0 <= results["quickstart"]["segm_AP"] <= 1
 
 
-def test_an_item_that_dies_hurts_no_other(
+def test_an_item_that_crashes_does_not_affect_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its process knows no such item and ends without a result; that of an earlier call does not stand in for it."""
+    """Its process does not know the item and exits without a result; the result of an earlier call is not used."""
     monkeypatch.setitem(gpu_check.ITEMS, "broken", lambda device: {})
     (tmp_path / "broken.json").write_text('{"seconds": 1.0}')
     assert gpu_check.main(["--only", "broken", "environment", "--out", str(tmp_path), "--device", "cpu"]) == 1
@@ -95,16 +95,14 @@ def test_an_item_that_dies_hurts_no_other(
     assert lines[at + 2] == "environment:" and lines[at + 3].split() == ["device", "cpu"]
 
 
-def test_an_item_that_takes_too_long_is_ended_and_hurts_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_item_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LIMIT", 0.01)
     assert gpu_check.main(["--only", "parity", "step", "--out", str(tmp_path), "--device", "cpu"]) == 1
     for item in ("parity", "step"):
         assert json.loads((tmp_path / f"{item}.json").read_text()) == {"error": "took longer than 0.01 seconds"}
 
 
-def test_what_an_item_raises_is_its_result(
+def test_an_exception_becomes_the_result_of_its_item(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(gpu_check.ITEMS, "broken", lambda device: {"share": 1 / 0})
@@ -113,7 +111,7 @@ def test_what_an_item_raises_is_its_result(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_step_that_does_not_fit_is_a_row_without_speed() -> None:
+def test_a_step_that_does_not_fit_has_no_speed() -> None:
     def step() -> None:
         raise torch.OutOfMemoryError
 

@@ -1,4 +1,4 @@
-"""Steps that are not finite change nothing, are counted or end the run by a sentence that explains them."""
+"""Non-finite steps change nothing; they are counted, or end the run with an error that explains them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from solov2.training.epochs import train_one_epoch
 from solov2.training.guard import (
     DELAY,
     FAILED,
+    MAX_OVERFLOWS,
     OVERFLOWED,
-    OVERFLOWS,
     NonFiniteError,
     NonFiniteGuard,
     first_nonfinite,
@@ -52,7 +52,7 @@ def broken(batch):
 
 def train(tmp_path, batches, *, skip, kind="adamw"):
     config, model, criterion, optimizer = parts(kind)
-    guard = NonFiniteGuard(tmp_path, skip=skip, file_name=lambda image_id: f"photo{image_id}.jpg")
+    guard = NonFiniteGuard(tmp_path, skip=skip, file_name=lambda image_id: f"image{image_id}.jpg")
     plan = flat_plan(len(batches), 1e-3, log_every=100, clip_norm=35.0)
     steps = train_one_epoch(model, criterion, batches, optimizer, COMPUTE.scaler(), COMPUTE, plan, guard, epoch=0)
     return model, guard, list(steps)
@@ -61,25 +61,25 @@ def train(tmp_path, batches, *, skip, kind="adamw"):
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "plain"])
 def test_a_failed_step_changes_nothing(kind):
     config, model, criterion, optimizer = parts("sgd" if kind == "plain" else kind)
-    if kind == "plain":  # an optimizer that is not fused: the gradients become zero instead
+    if kind == "plain":  # not a fused optimizer: its gradients are set to zero instead
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = random_batch(config, seed=0)
     take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
     state, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
-    losses, failed = take_step(model, criterion, [broken(batch)], optimizer, scaler, COMPUTE, clip_norm=35.0)
-    assert failed.item() == FAILED and not any(loss.isfinite() for loss in losses.values())
+    losses, status = take_step(model, criterion, [broken(batch)], optimizer, scaler, COMPUTE, clip_norm=35.0)
+    assert status.item() == FAILED and not any(loss.isfinite() for loss in losses.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]) or "num_batches" in name, name
     for key, entry in optimizer.state_dict()["state"].items():
         for name, value in entry.items():
             assert value is None or torch.equal(value, moments[key][name]), name
-    _, failed = take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
-    assert not failed.item() and any(not torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    _, status = take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
+    assert not status.item() and any(not torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-def test_update_is_clipping_and_stepping(clip_norm):
+def test_update_clips_and_steps_like_torch(clip_norm):
     _, model, _, optimizer = parts("sgd")
     other = copy.deepcopy(model)
     plain = torch.optim.SGD(other.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
@@ -95,45 +95,45 @@ def test_update_is_clipping_and_stepping(clip_norm):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
 
 
-def test_the_run_ends_a_few_steps_later_with_names_and_a_file(tmp_path):
+def test_a_failed_step_names_its_images_and_saves_its_batches(tmp_path):
     config = tiny_config()
     batches = [random_batch(config, seed=seed) for seed in range(DELAY + 4)]
     batches[2] = {**broken(batches[2]), "image_ids": [7, 9]}
-    with pytest.raises(NonFiniteError, match=r"step 3 is not finite.*photo7.jpg, photo9.jpg: the output of backbone"):
+    with pytest.raises(NonFiniteError, match=r"step 3 .*image7.jpg, image9.jpg: the output of backbone"):
         train(tmp_path, batches, skip=False)
     saved = load_file(tmp_path / "nonfinite_step_3_process_0.pth")
     assert saved["step"] == 2 and saved["batches"][0]["image_ids"] == [7, 9]
     assert set(saved["batches"][0]["targets"]) >= {"category", "positives", "masks"}
 
 
-def test_overflows_without_end_are_a_failure(tmp_path):
-    """Under fp16 one overflow is the scale's business; NaN in every step's gradient is not."""
+def test_too_many_overflows_in_a_row_are_a_failure(tmp_path):
+    """In fp16 a smaller loss scale cures one overflow, but not NaN gradients in every step."""
     guard = NonFiniteGuard(tmp_path)
-    for step in range(2 * OVERFLOWS):
-        guard.watch(step, torch.tensor(OVERFLOWED if step % OVERFLOWS else 0), [])
+    for step in range(2 * MAX_OVERFLOWS):
+        guard.watch(step, torch.tensor(OVERFLOWED if step % MAX_OVERFLOWS else 0), [])
     assert guard.failure(now=True) is None
     guard.watch(64, torch.tensor(OVERFLOWED), [{"image_ids": [7]}])
     assert guard.failure(now=True) == (64, [{"image_ids": [7]}])
 
 
-def test_fp16_overflow_is_told_apart_from_failure():
+def test_fp16_overflow_differs_from_failure():
     config, model, criterion, optimizer = parts("sgd")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, enabled=True)
     batch = random_batch(config, seed=0)
     for parameter in model.parameters():  # float32 gradients of a huge loss: infinite once scaled
         parameter.register_hook(lambda gradient: gradient * 2.0**100)
-    _, wrong = take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
-    assert wrong.item() == OVERFLOWED
-    _, wrong = take_step(model, criterion, [broken(batch)], optimizer, scaler, COMPUTE, clip_norm=35.0)
-    assert wrong.item() == FAILED
+    _, status = take_step(model, criterion, [batch], optimizer, scaler, COMPUTE, clip_norm=35.0)
+    assert status.item() == OVERFLOWED
+    _, status = take_step(model, criterion, [broken(batch)], optimizer, scaler, COMPUTE, clip_norm=35.0)
+    assert status.item() == FAILED
 
 
-def test_skipped_steps_are_counted_and_leave_no_trace(tmp_path):
+def test_skipped_steps_are_counted_and_change_nothing(tmp_path):
     config = tiny_config()
     good = [random_batch(config, seed=seed) for seed in range(4)]
     for name in ("with", "without"):
         (tmp_path / name).mkdir()
-    # One more at the end, so that both runs end with the same step: SGD has no step counter.
+    # Both runs take the same good steps.
     model, guard, steps = train(tmp_path / "with", [*good[:2], broken(good[0]), *good[2:]], skip=True, kind="sgd")
     other, *_ = train(tmp_path / "without", good, skip=True, kind="sgd")
     assert guard.skipped == 1
@@ -142,7 +142,7 @@ def test_skipped_steps_are_counted_and_leave_no_trace(tmp_path):
     assert 0 < steps[-1].figures["loss"] < 100
 
 
-def test_the_first_culprit_is_named():
+def test_the_first_non_finite_tensor_is_named():
     config, model, criterion, _ = parts()
     batch = random_batch(config, seed=0)
     images = model.normalize(batch["pixels"], batch["sizes"])
@@ -150,7 +150,7 @@ def test_the_first_culprit_is_named():
     def forward():
         return criterion(model(images), batch["targets"])
 
-    assert "present weights is finite" in first_nonfinite(model, forward)
+    assert "finite when repeated" in first_nonfinite(model, forward)
     assert first_nonfinite(model, lambda: {"loss_mask": torch.tensor(float("inf"))}) == "loss_mask is inf"
     weight = model.fpn.lateral[0].weight
     hook = weight.register_hook(lambda gradient: gradient * float("nan"))
@@ -161,9 +161,9 @@ def test_the_first_culprit_is_named():
     handle.remove()
     with torch.no_grad():
         weight[0] = float("nan")
-    assert first_nonfinite(model, forward) == "fpn.lateral.0.weight is itself not finite"
+    assert first_nonfinite(model, forward) == "fpn.lateral.0.weight is not finite"
 
 
 @pytest.mark.parametrize(("loss", "weight", "stuck"), [(2.95, 3.0, True), (2.6, 3.0, False), (0.99, 1.0, True)])
-def test_a_mask_loss_that_stays_is_said(loss, weight, stuck):
+def test_a_stuck_mask_loss_is_a_warning(loss, weight, stuck):
     assert (stuck_mask_loss(loss, weight) is not None) == stuck

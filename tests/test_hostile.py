@@ -1,4 +1,4 @@
-"""Files made to do harm: each is refused in one sentence, before it costs memory or time."""
+"""Files crafted to do harm: each is refused with one sentence, before it costs memory or time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def saved(content: object, **options) -> bytes:
 
 
 def repacked(change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A checkpoint of one tensor of four numbers whose records were changed by name and content."""
+    """A checkpoint with one tensor of four numbers, each record replaced by `change(name, content)`."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(saved({"w": torch.ones(4)}))) as source:
         with zipfile.ZipFile(target, "w", compression) as archive:
@@ -54,7 +54,7 @@ def long_integer(value: int) -> bytes:
 
 
 def claim(count: int, *, storage: bool) -> bytes:
-    """The number 4 in the pickle, of the storage's or of the tensor's elements, replaced."""
+    """A checkpoint whose pickle claims `count` elements instead of 4, of the storage or of the tensor."""
 
     def change(name: str, data: bytes) -> bytes:
         if not name.endswith("data.pkl"):
@@ -66,7 +66,7 @@ def claim(count: int, *, storage: bool) -> bytes:
 
 
 def old_format_claim(count: int) -> bytes:
-    """The format before zip files, in which the claimed storage is made before anything is read into it."""
+    """The format before zip files, in which the claimed storage is allocated before anything is read into it."""
     data = saved({"w": torch.ones(4)}, _use_new_zipfile_serialization=False)
     place = data.index(b"cpuq") + data[data.index(b"cpuq") :].index(b"K\x04")
     return data[:place] + long_integer(count) + data[place + 2 :]
@@ -96,19 +96,19 @@ def deep_pickle(name: str, data: bytes) -> bytes:
 
 BOMB_RECORD = bytes(50 * 2**20)
 CHECKPOINTS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "pickle bomb": (lambda: pickle.dumps(Bomb(), protocol=2), "is refused: it holds objects|is not a checkpoint"),
-    "pickle bomb in an archive": (lambda: saved({"model": Bomb()}), "is refused: it holds objects"),
+    "pickle bomb": (lambda: pickle.dumps(Bomb(), protocol=2), "rejected: .*objects|not a checkpoint"),
+    "pickle bomb in an archive": (lambda: saved({"model": Bomb()}), "rejected: .*objects"),
     "pickle bomb in the old format": (
-        lambda: saved({"model": Bomb()}, _use_new_zipfile_serialization=False), "is refused: it holds objects",
+        lambda: saved({"model": Bomb()}, _use_new_zipfile_serialization=False), "rejected: .*objects",
     ),
     "zip bomb": (
         lambda: repacked(lambda name, data: BOMB_RECORD if name.endswith("data/0") else data, zipfile.ZIP_DEFLATED),
-        "is refused: its record .* is compressed",
+        "rejected: .*archive/data.* compressed",
     ),
     "deflated but honest": (
-        lambda: repacked(lambda name, data: data, zipfile.ZIP_DEFLATED), "is refused: its record .* is compressed",
+        lambda: repacked(lambda name, data: data, zipfile.ZIP_DEFLATED), "rejected: .*archive/data.* compressed",
     ),
-    "overlapping records": (overlapping, "is refused: its records claim"),
+    "overlapping records": (overlapping, "rejected: .*records claim"),
     "no zip directory": (lambda: saved({"w": torch.ones(4)})[:-60], "is truncated"),
     "huge storage": (lambda: claim(HUGE, storage=True), "cannot be read as a checkpoint"),
     "huge tensor": (lambda: claim(HUGE, storage=False), "cannot be read as a checkpoint"),
@@ -127,10 +127,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[], bytes], str]] = {
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    make, said = CHECKPOINTS[name]
+    make, message = CHECKPOINTS[name]
     path = tmp_path / "hostile.pth"
     path.write_bytes(make())
-    with pytest.raises(InputError, match=f"hostile.pth.*({said})") as caught:
+    with pytest.raises(InputError, match=f"hostile.pth.*({message})") as caught:
         load_file(path)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["hostile.pth"]
@@ -141,19 +141,19 @@ def test_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_bytes(CHECKPOINTS["zip bomb"][0]())
     assert path.stat().st_size < 2**18
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
-    with pytest.raises(InputError, match="compressed .* become 52428800"):
+    with pytest.raises(InputError, match="bomb.pth .*compressed .* 52428800"):
         load_file(path)
 
 
 def test_deep_pickle_does_not_crash(tmp_path: Path) -> None:
     path = tmp_path / "deep.pth"
     path.write_bytes(repacked(deep_pickle))
-    content = load_file(path)  # plain lists in lists: no harm in them, and nobody follows them
+    content = load_file(path)  # nested lists are harmless: no code recurses into them
     assert list(content) == ["a"]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("model: !!python/object/apply:os.mkdir [exploded]", "not valid YAML of plain values"),
         ("model: !!python/name:os.system", "not valid YAML of plain values"),
@@ -164,7 +164,7 @@ def test_deep_pickle_does_not_crash(tmp_path: Path) -> None:
             + "".join(f"  x{n}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(9)),
             "unknown setting 'model.x0'",
         ),
-        ("name: &a [1, 2]\nbase: *a", "base must be the name of a model or a file"),
+        ("name: &a [1, 2]\nbase: *a", r"base .*\[1, 2\]"),
         (
             "data:\n  root:\n    - &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
             + "".join(f"    - &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(9)),
@@ -173,10 +173,10 @@ def test_deep_pickle_does_not_crash(tmp_path: Path) -> None:
     ],
     ids=["call", "name", "own tag", "deep", "laughs in unknown keys", "list as base", "laughs in a value"],
 )
-def test_yaml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str) -> None:
+def test_yaml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hostile.yaml").write_text(text)
-    with pytest.raises(InputError, match=f"hostile.yaml.*({said})") as caught:
+    with pytest.raises(InputError, match=f"hostile.yaml.*({message})") as caught:
         load_config(tmp_path / "hostile.yaml")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert not (tmp_path / "exploded").exists()
@@ -190,7 +190,7 @@ def test_image_size_is_checked_in_the_header(tmp_path: Path, read: Callable) -> 
     with pytest.raises(InputError, match="bomb.png: too many pixels"):
         read(path)
     path.write_bytes(png_header(1000, 1000))
-    with pytest.raises(InputError, match="bomb.png: 1000 x 1000 pixels are more than the 999999 allowed"):
+    with pytest.raises(InputError, match="bomb.png .*1000 x 1000 .*999999"):
         read(path, max_pixels=999_999)
 
 
@@ -201,7 +201,7 @@ def test_file_names_do_not_leave_the_folder(tmp_path: Path, name: str) -> None:
     tree.image["file_name"] = name
     tree.file.write_text(json.dumps(tree.content))
     for training in (True, False):
-        with pytest.raises(InputError, match="image 1 of .*leaves the image folder"):
+        with pytest.raises(InputError, match="image 1 of .*outside the image folder"):
             CocoInstances(tree.file, tree.images, training=training)
     assert main([str(tree.file), "--images", str(tree.images)]) == 1
 
@@ -213,9 +213,9 @@ def test_names_do_not_write_to_the_terminal() -> None:
 def test_polygon_does_not_fill_the_memory(tmp_path: Path) -> None:
     tree = CocoTree(tmp_path)
     tree.first["segmentation"] = [[0, 0, 2e9, 0, 2e9, 2e9]]
-    tree.content["annotations"][2]["segmentation"] = rectangle(-500, -500, 1000, 1000)  # large, but drawn at once
+    tree.content["annotations"][2]["segmentation"] = rectangle(-500, -500, 1000, 1000)  # large, but quick to draw
     tree.file.write_text(json.dumps(tree.content))
-    with pytest.raises(InputError, match="annotation 11 .*pixels away"):
+    with pytest.raises(InputError, match=r"annotation 11 .*2e\+09"):
         CocoInstances(tree.file, tree.images, training=True)
 
 

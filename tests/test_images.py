@@ -1,4 +1,4 @@
-"""Every kind of image file and in-memory image becomes RGB uint8 [3, H, W], or is refused in one sentence."""
+"""Every kind of image file and in-memory image becomes RGB uint8 [3, H, W], or is rejected with a clear message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pixels() -> np.ndarray:
     return np.random.RandomState(0).randint(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def planes(array: np.ndarray) -> torch.Tensor:
+def channels_first(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
@@ -38,13 +38,13 @@ def header_only(path: Path, width: int, height: int) -> Path:
 
 def test_rgb_png(tmp_path, pixels):
     tensor = read_image(save(Image.fromarray(pixels), tmp_path / "a.png"), apply_exif=False)
-    assert tensor.dtype == torch.uint8 and torch.equal(tensor, planes(pixels))
+    assert tensor.dtype == torch.uint8 and torch.equal(tensor, channels_first(pixels))
 
 
 def test_gray_is_repeated(tmp_path, pixels):
     gray = pixels[:, :, 0]
     tensor = read_image(save(Image.fromarray(gray), tmp_path / "a.png"), apply_exif=False)
-    assert torch.equal(tensor, planes(np.stack([gray] * 3, axis=2)))
+    assert torch.equal(tensor, channels_first(np.stack([gray] * 3, axis=2)))
 
 
 def test_one_bit_image(tmp_path, pixels):
@@ -61,7 +61,7 @@ def test_alpha_is_dropped_not_composited(pixels, mode):
         expected = np.repeat(pixels[:, :, :1], 3, axis=2)
     else:
         image, expected = Image.fromarray(np.concatenate((pixels, alpha), axis=2), "RGBA").convert(mode), pixels
-    assert torch.equal(pil_to_tensor(image), planes(expected))
+    assert torch.equal(pil_to_tensor(image), channels_first(expected))
 
 
 def test_palette_with_transparency(tmp_path):
@@ -74,7 +74,7 @@ def test_palette_with_transparency(tmp_path):
         assert stored.mode == "P" and "transparency" in stored.info
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(read_image(path, apply_exif=False), planes(palette[indices]))
+        assert torch.equal(read_image(path, apply_exif=False), channels_first(palette[indices]))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pgm", ".tif"])
@@ -87,7 +87,7 @@ def test_16_bit_keeps_the_upper_byte(tmp_path, suffix):
     assert torch.equal(read_image(path, apply_exif=False), expected)
 
 
-def test_32_bit_mode_is_taken_for_16_bits():
+def test_32_bit_mode_is_read_as_16_bits():
     image = Image.fromarray(np.array([[0, 256, 65535, 70000, -5]], dtype=np.int32))
     assert image.mode == "I"
     assert pil_to_tensor(image)[0].tolist() == [[0, 1, 255, 255, 0]]
@@ -103,7 +103,7 @@ def test_cmyk_jpeg(tmp_path):
     assert (read_image(path, apply_exif=False).int() - expected).abs().max() <= 3
 
 
-def test_float_image_is_refused(tmp_path):
+def test_float_image_file_is_rejected(tmp_path):
     path = save(Image.fromarray(np.ones((4, 4), dtype=np.float32)), tmp_path / "depth.tif")
     with pytest.raises(InputError, match="depth.tif.*pixel format F"):
         read_image(path, apply_exif=False)
@@ -112,20 +112,20 @@ def test_float_image_is_refused(tmp_path):
 @pytest.fixture
 def rotated(tmp_path, pixels) -> Path:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: a viewer shows it rotated by 90 degrees clockwise
+    exif[0x0112] = 6  # the camera was turned: a viewer rotates it by 90 degrees clockwise
     return save(Image.fromarray(pixels), tmp_path / "turned.png", exif=exif)
 
 
 def test_exif_rotation_only_where_asked(rotated, pixels):
-    assert torch.equal(read_image(rotated, apply_exif=False), planes(pixels))
-    assert torch.equal(read_image(rotated, apply_exif=True), planes(np.rot90(pixels, k=-1)))
+    assert torch.equal(read_image(rotated, apply_exif=False), channels_first(pixels))
+    assert torch.equal(read_image(rotated, apply_exif=True), channels_first(np.rot90(pixels, k=-1)))
 
 
-def test_to_rgb_tensor_turns_photographs_but_not_pil_images(rotated, pixels):
+def test_to_rgb_tensor_rotates_files_but_not_pil_images(rotated, pixels):
     for path in (rotated, str(rotated)):
         assert to_rgb_tensor(path).shape == (3, WIDTH, HEIGHT)
     with Image.open(rotated) as image:
-        assert torch.equal(to_rgb_tensor(image), planes(pixels))
+        assert torch.equal(to_rgb_tensor(image), channels_first(pixels))
 
 
 def test_truncated_jpeg(tmp_path):
@@ -153,7 +153,7 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_size_is_checked_before_decoding(tmp_path):
     path = header_only(tmp_path / "large.ppm", 3000, 2000)
-    with pytest.raises(InputError, match="large.ppm: 3000 x 2000 pixels are more than the 5999999 allowed"):
+    with pytest.raises(InputError, match="large.ppm .*3000 x 2000 .*5999999"):
         read_image(path, apply_exif=False, max_pixels=5_999_999)
     with pytest.raises(InputError, match="large.ppm cannot be read"):
         read_image(path, apply_exif=False, max_pixels=6_000_000)
@@ -167,19 +167,19 @@ def test_default_limit(tmp_path, side):
 
 
 def test_arrays(pixels):
-    assert torch.equal(to_rgb_tensor(pixels), planes(pixels))
-    assert torch.equal(to_rgb_tensor(pixels[:, :, ::-1]), planes(pixels[:, :, ::-1]))  # negative stride
-    gray = planes(np.repeat(pixels[:, :, :1], 3, axis=2))
+    assert torch.equal(to_rgb_tensor(pixels), channels_first(pixels))
+    assert torch.equal(to_rgb_tensor(pixels[:, :, ::-1]), channels_first(pixels[:, :, ::-1]))  # negative stride
+    gray = channels_first(np.repeat(pixels[:, :, :1], 3, axis=2))
     assert torch.equal(to_rgb_tensor(pixels[:, :, 0]), gray) and torch.equal(to_rgb_tensor(pixels[:, :, :1]), gray)
     with_alpha = np.concatenate((pixels, pixels[:, :, :1]), axis=2)
-    assert torch.equal(to_rgb_tensor(with_alpha), planes(pixels))
+    assert torch.equal(to_rgb_tensor(with_alpha), channels_first(pixels))
 
 
 def test_arrays_are_copied(pixels):
     before = pixels.copy()
     tensor = to_rgb_tensor(pixels)
     pixels[:] = 0
-    assert torch.equal(tensor, planes(before))
+    assert torch.equal(tensor, channels_first(before))
     pixels.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -187,7 +187,7 @@ def test_arrays_are_copied(pixels):
 
 
 def test_tensors(pixels):
-    tensor = planes(pixels)
+    tensor = channels_first(pixels)
     assert torch.equal(to_rgb_tensor(tensor), tensor)
     assert torch.equal(to_rgb_tensor(tensor[:1]), tensor[:1].expand(3, -1, -1))
 
@@ -198,7 +198,7 @@ def test_float_arrays_hold_the_same_pixels(pixels, dtype):
     for array in (levels, pixels, pixels[:, ::-1]):
         assert torch.equal(to_rgb_tensor((array / 255).astype(dtype)), to_rgb_tensor(array))
     with_alpha = np.concatenate((pixels / 255, np.full((HEIGHT, WIDTH, 1), np.nan)), axis=2).astype(dtype)
-    assert torch.equal(to_rgb_tensor(with_alpha), planes(pixels))  # what is dropped is not looked at
+    assert torch.equal(to_rgb_tensor(with_alpha), channels_first(pixels))  # alpha is dropped unchecked
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -217,14 +217,13 @@ def test_float_tensors_hold_the_same_pixels(dtype):
     [(255.0, "values from 0 to 255"), (-0.25, "values from -0.25 to 0"), (1.001, "values from 0 to 1.001"),
      (np.nan, "NaN"), (np.inf, "values from 0 to inf")],
 )  # fmt: skip
-def test_floats_of_another_range_are_refused_with_the_reason(value, found):
+def test_floats_outside_their_range_are_rejected(value, found):
     array = np.zeros((4, 5, 3), dtype=np.float32)
     array[2, 3, 1] = value
     for image in (array, array.astype(np.float64), torch.from_numpy(array).permute(2, 0, 1)):
         with pytest.raises(InputError) as caught:
             to_rgb_tensor(image)
-        advice = "; divide 0..255 by 255 or pass uint8"
-        assert str(caught.value) == f"a float image has values in 0..1, this one has {found}{advice}"
+        assert all(part in str(caught.value) for part in ("0..1", found, "uint8"))
 
 
 @pytest.mark.parametrize(
@@ -245,11 +244,12 @@ def test_floats_of_another_range_are_refused_with_the_reason(value, found):
     ],
     ids=lambda image: f"{type(image).__name__}-{image.dtype}-{list(image.shape)}",
 )
-def test_other_shapes_and_dtypes_are_refused(image):
-    with pytest.raises(InputError, match=r"an image (array|tensor) is uint8, or float with values in 0..1, of \["):
+def test_other_shapes_and_dtypes_are_rejected(image):
+    with pytest.raises(InputError, match=r"an image (array|tensor) must be uint8, or float") as caught:
         to_rgb_tensor(image)
+    assert f"{image.dtype} {list(image.shape)}" in str(caught.value)
 
 
-def test_other_types_are_refused():
+def test_other_types_are_rejected():
     with pytest.raises(TypeError, match="not bytes"):
         to_rgb_tensor(b"abc")

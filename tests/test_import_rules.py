@@ -1,4 +1,4 @@
-"""What import-linter and ruff (pyproject.toml) cannot hold: dependencies, a cheap import, devices, safe loading."""
+"""Rules that import-linter and ruff (pyproject.toml) cannot check: dependencies, fast import, devices, safe loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 DEPENDENCIES = {"torch", "torchvision", "pycocotools", "numpy", "PIL", "yaml", "tqdm"}
 EXTRAS = {"faster_coco_eval", "onnxscript", "shtab", "supervision"}  # imported inside functions only
-# A device that is written down, and loading that could run code.
+# Hard-coded devices, and loading that could run code.
 FORBIDDEN = re.compile(r"\.cuda\(|[\"']cuda(:\d+)?[\"']|weights_only\s*=\s*False|torch\.load\((?!.*weights_only=True)")
 
 
@@ -21,14 +21,14 @@ def sources(repo_root: Path) -> list[Path]:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """First parts of all imported names."""
+    """The first part of each imported name."""
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {name.split(".")[0] for name in names}
 
 
 def runs_later(node: ast.stmt) -> bool:
-    """Whether importing the module leaves this part of it out."""
+    """Whether importing the module does not run this statement's body."""
     for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     return for_types or isinstance(node, ast.FunctionDef | ast.ClassDef)
 
@@ -43,12 +43,12 @@ def test_only_the_seven_dependencies_are_imported(repo_root: Path) -> None:
 
 
 def test_no_test_module_is_imported(repo_root: Path) -> None:
-    """What several of them need lies in tests/helpers."""
+    """Shared code belongs in tests/helpers."""
     for path in sorted((repo_root / "tests").rglob("*.py")):
         assert not [name for name in imported(ast.parse(path.read_text())) if name.startswith("test_")], path
 
 
-def test_no_device_is_written_down_and_loading_is_safe(repo_root: Path) -> None:
+def test_no_device_is_hard_coded_and_loading_is_safe(repo_root: Path) -> None:
     found = [
         f"{path}:{number}: {line.strip()}"
         for path in sources(repo_root)
@@ -66,8 +66,8 @@ def test_the_pattern_finds_what_it_forbids(line: str) -> None:
     assert not FORBIDDEN.search("torch.load(file, map_location='cpu', weights_only=True)  # no cuda here")
 
 
-def test_import_stays_cheap(repo_root: Path) -> None:
-    """`import solov2` loads no dependency; a name loads its module when it is first used."""
+def test_import_stays_fast(repo_root: Path) -> None:
+    """`import solov2` loads no dependency; a name loads its module on first use."""
     code = (
         "import sys, solov2\n"
         f"print([name for name in {sorted(DEPENDENCIES)!r} if name in sys.modules])\n"

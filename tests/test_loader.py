@@ -32,7 +32,7 @@ def make_sample(number: int, height: int, width: int, count: int = 2) -> dict:
 
 
 class Samples(Dataset):
-    """Samples of several sizes, the odd ones portrait; `threads` of the process are told by the label."""
+    """Samples of several sizes, the odd ones portrait; labels give the number of threads of the process."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -117,7 +117,7 @@ def test_train_batches(counts, batch_size, world_size):
     assert {epoch for _, epoch, _ in items} == {2}
     assert sorted(position for _, _, position in items) == list(range(len(steps) * size))
     times = [sum(index == i for index, _, _ in items) for i in range(len(aspect_ratios))]
-    for landscape in (True, False):  # what fills up is spread evenly
+    for landscape in (True, False):  # repeated images are spread evenly
         group = [n for n, ratio in zip(times, aspect_ratios) if (ratio >= 1) == landscape]
         assert not group or max(group) - min(group) <= 1
 
@@ -127,7 +127,7 @@ def test_order_depends_on_seed_and_epoch_only():
     first = global_batches(aspect_ratios, 2, 2)
     torch.manual_seed(1)
     assert global_batches(aspect_ratios, 2, 2) == first
-    # The same global batches, however many processes share them.
+    # the same global batches for any number of ranks
     assert global_batches(aspect_ratios, 4, 1) == first
     indices = [[index for index, _, _ in step] for step in first]
     for changed in ({"epoch": 1}, {"seed": 6}):
@@ -141,7 +141,7 @@ def test_orientations_are_interleaved():
     assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
 
 
-def test_without_shuffling_the_order_is_that_of_the_data_set():
+def test_without_shuffling_the_dataset_order_is_kept():
     steps = global_batches([1.5, 0.5, 2.0, 1.0, 0.6], 2, 1, epoch=3, shuffle=False)
     assert [[index for index, _, _ in step] for step in steps] == [[0, 2], [3, 0], [1, 4]]
     assert [position for step in steps for _, _, position in step] == [0, 1, 2, 3, 4, 5]
@@ -172,7 +172,7 @@ def test_batches_do_not_depend_on_workers():
         for first, second in pairs:
             assert torch.equal(first["pixels"], second["pixels"]) and first["image_ids"] == second["image_ids"]
             assert first["targets"]["shapes"] == second["targets"]["shapes"]
-            assert second["targets"]["labels"].tolist() == [1] * 4  # threads of a worker
+            assert second["targets"]["labels"].tolist() == [1] * 4  # threads per worker
 
 
 def test_eval_loader_and_an_empty_shard():
@@ -185,8 +185,8 @@ def test_eval_loader_and_an_empty_shard():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_workers_leave_the_interrupt_to_the_parent(capfd):
-    # Ctrl-C reaches every process of the terminal. A parent that still wants to save its state needs its workers.
+def test_workers_ignore_interrupts(capfd):
+    # Ctrl-C reaches every process of the terminal, but a parent that is about to save its state needs its workers.
     loader = build_loader(Samples(40), sampler=EvalSampler(40, rank=0, world_size=1), collate=Collate(None), workers=2)
     image_ids = []
     for number, batch in enumerate(loader):
@@ -203,7 +203,7 @@ def test_workers_leave_the_interrupt_to_the_parent(capfd):
 
 
 class HalfFinishedReader(Samples):
-    """Breaks off a handshake with the worker's thread that hands tensors over, as an interrupted reader does."""
+    """Aborts a handshake with the worker's thread that serves tensors, as an interrupted reader does."""
 
     def __getitem__(self, index):
         resource_sharer.DupFd(0)  # starts that thread
@@ -213,8 +213,8 @@ class HalfFinishedReader(Samples):
         return super().__getitem__(index)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how Linux hands tensors over")
-def test_workers_say_nothing_when_their_reader_is_interrupted(capfd):
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux passes tensors between processes")
+def test_workers_print_nothing_when_their_reader_is_interrupted(capfd):
     loader = build_loader(
         HalfFinishedReader(1), sampler=EvalSampler(1, rank=0, world_size=1), collate=Collate(None), workers=1
     )

@@ -1,4 +1,4 @@
-"""The evaluation loop and the predictor: two halves that may overlap, errors, and the same bits either way."""
+"""The evaluation loop and the predictor: overlap of launch and collect, errors, and bit-identical results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from solov2.predict import Predictor
 
 
 class Collector:
-    """An evaluator that keeps what it is given, in order."""
+    """An evaluator that stores its inputs in order."""
 
     def __init__(self) -> None:
         self.predictions: list[Any] = []
@@ -40,21 +40,21 @@ class Halves:
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_results_of_a_batch_are_made_while_the_next_is_computed(count):
+def test_results_are_collected_while_the_next_batch_is_computed(count):
     batches = [{"image_ids": [number]} for number in range(count)]
     computed = [threading.Event() for _ in batches]
     unfinished, waiting = threading.Semaphore(2), deque()
 
     def launch(batch):
         (number,) = batch["image_ids"]
-        assert unfinished.acquire(blocking=False)  # never more than the batch in flight and the next
+        assert unfinished.acquire(blocking=False)  # never more than two batches in flight
         waiting.append(number)
         computed[number].set()
 
     def collect():
         number = waiting.popleft()
         if number + 1 < count:
-            assert computed[number + 1].wait(20)  # without overlap, it never comes
+            assert computed[number + 1].wait(20)  # never set without overlap
         unfinished.release()
         return [number]
 
@@ -65,7 +65,7 @@ def test_results_of_a_batch_are_made_while_the_next_is_computed(count):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("broken", [0, 1, 2])
-def test_errors_while_results_are_made_end_the_evaluation(overlap, broken):
+def test_errors_in_collect_end_the_evaluation(overlap, broken):
     waiting = deque()
 
     def collect():
@@ -95,7 +95,7 @@ def test_overlap_changes_no_bit():
         assert all(torch.equal(one[key], other[key]) for key in ("scores", "labels", "boxes"))
 
 
-def test_gradient_mode_is_off_in_both_halves():
+def test_gradients_are_disabled_in_both_halves():
     class Model(torch.nn.Module):
         def normalize(self, pixels, sizes):
             return pixels

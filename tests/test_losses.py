@@ -1,4 +1,4 @@
-"""Losses and their gradients are the reference's; the normalizers, empty images and half types do what is promised."""
+"""Losses and gradients match the reference's; normalizers, empty images and half precision behave as documented."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from solov2.losses import SOLOv2Criterion
 from solov2.targets import TargetAssigner
 
 
-def test_all_batches_are_here() -> None:
+def test_all_batches_are_present() -> None:
     assert len(BATCHES) == 12
 
 
@@ -57,8 +57,8 @@ def assert_sampled(gradient: torch.Tensor, stored: dict[str, Any], tolerance: fl
 
 
 @pytest.mark.parametrize("name", [name for name, case in BATCHES.items() if case["num_pos"]])
-def test_given_number_of_positives(name: str) -> None:
-    """Dividing by the pairs gives the authors' mean over pairs; the category loss has its own + 1."""
+def test_explicit_number_of_positives(name: str) -> None:
+    """Dividing by the number of pairs gives the authors' mean over pairs; the category loss divides by one more."""
     case = BATCHES[name]
     raw, targets = stored_batch(case, torch.float64)
     own = criterion_of(case)(raw, targets)
@@ -79,7 +79,7 @@ def test_weight_of_the_mask_loss() -> None:
 
 @pytest.mark.parametrize("name", ["three_one_without_gt", "many_and_empty_mask", "gts_but_no_positive", "no_gt_at_all"])
 def test_counts_on_the_host_are_optional(name: str) -> None:
-    """positives_per_image and instances_per_image only save a wait for the device."""
+    """positives_per_image and instances_per_image only avoid a synchronization with the device."""
     case = BATCHES[name]
     raw, targets = stored_batch(case, torch.float64)
     bare = {key: targets[key] for key in ("category", "positives", "masks")}
@@ -93,7 +93,7 @@ def test_counts_on_the_host_are_optional_wherever_the_empty_image_is(position: i
     assert SOLOv2Criterion(num_classes=3)(raw, bare) == SOLOv2Criterion(num_classes=3)(raw, targets)
 
 
-def test_images_combine_as_the_normalizers_say() -> None:
+def test_losses_of_images_combine_by_the_normalizers() -> None:
     """Sums over images add up: mask loss times positives, category loss times (positives + 1)."""
     counts = [3, 0, 5]
     raw, targets = random_batch(counts, torch.float64)
@@ -107,7 +107,7 @@ def test_images_combine_as_the_normalizers_say() -> None:
 
 
 def test_accumulated_batches_equal_the_large_batch() -> None:
-    """Given the positives of all, losses and gradients of the parts add up to those of the whole."""
+    """Given the total number of positives, losses and gradients of the parts sum to those of the whole batch."""
     raw, targets = random_batch([4, 0, 2], torch.float64)
     loss = SOLOv2Criterion(num_classes=3)
     whole = torch.autograd.grad(sum(loss(raw, targets).values()), raw_tensors(raw))
@@ -120,10 +120,10 @@ def test_accumulated_batches_equal_the_large_batch() -> None:
 @pytest.mark.parametrize(
     ("counts", "ranges"),
     [([0, 0], None), ([2, 3], [(500, 600)] * 3)],
-    ids=["no instance", "no instance of a size that a level takes"],
+    ids=["no instance", "no instance in the scale range of a level"],
 )
 def test_no_positive_cell(counts: list[int], ranges: list[tuple[float, float]] | None) -> None:
-    """The mask loss is a zero that everything takes part in; the category loss divides by 1."""
+    """The mask loss is a zero connected to the graph; the category loss divides by 1."""
     raw, targets = random_batch(counts, ranges=ranges)
     assert len(targets["positives"]) == 0
     losses = SOLOv2Criterion(num_classes=3)(raw, targets)
@@ -136,7 +136,7 @@ def test_no_positive_cell(counts: list[int], ranges: list[tuple[float, float]] |
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     raw, targets = random_batch([3, 2])
     half = {
         key: [level.detach().to(dtype) for level in value] if isinstance(value, list) else value.detach().to(dtype)
@@ -148,8 +148,8 @@ def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
     }
     loss = SOLOv2Criterion(num_classes=3)
     assert loss(half, targets) == loss(wide, targets)
-    for inside in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=inside):
+    for autocast_dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=autocast_dtype):
             losses = loss(half, targets)
         assert losses == loss(wide, targets)
         assert all(value.dtype == torch.float32 for value in losses.values())
@@ -168,7 +168,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_perfect_masks_cost_nothing() -> None:
-    """Logits of +-40 that equal the targets: dice 0 but for the epsilon; their opposite costs the full weight."""
+    """Mask logits of +-40 with the sign of the target cost 0 except for the epsilon; inverted, the full weight."""
     raw, targets = random_batch([1])
     _, cell, _ = targets["positives"].T
     sign = targets["masks"][0].float() * 2 - 1
@@ -185,7 +185,7 @@ def test_perfect_masks_cost_nothing() -> None:
 
 
 def test_focal_settings() -> None:
-    """gamma 0 and alpha 0.5 make half the binary cross entropy."""
+    """gamma 0 and alpha 0.5 give half the binary cross entropy."""
     raw, targets = random_batch([3, 1], torch.float64)
     loss = SOLOv2Criterion(num_classes=3, focal_gamma=0.0, focal_alpha=0.5)(raw, targets)["loss_category"]
     logits = torch.cat([level.flatten(2) for level in raw["category_logits"]], 2).mT  # [B, cells, C]
@@ -207,7 +207,7 @@ def test_inputs_are_left_untouched() -> None:
 def random_batch(
     instances_per_image: list[int], dtype: torch.dtype = torch.float32, ranges: list[tuple[float, float]] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(raw, targets) of rectangles in images of 64 x 96; three levels, three classes, kernels of four numbers."""
+    """(raw, targets) of rectangles in images of 64 x 96; three levels, three classes, kernels of four values."""
     generator, grids = torch.Generator().manual_seed(7), (8, 6, 4)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -1,13 +1,12 @@
-"""Malformed annotation files and images, each with its stated outcome: loading, checking, repairing.
+"""Malformed annotation files and images, each with its expected outcome of loading, checking and repairing.
 
-Loading either works, or warns that something is left out, or stops with one sentence that names file and id; checking
+Loading works, warns that something is left out, or stops with one sentence that names the file and the id; checking
 finds exactly what was planted; the repaired file loads and has nothing repairable left.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,14 +27,13 @@ from solov2.errors import InputError
 SETTINGS = ("data.train_scales=[48]", "data.train_long_edge=64")
 
 
-def load_everything(file: Path, images: Path) -> list[str]:
-    """Open a tree for training, read all samples; the warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        dataset = CocoInstances(file, images, training=True)
-        for sample in dataset:
-            assert sample["masks"].shape == (len(sample["labels"]), *sample["image"].shape[1:])
-    return [str(warning.message) for warning in caught if warning.category is UserWarning]
+def load_everything(file: Path, images: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Open a tree for training and read all samples; returns the warnings logged."""
+    caplog.clear()
+    dataset = CocoInstances(file, images, training=True)
+    for sample in dataset:
+        assert sample["masks"].shape == (len(sample["labels"]), *sample["image"].shape[1:])
+    return [record.getMessage() for record in caplog.records]
 
 
 def set_first(**values) -> Callable[[CocoTree], None]:
@@ -118,8 +116,8 @@ CROWD = {
     "size": [HEIGHT, WIDTH],
     "counts": [10 * HEIGHT + 30, *([8, HEIGHT - 8] * 7), 8, HEIGHT * WIDTH - 17 * HEIGHT - 38],
 }
-FINE, LEFT_OUT = None, "are no instances and are left out, the first is annotation 11"
-# name: (what is done to the tree, what loading says: None, "warning: ..." or the error, findings)
+FINE, LEFT_OUT = None, "first is annotation 11"
+# name: (change to the tree, outcome of loading: None, "warning: ..." or the error, kinds of findings)
 CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "clean": (lambda tree: None, FINE, set()),
     # segmentations
@@ -138,7 +136,7 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "polygon not nested": (
         set_first(segmentation=[1, 2, 9, 2, 9, 9]), "annotation 11 .*list of numbers", {"segmentation"},
     ),
-    "odd polygon": (set_first(segmentation=[[1, 2, 9, 2, 9, 9, 5]]), "annotation 11 .*even count", {"segmentation"}),
+    "odd polygon": (set_first(segmentation=[[1, 2, 9, 2, 9, 9, 5]]), "annotation 11 .* even ", {"segmentation"}),
     "NaN in polygon": (
         set_first(segmentation=[[1, 2, 9, 2, 9, float("nan")]]), "annotation 11 .*finite", {"segmentation"},
     ),
@@ -146,14 +144,14 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
         set_first(segmentation=[[1, 2, float("inf"), 2, 9, 9]]), "annotation 11 .*finite", {"segmentation"},
     ),
     "polygon far away": (
-        set_first(segmentation=[[1, 2, 1e9, 2, 9, 9]]), "annotation 11 .*pixels away", {"segmentation"},
+        set_first(segmentation=[[1, 2, 1e9, 2, 9, 9]]), r"annotation 11 .*1e\+09", {"segmentation"},
     ),
     "polygon beyond integers": (
-        set_first(segmentation=[[1, 2, -1e300, 2, 9, 9]]), "annotation 11 .*pixels away", {"segmentation"},
+        set_first(segmentation=[[1, 2, -1e300, 2, 9, 9]]), r"annotation 11 .*1e\+300", {"segmentation"},
     ),
     "short polygon beside a proper one": (
         lambda tree: tree.first["segmentation"].append([1, 2, 3, 4]),
-        "warning: fewer than three points, which are left out, the first is annotation 11", {"short polygon"},
+        "warning: fewer than three points, which are ignored; the first is annotation 11", {"short polygon"},
     ),
     "polygon outside the image": (set_first(segmentation=rectangle(100, 100, 9, 9)), FINE, {"empty mask"}),
     "polygon without area": (set_first(segmentation=[[5, 5, 5, 5, 5, 5]]), FINE, {"empty mask"}),
@@ -187,10 +185,10 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "box NaN": (set_first(bbox=[1, 2, 3, float("nan")]), "annotation 11 .*no bbox", {"box"}),
     "box of a huge integer": (set_first(bbox=[1, 2, 3, 10**400]), "annotation 11 .*no bbox", {"box"}),
     "box without width": (
-        set_first(bbox=[10, 8, 0, 16]), f"warning: {LEFT_OUT} with a box of less", {"left out", "box differs"},
+        set_first(bbox=[10, 8, 0, 16]), f"warning: {LEFT_OUT} with a box less", {"left out", "box differs"},
     ),
     "box with negative width": (
-        set_first(bbox=[30, 8, -20, 16]), f"warning: {LEFT_OUT} with a box of less", {"left out", "box differs"},
+        set_first(bbox=[30, 8, -20, 16]), f"warning: {LEFT_OUT} with a box less", {"left out", "box differs"},
     ),
     "box outside the image": (
         set_first(bbox=[70, 8, 20, 16]), f"warning: {LEFT_OUT} with a box outside", {"left out", "box beyond image"},
@@ -202,11 +200,11 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "box of 1e308": (set_first(bbox=[-1e308, -1e308, 1.5e308, 1.5e308]), FINE, {"box beyond image"}),
     "box as corners": (set_first(bbox=[10, 8, 30, 24]), FINE, {"box differs"}),
     "box shares": (
-        set_first(bbox=[0.2, 0.2, 0.3, 0.3]), f"warning: {LEFT_OUT} with a box of less", {"left out", "box differs"},
+        set_first(bbox=[0.2, 0.2, 0.3, 0.3]), f"warning: {LEFT_OUT} with a box less", {"left out", "box differs"},
     ),
     # ids
     "category unknown": (
-        set_first(category_id=7), "warning: not in `categories` and are left out, the first is annotation 11",
+        set_first(category_id=7), "warning: not in `categories` and are left out; the first is annotation 11",
         {"unknown category"},
     ),
     "category null": (set_first(category_id=None), "annotation 11 .*category_id", {"category id"}),
@@ -258,9 +256,9 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     ),
     "file_name missing": (lambda tree: tree.image.pop("file_name"), "image 1 .*file_name", {"file name"}),
     "file_name null": (set_image(file_name=None), "image 1 .*file_name", {"file name"}),
-    "file_name leaves the folder": (set_image(file_name="../../x.jpg"), "image 1 .*leaves", {"file outside"}),
-    "file_name leaves in the middle": (set_image(file_name="a/../../x.jpg"), "image 1 .*leaves", {"file outside"}),
-    "file_name absolute": (set_image(file_name="/etc/passwd"), "image 1 .*leaves", {"file outside"}),
+    "file_name leaves the folder": (set_image(file_name="../../x.jpg"), "image 1 .*outside", {"file outside"}),
+    "file_name leaves in the middle": (set_image(file_name="a/../../x.jpg"), "image 1 .*outside", {"file outside"}),
+    "file_name absolute": (set_image(file_name="/etc/passwd"), "image 1 .*outside", {"file outside"}),
     "file_name with a zero byte": (set_image(file_name="1\0.png"), "does not exist", {"missing file"}),
     "file_name with half a character": (set_image(file_name="\ud800.png"), "does not exist", {"missing file"}),
     "file_name too long": (set_image(file_name="x" * 5000), "xxx.* (cannot be read|does not exist)", {"missing file"}),
@@ -279,7 +277,7 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "text as image": (file_of("t.jpg", b"<html>404</html>"), "t.jpg cannot be read", {"unreadable file"}),
     "PostScript as image": (
         file_of("p.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\n"),
-        "p.jpg is of format EPS", {"unreadable file"},
+        "p.jpg .*EPS", {"unreadable file"},
     ),
     "decompression bomb": (file_of("x.png", png_header(50_000, 50_000)), "x.png.* pixels", {"unreadable file"}),
     "smaller bomb": (file_of("x.png", png_header(14_000, 14_000)), "x.png: .*pixels", {"unreadable file"}),
@@ -294,7 +292,7 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "EXIF rotation, sides swapped": (
         turned(HEIGHT, WIDTH), "turned.png is 48 x 64.*EXIF rotation is not applied", {"wrong size", "EXIF rotation"},
     ),
-    "image below the least edge": (
+    "image below the minimum edge": (
         lambda tree: (stored_as("s.png", np.zeros((28, 64, 3), np.uint8))(tree), tree.image.update(height=28),
                       tree.content["annotations"].pop(1)), FINE, {"small image"},
     ),
@@ -306,7 +304,7 @@ NOT_COCO = {
     "a list": b"[1, 2]",
     "a number": b"5",
     "no categories": b'{"images": [], "annotations": []}',
-    "sections are no lists": b'{"images": {}, "annotations": [], "categories": []}',
+    "sections are not lists": b'{"images": {}, "annotations": [], "categories": []}',
     "nested 100,000 deep": b"[" * 100_000,
     "a number of 5,000 digits": b'{"images": [' + b"9" * 5000 + b'], "annotations": [], "categories": []}',
 }
@@ -323,20 +321,20 @@ def config() -> Config:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_malformed(tree: CocoTree, config: Config, name: str) -> None:
-    change, said, kinds = CASES[name]
+def test_malformed(tree: CocoTree, config: Config, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    change, outcome, kinds = CASES[name]
     change(tree)
     tree.file.write_text(json.dumps(tree.content))
     before = tree.file.read_bytes()
 
-    if said is None or said.startswith("warning: "):
-        warned = load_everything(tree.file, tree.images)
-        assert len(warned) == (said is not None), warned
-        if said is not None:
-            assert said.removeprefix("warning: ") in warned[0] and str(tree.file) in warned[0]
+    if outcome is None or outcome.startswith("warning: "):
+        warned = load_everything(tree.file, tree.images, caplog)
+        assert len(warned) == (outcome is not None), warned
+        if outcome is not None:
+            assert outcome.removeprefix("warning: ") in warned[0] and str(tree.file) in warned[0]
     else:
-        with pytest.raises(InputError, match=said) as caught:
-            load_everything(tree.file, tree.images)
+        with pytest.raises(InputError, match=outcome) as caught:
+            load_everything(tree.file, tree.images, caplog)
         assert "instances.json" in str(caught.value) and "\n" not in str(caught.value)
 
     report = check_data(load_json(tree.file), tree.images, config)
@@ -346,7 +344,7 @@ def test_malformed(tree: CocoTree, config: Config, name: str) -> None:
     repaired, changes = repair(load_json(tree.file), unusable)
     assert bool(changes) == bool(kinds & REPAIRABLE)
     tree.file.with_name("repaired.json").write_text(json.dumps(repaired))
-    assert load_everything(tree.file.with_name("repaired.json"), tree.images) == []
+    assert load_everything(tree.file.with_name("repaired.json"), tree.images, caplog) == []
     again = check_data(repaired, tree.images, config)
     assert not {finding.kind for finding in again.findings} & REPAIRABLE
     assert tree.file.read_bytes() == before

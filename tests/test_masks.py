@@ -12,7 +12,7 @@ import torch
 from solov2.errors import InputError
 from solov2.ops.masks import (
     _first_and_last,
-    _span,
+    _first_and_last_numpy,
     centers_of_mass,
     check_segmentation,
     decode_rle,
@@ -47,14 +47,14 @@ def test_boxes(masks, dtype):
     assert boxes[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
 
-def test_boxes_are_the_same_on_a_device(masks):
-    """The operations that masks on an accelerator take, run on the host."""
+def test_boxes_on_an_accelerator(masks):
+    """The operations used for masks on an accelerator, run on the host."""
     for axis in (1, 2):
         occupied = masks.amax(axis)
-        assert torch.stack(_first_and_last(occupied)).tolist() == _span(occupied.numpy() > 0).tolist()
+        assert torch.stack(_first_and_last(occupied)).tolist() == _first_and_last_numpy(occupied.numpy() > 0).tolist()
 
 
-def test_boxes_of_nothing():
+def test_boxes_of_no_masks_and_no_pixels():
     assert masks_to_boxes(torch.zeros(0, 5, 5, dtype=torch.bool)).shape == (0, 4)
     assert masks_to_boxes(torch.zeros(2, 0, 5, dtype=torch.bool)).tolist() == [[0.0] * 4] * 2
 
@@ -71,7 +71,7 @@ def test_centers(masks):
 
 
 def test_centers_are_integer_sums():
-    # Sums far above 2^24: an accumulation in float32 loses the last bits of some of these centers.
+    # Sums far above 2^24: accumulating in float32 would lose the last bits of some of these centers.
     masks = (torch.rand(8, 500, 1300, generator=torch.Generator().manual_seed(1)) < 0.7).to(torch.uint8)
     for mask, y, x, _ in zip(masks, *centers_of_mass(masks)):
         ys, xs = mask.nonzero().unbind(1)
@@ -89,7 +89,7 @@ def test_no_centers():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
-def test_rle_is_pycocotools(masks, dtype):
+def test_rle_equals_pycocotools(masks, dtype):
     rles = encode_rle(masks.to(dtype))
     for rle, mask in zip(rles, masks.numpy()):
         expected = coco_mask.encode(np.asfortranarray(mask))
@@ -104,7 +104,7 @@ def test_rle_of_any_memory_order(masks):
     assert encode_rle(torch.zeros(0, 5, 5, dtype=torch.bool)) == []
 
 
-def test_decode_takes_all_kinds_of_counts():
+def test_decode_accepts_every_kind_of_counts():
     expected = torch.zeros(4, 5, dtype=torch.uint8)
     expected[1:3, 1] = 1  # down the columns: 4 + 1 zeros, 2 ones, the rest
     counts = encode_rle(expected[None])[0]["counts"]
@@ -134,7 +134,7 @@ def test_segmentations_of_one_image():
     assert masks.shape == (0, 10, 12) and extents.shape == (0, 4) and extents.dtype == torch.int64
 
 
-def test_decoding_is_pycocotools(masks):
+def test_decoding_equals_pycocotools(masks):
     noise = torch.rand(40, 11, 17, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, 40)[:, None, None]
     masks = torch.cat([masks, noise.to(torch.uint8)])
     rles = encode_rle(masks)
@@ -144,14 +144,14 @@ def test_decoding_is_pycocotools(masks):
 
 
 @pytest.mark.parametrize("counts", [[12], [3, 0, 9], [3, 0, 9, 0], [0, 12], [0, 0, 2, 4, 6], [5, 1, 0, 2, 4], [11, 1]])
-def test_runs_of_no_length(counts):
+def test_runs_of_length_zero(counts):
     rle = {"size": [3, 4], "counts": counts}
     (mask,), extents = segmentations_to_masks([rle], (3, 4))
     assert np.array_equal(mask.numpy(), coco_mask.decode(coco_mask.frPyObjects(rle, 3, 4)))
     assert torch.equal(extents, masks_to_boxes(mask[None]).long())
 
 
-def test_short_polygons_are_ignored_beside_proper_ones():
+def test_short_polygons_are_ignored_next_to_valid_ones():
     expected = polygons_to_mask([SQUARE], (10, 12))
     for polygons in ([[1, 2, 3, 4], SQUARE], [SQUARE, [7, 7, 8, 8]], [[], SQUARE]):
         assert torch.equal(segmentation_to_mask(polygons, (10, 12)), expected)
@@ -162,7 +162,7 @@ def test_short_polygons_are_ignored_beside_proper_ones():
     [
         ([[1, 1, 5, 5]], "three points"),
         ([[1, 1, 5, 5], []], "three points"),
-        ([[1, 1, 5, 5, 3]], "even count"),
+        ([[1, 1, 5, 5, 3]], "even number"),
         ([[1, 1, 5, 5, 3, float("nan")]], "finite"),
         ([[1, 1, 5, 5, 3, "4"]], "list of numbers"),
         ([1, 1, 5, 5, 3, 3], "list of numbers"),
@@ -178,12 +178,12 @@ def test_short_polygons_are_ignored_beside_proper_ones():
         ({"size": [10, 12], "counts": []}, "add up"),
         ({"size": [10, 12], "counts": [2**63 - 1, 2**63 - 1, 122]}, "add up"),  # the sum overflows to 120
         ({"size": [10, 12], "counts": [[120]]}, "add up"),
-        ({"size": [10, 12], "counts": ["a"]}, "not run lengths"),
-        ({"size": [10, 12], "counts": ""}, "not run lengths"),
-        ({"size": [10, 12], "counts": "é"}, "not run lengths"),
-        ({"size": [10, 12], "counts": "!!"}, "not run lengths"),
-        ({"size": [10, 12], "counts": "`" * 40}, "not run lengths"),
-        ({"size": [10, 12], "counts": "`" * 40 + "0"}, "not run lengths"),
+        ({"size": [10, 12], "counts": ["a"]}, "integer run lengths"),
+        ({"size": [10, 12], "counts": ""}, "not valid run lengths"),
+        ({"size": [10, 12], "counts": "é"}, "not valid run lengths"),
+        ({"size": [10, 12], "counts": "!!"}, "not valid run lengths"),
+        ({"size": [10, 12], "counts": "`" * 40}, "not valid run lengths"),
+        ({"size": [10, 12], "counts": "`" * 40 + "0"}, "not valid run lengths"),
     ],
 )
 def test_broken_segmentations(segmentation, reason):

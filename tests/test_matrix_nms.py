@@ -1,4 +1,4 @@
-"""Score decay: the reference's numbers for both kernels, and what duplicates, classes and no mask at all give."""
+"""Score decay: the reference's numbers for both kernels, and the cases of duplicates, classes and no masks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from helpers.parity import NMS_SETS, stored_decay, stored_set
 from solov2.ops.matrix_nms import matrix_nms
 
 
-def test_all_sets_are_here() -> None:
+def test_all_sets_are_present() -> None:
     assert len(NMS_SETS) == 12
 
 
-# The stored scores were computed in float64; 1.3e-7 is what the reference itself, in float32, differs from them.
+# The stored scores were computed in float64; the reference's own float32 scores differ from them by 1.3e-7.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1.3e-7)], ids=["float64", "float32"]
 )
@@ -32,8 +32,8 @@ def identical(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return mask.expand(count, -1, -1), torch.zeros(count, dtype=torch.int64), torch.linspace(0.9, 0.5, count)
 
 
-def test_copies_of_one_mask() -> None:
-    """The linear kernel wipes every copy out, which the formula leaves at 0/0 from the third on."""
+def test_duplicate_masks() -> None:
+    """The linear kernel zeroes every duplicate, for which the formula gives 0/0 from the third on."""
     masks, labels, scores = identical(4)
     assert matrix_nms(masks, labels, scores, kernel="linear").tolist() == [pytest.approx(0.9), 0, 0, 0]
     gaussian = matrix_nms(masks, labels, scores)
@@ -42,11 +42,11 @@ def test_copies_of_one_mask() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
-def test_masks_of_other_classes_and_masks_apart_keep_their_scores(kernel: str) -> None:
+def test_masks_of_other_classes_and_disjoint_masks_keep_their_scores(kernel: str) -> None:
     masks, _, scores = identical(3)
     assert torch.equal(matrix_nms(masks, torch.arange(3), scores, kernel=kernel), scores)
-    apart = torch.eye(3, dtype=torch.bool)[:, :, None].expand(-1, -1, 5)
-    assert torch.equal(matrix_nms(apart, torch.zeros(3, dtype=torch.int64), scores, kernel=kernel), scores)
+    disjoint = torch.eye(3, dtype=torch.bool)[:, :, None].expand(-1, -1, 5)
+    assert torch.equal(matrix_nms(disjoint, torch.zeros(3, dtype=torch.int64), scores, kernel=kernel), scores)
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
@@ -60,8 +60,8 @@ def test_decay_of_a_pair_by_hand(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
-def test_scores_only_fall(kernel: str) -> None:
-    """A suppressor that is itself suppressed counts less, but never lifts a score. Empty masks are no problem."""
+def test_scores_never_rise(kernel: str) -> None:
+    """A suppressor that is itself suppressed counts less, but never raises a score. Empty masks are allowed."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(60, 9, 11, generator=generator) > 0.6
     masks[::7] = False
@@ -71,7 +71,7 @@ def test_scores_only_fall(kernel: str) -> None:
     assert (decayed < scores).sum() > 30
 
 
-def test_nothing_gives_nothing() -> None:
+def test_no_masks() -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
         decayed = matrix_nms(
             torch.zeros(0, 4, 5, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=dtype)
@@ -80,7 +80,7 @@ def test_nothing_gives_nothing() -> None:
 
 
 def test_half_scores_are_decayed_in_float32() -> None:
-    """300 x 300 pixels: such an area is infinite in float16."""
+    """The area of 300 x 300 pixels is infinite in float16."""
     masks = torch.ones(2, 300, 300, dtype=torch.bool)
     masks[1, :150] = False
     decayed = matrix_nms(masks, torch.zeros(2, dtype=torch.int64), torch.tensor([0.5, 0.5], dtype=torch.float16))
@@ -89,7 +89,7 @@ def test_half_scores_are_decayed_in_float32() -> None:
 
 
 def test_autocast_does_not_round_the_areas() -> None:
-    """999 pixels are no bfloat16."""
+    """bfloat16 cannot represent 999 pixels."""
     inputs = stored_set("n50", torch.float32)
     wanted = matrix_nms(*inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -104,5 +104,5 @@ def test_inputs_are_left_untouched() -> None:
 
 
 def test_unknown_kernel() -> None:
-    with pytest.raises(ValueError, match="'gaussian' or 'linear', got 'soft'"):
+    with pytest.raises(ValueError, match="kernel .*'soft'"):
         matrix_nms(*identical(2), kernel="soft")

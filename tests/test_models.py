@@ -1,4 +1,4 @@
-"""The network is the reference's, layer by layer, and training touches what it should."""
+"""The network matches the reference layer by layer, and training updates what it should."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from solov2.ops.coords import coordinate_channels
 
 # ---- parity
 
-# float64 agrees to 2e-15, but for the float32 coordinates, whose last bit may depend on the processor. The reference's
+# float64 agrees to 2e-15, except for the float32 coordinates, whose last bit may depend on the CPU. The reference's
 # own float32 run lies within 1.4e-5 of its float64 run. A mask pixel that flips in float32 moves the score of a
 # suppressed instance by up to 2e-4, and instances may then change places.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1.4e-5}
@@ -56,7 +56,7 @@ BOTH = (torch.float64, torch.float32)
         ),
     ],
 )
-def test_the_network_is_the_reference(
+def test_network_matches_the_reference(
     config: str, images: int, dtypes: Sequence[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, every feature map, raw outputs and final instances of one of the published networks."""
@@ -79,8 +79,8 @@ def test_the_network_is_the_reference(
             )
 
 
-def test_stored_numbers_are_the_references(golden: Path) -> None:
-    """tests/data is a copy of the reference's files; of the forward passes it keeps every fourth sampled value."""
+def test_stored_numbers_match_the_golden_files(golden: Path) -> None:
+    """tests/data is a copy of the reference's files, with every fourth sampled value of the forward passes."""
     for name in ("targets", "losses", "postprocess"):
         assert load(f"{name}.json.gz") == json.loads((golden / f"{name}.json").read_text())
     for name, stored in load("trajectories.json.gz").items():
@@ -98,7 +98,7 @@ def test_stored_numbers_are_the_references(golden: Path) -> None:
 
 
 def test_coordinates() -> None:
-    """x, then y, from -1 to 1 with both ends; float32 values in every dtype."""
+    """x, then y, from -1 to 1 inclusive; float32 values in every dtype."""
     for dtype in (torch.float32, torch.float64):
         channels = coordinate_channels(3, 5, dtype=dtype, device=torch.device("cpu"))
         assert channels.shape == (1, 2, 3, 5) and channels.dtype == dtype
@@ -111,8 +111,8 @@ def test_coordinates() -> None:
 # ---- layers and initial weights
 
 
-def test_deformable_convolution_starts_as_a_plain_one() -> None:
-    """Zero offsets: DCNv1 is the convolution, DCNv2 half of it, since sigmoid(0) = 0.5."""
+def test_deformable_convolution_is_initialized_as_a_plain_one() -> None:
+    """With zero offsets DCNv1 equals the convolution and DCNv2 half of it, since sigmoid(0) = 0.5."""
     images = torch.randn(2, 8, 9, 11)
     for modulated, factor in ((False, 1.0), (True, 0.5)):
         layer = DeformConv2d(8, 4, 3, stride=2, padding=1, groups=2, modulated=modulated)
@@ -123,7 +123,7 @@ def test_deformable_convolution_starts_as_a_plain_one() -> None:
 
 @pytest.mark.parametrize("modulated", [False, True])
 def test_deformable_convolution_reads_offsets_as_y_then_x(modulated: bool) -> None:
-    """A constant offset of one row down and two columns to the left moves the image; the modulation comes last."""
+    """A constant offset of one row down and two columns left shifts the image; the modulation is the last channel."""
     layer = DeformConv2d(1, 1, 1, modulated=modulated)
     nn.init.ones_(layer.weight)
     layer.conv_offset.bias.data = torch.tensor([1.0, -2.0, 40.0] if modulated else [1.0, -2.0])
@@ -135,7 +135,7 @@ def test_deformable_convolution_reads_offsets_as_y_then_x(modulated: bool) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_deformable_convolution_in_half_types(dtype: torch.dtype) -> None:
-    """No half kernel exists on a CPU: the layer computes in float32 and hands back what came in."""
+    """A CPU has no half-precision kernel: the layer computes in float32 and returns the input's dtype."""
     layer, images = DeformConv2d(8, 4, 3, padding=1), torch.randn(1, 8, 6, 7)
     wanted = layer(images)
     with torch.autocast("cpu", dtype=dtype):
@@ -174,19 +174,19 @@ def test_initial_weights() -> None:
         assert conv.weight.abs().max() <= math.sqrt(6 / fan) + 1e-6 and not conv.bias.any()
 
 
-def test_stride_of_a_bottleneck() -> None:
-    """torchvision puts it on the 3x3, MSRA (AdelaiDet's weights) on the first 1x1."""
+def test_bottleneck_stride() -> None:
+    """torchvision has the stride on the 3x3, MSRA (AdelaiDet's weights) on the first 1x1."""
     for in_first, strides in ((False, (1, 2)), (True, (2, 1))):
         block = ResNet("resnet50", width=8, stride_in_1x1=in_first).layer2[0]
         assert (block.conv1.stride[0], block.conv2.stride[0]) == strides
 
 
-def test_parts_refuse_what_they_cannot_be() -> None:
-    with pytest.raises(ValueError, match="backbone must be one of .*resnet18, .*got 'vgg16'"):
+def test_parts_reject_invalid_arguments() -> None:
+    with pytest.raises(ValueError, match="backbone .*resnet18, .*'vgg16'"):
         ResNet("vgg16")
-    with pytest.raises(ValueError, match="resnet18 has basic blocks"):
+    with pytest.raises(ValueError, match="resnet18 .*basic blocks"):
         ResNet("resnet18", deformable=True)
-    with pytest.raises(ValueError, match="'group' or 'batch', got 'layer'"):
+    with pytest.raises(ValueError, match="'group' .*'batch'.* 'layer'"):
         make_norm("layer", 32)
 
 
@@ -202,7 +202,7 @@ def train_step(model: SOLOv2, counts: Sequence[int]) -> dict[str, torch.Tensor]:
 
 
 def frozen_parts(stages: int) -> tuple[str, ...]:
-    """How the names of frozen tensors begin."""
+    """Name prefixes of frozen tensors."""
     layers = (f"backbone.layer{i}." for i in range(1, stages + 1))
     return ("backbone.conv1.", "backbone.bn1.", *layers) if stages else ()
 
@@ -219,14 +219,14 @@ def test_every_trainable_parameter_gets_a_gradient(variant: str, counts: Sequenc
             assert not parameter.requires_grad and parameter.grad is None, name
             continue
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.any() or not sum(counts), f"{name} has a gradient of zeros"
+        assert parameter.grad.any() or not sum(counts), f"{name} has an all-zero gradient"
 
 
 @pytest.mark.parametrize(
     ("frozen_stages", "frozen_batch_norm"), [(1, True), (0, True), (1, False), (0, False), (2, False)]
 )
 def test_batch_norm_statistics(frozen_stages: int, frozen_batch_norm: bool) -> None:
-    """Statistics of frozen stages never move; those of the others unless frozen_batch_norm keeps them."""
+    """Statistics of frozen stages never change; those of the others do, unless frozen_batch_norm keeps them."""
     model = tiny_model(frozen_stages=frozen_stages, frozen_batch_norm=frozen_batch_norm).train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     train_step(model, (2, 1))
@@ -238,7 +238,7 @@ def test_batch_norm_statistics(frozen_stages: int, frozen_batch_norm: bool) -> N
 
 
 def test_training_and_evaluation_give_the_same_raw_outputs() -> None:
-    """But for the rounding of norms that are folded in training."""
+    """Except for the rounding of norms, which are folded in training."""
     model, images = tiny_model().double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         trained, evaluated = raw_tensors(model.train()(images)), raw_tensors(model.eval()(images))
@@ -264,7 +264,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(variant: str) -> None:
             assert torch.allclose(result[key].double(), own[key].double(), atol=1e-7)
 
 
-def test_batch_norm_of_a_tower_sees_all_levels() -> None:
+def test_tower_batch_norm_covers_all_levels() -> None:
     """In training its statistics are those of the cells of all levels together; in evaluation it works per level."""
     tower = nn.Sequential(ConvNormReLU(4, 8, norm="batch")).train()
     levels = [torch.randn(2, 4, size, size) * size for size in (6, 3)]
@@ -323,8 +323,8 @@ def test_bf16_autocast_of_quickstart() -> None:
 
 
 @pytest.mark.parametrize("deformable", [False, True])
-def test_a_folded_batch_norm_is_the_batch_norm(deformable: bool) -> None:
-    """Values and all gradients, float64; with live statistics nothing is folded."""
+def test_folded_batch_norm_equals_the_batch_norm(deformable: bool) -> None:
+    """Values and all gradients in float64; batch norms that update their statistics are not folded."""
     torch.manual_seed(0)
     kind = DeformConv2d if deformable else nn.Conv2d
     conv, norm = kind(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
@@ -336,11 +336,11 @@ def test_a_folded_batch_norm_is_the_batch_norm(deformable: bool) -> None:
             tensor.normal_()
         norm.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64, requires_grad=True)
-    wanted = [x, conv.weight, norm.weight, norm.bias]
+    inputs = [x, conv.weight, norm.weight, norm.bias]
     plain, folded = norm(conv(x)), conv_norm(conv, norm, x)
     assert torch.allclose(plain, folded, atol=1e-12)
-    towards = torch.randn_like(plain)
-    for one, other in zip(*(torch.autograd.grad(y, wanted, towards) for y in (plain, folded)), strict=True):
+    upstream = torch.randn_like(plain)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (plain, folded)), strict=True):
         assert torch.allclose(one, other, atol=1e-11)
     before = norm.train().running_mean.clone()
     conv_norm(conv, norm, x)

@@ -1,4 +1,4 @@
-"""A checkpoint file is opened once per process, as the kernel counts it, whatever a command does with it."""
+"""Every command opens a checkpoint file exactly once per process, counted by the kernel."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from solov2.commands import convert, evaluate, export, predict, train
 
 ACCESS, CLOSE, OPEN = 0x1, 0x10, 0x20  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN of inotify(7)
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts by inotify")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs inotify")
 
 
 @contextlib.contextmanager
 def counted_opens(path: Path) -> Iterator[list[int]]:
-    """How often a file is opened inside, by anybody: one number, there after the end.
+    """Count how often any process opens a file inside the block; the list has the count after the block.
 
-    Reads and closings are watched too, since the kernel joins equal events that follow each other.
+    Reads and closes are watched too, because the kernel merges identical successive events.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     queue = libc.inotify_init1(os.O_NONBLOCK)
@@ -55,14 +55,14 @@ def finished(tmp_path_factory):
 
 
 def copy_of(folder, target):
-    """A run folder whose last.pth and newest step are one file, as a run leaves them."""
+    """Copy a run folder; as in the original, last.pth is a hard link to the newest step file."""
     shutil.copytree(folder, target)
     (target / "last.pth").unlink()
     os.link(next(target.glob("step_*.pth")), target / "last.pth")
     return target
 
 
-def test_the_count_sees_a_second_opening(finished):
+def test_the_count_includes_a_second_open(finished):
     path = finished[1] / "last.pth"
     with counted_opens(path) as counts:
         path.read_bytes()
@@ -74,14 +74,14 @@ def test_the_count_sees_a_second_opening(finished):
 def test_opened_once(finished, tmp_path, command):
     data, folder = finished
     run = copy_of(folder, tmp_path / "run")
-    weights, photo = str(run / "last.pth"), str(next((data / "val2017").iterdir()))
+    weights, image = str(run / "last.pth"), str(next((data / "val2017").iterdir()))
     more = ["--epochs", "2", "--evaluate-every", "0"]
     words = {
         "--resume": lambda: train.main(arguments(data, run, *more, "--resume")),
         "--resume FILE": lambda: train.main(["--resume", weights, "--output", str(run), "--device", "cpu", *more]),
         "--weights": lambda: train.main(arguments(data, tmp_path / "tuned", "--weights", weights, *more)),
         "eval": lambda: evaluate.main(["--weights", weights, "--data-root", str(data), "--device", "cpu"]),
-        "predict": lambda: predict.main([photo, "--weights", weights, "--output", str(tmp_path), "--device", "cpu"]),
+        "predict": lambda: predict.main([image, "--weights", weights, "--output", str(tmp_path), "--device", "cpu"]),
         "export": lambda: export.main(
             [
                 "--weights",
@@ -103,7 +103,7 @@ def test_opened_once(finished, tmp_path, command):
     assert counts == [1]
 
 
-def test_two_processes_and_the_one_they_replaced_open_it_once_each(finished, tmp_path, repo_root):
+def test_the_launching_process_and_both_ranks_open_it_once_each(finished, tmp_path, repo_root):
     data, folder = finished
     run = copy_of(folder, tmp_path / "run")
     words = arguments(data, run, "--epochs", "2", "--evaluate-every", "0", "--resume", "--nproc", "2")

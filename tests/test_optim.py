@@ -1,4 +1,4 @@
-"""Learning rates follow the reference's to the last digit; groups, optimizers, the scaling rule."""
+"""Learning rates equal the reference's to the last digits; parameter groups, optimizers, scaling rule, averages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from solov2.training.optim import (
 from solov2.training.step import update_weights
 
 
-# The reference multiplies its rate from step to step, so its last digit drifts by a few units.
+# The reference computes each rate from the previous one, so its last digit drifts by a few units.
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_learning_rates(name: str) -> None:
     stored, factor = SCHEDULES[name], stored_schedule(SCHEDULES[name])
@@ -36,7 +36,7 @@ def test_learning_rates(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "name"), [("solov2_r50_fpn_1x", "1x"), ("solov2_r50_fpn_3x", "3x"), ("solov2_light_r18_fpn_3x", "3x")]
 )
-def test_configurations_have_the_recipe(model: str, name: str) -> None:
+def test_configurations_match_the_reference_recipe(model: str, name: str) -> None:
     train, stored = load_config(model).train, SCHEDULES[name]
     assert (train.optimizer, train.schedule, train.learning_rate) == ("sgd", "step", stored["base_lr"])
     assert (train.momentum, train.weight_decay, train.clip_norm, train.decay_norms) == (0.9, 1e-4, 35, True)
@@ -46,7 +46,7 @@ def test_configurations_have_the_recipe(model: str, name: str) -> None:
 
 
 def test_a_decay_inside_the_warm_up_multiplies_it() -> None:
-    """Short epochs on small data: both factors count."""
+    """With short epochs on a small dataset both factors apply."""
     factor = partial(
         learning_rate_factor, kind="step", steps_per_epoch=10, epochs=4, warmup_steps=31, warmup_start=0.0,
         step_epochs=(2,),
@@ -63,7 +63,7 @@ def test_no_warm_up() -> None:
 
 
 def test_cosine() -> None:
-    """Rises over the warm-up, is half-way down half-way through the rest, and ends at 0."""
+    """Rises during the warm-up, falls to one half halfway through the rest, and ends at 0."""
     factor = partial(
         learning_rate_factor, kind="cosine", steps_per_epoch=11, epochs=10, warmup_steps=10, warmup_start=0.1
     )
@@ -80,7 +80,7 @@ def test_unknown_schedule() -> None:
 
 
 def network() -> nn.Module:
-    """Convolution, norm and a frozen layer: 4 trainable tensors, two of them matrices or more."""
+    """Convolution, norm and a frozen layer: 4 trainable tensors, two of them with more than one dimension."""
     layers = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2, bias=False), nn.Linear(2, 2)
     )
@@ -88,7 +88,7 @@ def network() -> nn.Module:
     return layers
 
 
-def test_groups_hold_every_trainable_parameter_once() -> None:
+def test_groups_contain_every_trainable_parameter_once() -> None:
     model = network()
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     for decay_norms, sizes in ((True, [4]), (False, [2, 2])):
@@ -101,7 +101,7 @@ def test_groups_hold_every_trainable_parameter_once() -> None:
 
 
 def test_sgd_step_by_hand() -> None:
-    """v = momentum v + g + decay w;  w = w - rate v; twice, so that the momentum shows."""
+    """v = momentum v + g + decay w;  w = w - rate v; two steps, so that the momentum matters."""
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     weight = model.weight.item()
     optimizer = build_optimizer(model, name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, decay_norms=True)
@@ -132,8 +132,8 @@ def test_scaling_rule() -> None:
     assert scaled_learning_rate(0.01, 64, 16) == pytest.approx(0.04)
 
 
-def test_a_first_step_that_is_left_out_leaves_no_momentum():
-    """torch's fused SGD allocates momentum without filling it, which shows where such memory is filled with NaN."""
+def test_a_skipped_first_step_leaves_no_momentum():
+    """torch's fused SGD allocates momentum without filling it; the deterministic mode fills such memory with NaN."""
     torch.manual_seed(0)
     first, second = (nn.Linear(3, 2) for _ in range(2))
     second.load_state_dict(first.state_dict())
@@ -172,5 +172,5 @@ def test_averages_follow_their_formula():
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
         else:
             assert torch.equal(value, model.state_dict()[name]), name
-    assert not any(torch.equal(before[name], value) for name, value in model.named_parameters())  # its own copies
+    assert not any(torch.equal(before[name], value) for name, value in model.named_parameters())  # own copies
     assert average.updates == 4 and not any(p.requires_grad for p in average.module.parameters())

@@ -1,4 +1,4 @@
-"""The prepared form for inference computes the plain model's function."""
+"""The optimized form for inference computes the same function as the plain model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from solov2.models.winograd import WinogradConv2d
 
 
 def scrambled(model: SOLOv2) -> SOLOv2:
-    """Batch norms that are not the identity, so that one folded wrongly shows."""
+    """Randomize the batch norms, so that a wrongly folded one shows."""
     torch.manual_seed(1)
     with torch.no_grad():
         for module in model.modules():
@@ -53,8 +53,8 @@ def test_folded_norms_change_nothing(variant: str) -> None:
         assert (plain - folded).abs().max() <= 1e-10 * plain.std()
 
 
-def test_optimized_model_gives_the_plain_ones_answers() -> None:
-    """A network wide enough for Winograd: raw outputs to float32 tolerance, the same instances, the model untouched."""
+def test_optimized_model_gives_the_results_of_the_plain_one() -> None:
+    """Wide enough for Winograd: raw outputs to float32 tolerance, the same instances, the model unchanged."""
     torch.manual_seed(0)
     model = scrambled(lively(build_model("solov2_light_r18_fpn_3x", grid_sizes=(16, 12, 9, 6, 4), num_classes=5)))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -81,8 +81,8 @@ def test_bf16_keeps_the_pixel_statistics() -> None:
         model.optimize(precision="fp16")
 
 
-# Largest difference of a raw output in standard deviations of its tensor, and of a score rank by rank. Folding and
-# Winograd stay as near to the reference's float64 numbers as its own float32 run does; bf16 keeps two or three digits.
+# Maximum difference of raw outputs, in standard deviations of their tensor, and of scores rank by rank. Folding and
+# Winograd stay as close to the reference's float64 numbers as its own float32 run; bf16 keeps two or three digits.
 RAW_TOLERANCES = {"float64": 1e-8, "float32": 3e-5, "bf16": 0.2}
 SCORE_TOLERANCES = {"float64": 5e-8, "float32": 2e-4, "bf16": 0.05}
 
@@ -99,11 +99,11 @@ SCORE_TOLERANCES = {"float64": 5e-8, "float32": 2e-4, "bf16": 0.05}
         ),
     ],
 )
-def test_the_prepared_network_is_the_reference(config: str, precision: str) -> None:
-    """Raw outputs and final instances of the published networks with all that is fast switched on."""
+def test_optimized_network_matches_the_reference(config: str, precision: str) -> None:
+    """Raw outputs and final instances of the published networks with every optimization switched on."""
     stored = FORWARD[config]
     model = reference_model(config, stored["overrides"])
-    if precision == "float64":  # not offered by `optimize`: without Winograd, but folded and channels last
+    if precision == "float64":  # not offered by `optimize`: folded and channels last, without Winograd
         model = optimize_for_inference(model.double(), dtype=torch.float64)
     else:
         model = model.optimize(precision=precision)
@@ -113,7 +113,7 @@ def test_the_prepared_network_is_the_reference(config: str, precision: str) -> N
     meta, expected = stored["predict"]["metas"][0], stored["predict"]["results"][0]
     (result,) = model.postprocess(raw, [meta["img_shape"]], [meta["ori_shape"]])
     tolerance = SCORE_TOLERANCES[precision]
-    if precision == "bf16":  # order and masks move with the scores, and some scores across the threshold
+    if precision == "bf16":  # order and masks change with the scores, and some scores cross the threshold
         own, theirs = result["scores"].numpy(), np.array(expected["scores"])
         both = min(len(own), len(theirs))
         assert abs(len(own) - len(theirs)) <= len(theirs) / 3  # random weights put many scores at the threshold

@@ -1,4 +1,4 @@
-"""The perfect network: what it encodes comes back from post-processing, and what it loses is lost for a reason."""
+"""The oracle: post-processing returns what it encodes, and every loss has a known cause."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_instance_comes_back_once() -> None:
     for truth, result in zip(instances, results_of(raw, 3), strict=True):
         iou = match(result["masks"], truth["masks"])
         assert len(result["scores"]) == len(truth["labels"])
-        assert iou.amax(1).min() > 0.8  # stride 4 costs that much on the smallest ones
+        assert iou.amax(1).min() > 0.8  # what stride 4 costs on the smallest ones
         partner = iou.argmax(1)
         assert sorted(partner.tolist()) == list(range(len(truth["labels"])))
         assert torch.equal(result["labels"], truth["labels"][partner])
@@ -84,7 +84,7 @@ def test_masks_are_the_targets() -> None:
     assert torch.equal(hot[used].int().argmax(1), targets["category"][0, used])
 
 
-def test_it_uses_cells_that_are_its_own_on_the_finest_level() -> None:
+def test_each_instance_uses_its_own_cell_on_the_finest_level() -> None:
     """Instance 1 overwrites cells of instance 0; both lie on two levels."""
     positives = torch.tensor([[0, 5, 0], [0, 6, 0], [0, 6, 1], [0, 7, 1], [0, 20, 0], [0, 20, 1]])
     category = torch.full((1, 25), 2)
@@ -104,7 +104,7 @@ def test_an_instance_without_a_cell_of_its_own_is_lost() -> None:
 
 
 def test_neighboring_cells_of_one_class_survive() -> None:
-    """Points NMS keeps ties: equal logits side by side are two instances."""
+    """Points NMS keeps ties: equal logits in neighboring cells are two instances."""
     category = torch.full((1, 16), 1)
     category[0, [5, 6, 9]] = 0
     masks = torch.zeros(3, 16, 16, dtype=torch.uint8)
@@ -124,8 +124,8 @@ def test_batches_without_instances() -> None:
         assert [len(result["scores"]) for result in results] == [len(truth["labels"]) for truth in instances]
 
 
-def test_it_bounds_the_average_precision() -> None:
-    """Stride 4 costs little on ellipses of 20 to 80 pixels and much on the same ones drawn at a quarter of the size."""
+def test_ap_depends_on_the_instance_size() -> None:
+    """Stride 4 costs little AP for ellipses of 20 to 80 pixels, and much for the same ones at a quarter of the size."""
     figures = []
     for shrink in (1, 4):
         instances = [ellipses(3, seed=seed) for seed in range(20, 26)]
@@ -161,9 +161,9 @@ def _as_coco(instances: list[dict[str, torch.Tensor]]) -> COCO:
     return coco
 
 
-def test_targets_and_grids_must_belong_together() -> None:
+def test_targets_must_fit_the_grids() -> None:
     targets = targets_of([ellipses(1, seed=7)])
-    with pytest.raises(ValueError, match="batch size and grids"):
+    with pytest.raises(ValueError, match="category has shape .*grid_sizes"):
         oracle_raw(targets, batch_size=1, grid_sizes=(40, 36), num_classes=NUM_CLASSES)
 
 
@@ -173,7 +173,7 @@ def photo_annotations(coco_photos: Path) -> COCO:
 
 
 def test_bound_on_photographs_at_the_published_input_size(photo_annotations: COCO) -> None:
-    """Real polygons through targets, post-processing and evaluation: large objects lose nothing, small ones much."""
+    """Real polygons through targets, post-processing and evaluation: large objects lose little, small ones much."""
     category_ids = sorted(photo_annotations.cats)
     assign = TargetAssigner(GRIDS, RANGES, num_classes=len(category_ids))
     image_ids = sorted(photo_annotations.imgs)[:8]

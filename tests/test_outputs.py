@@ -1,4 +1,4 @@
-"""Files that commands write: refused in time, complete or absent."""
+"""Output files: problems are reported before the work starts, and files are complete or absent."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from solov2.errors import InputError
 from solov2.outputs import check_outputs, write_json
 
 
-def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+def test_unwritable_outputs_are_reported_before_the_work(tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text("1")
     check_outputs([("--json", None)], overwrite=False)
     check_outputs([("--json", tmp_path / "new" / "folder" / "x.json")], overwrite=False)
     check_outputs([("--json", old)], overwrite=True)
-    for path, said in (
-        (old, r"old\.json exists already; give another --json or --overwrite"),
-        (tmp_path, "this is a folder"),
+    for path, message in (
+        (old, r"old\.json already exists.*--json.*--overwrite"),
+        (tmp_path, "is a folder"),
         (old / "x.json", r"old\.json is not a folder"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             check_outputs([("--json", path)], overwrite=False)
     assert old.read_text() == "1" and list(tmp_path.iterdir()) == [old]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_closed_folder_is_said(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_read_only_folder_is_reported(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="no permission to write in"):
+    with pytest.raises(InputError, match="--json .*no permission"):
         check_outputs([("--json", tmp_path / "x.json")], overwrite=False)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.json"
     write_json(path, [{"score": 0.25, "name": "Hände"}])
     with pytest.raises(TypeError):
@@ -46,7 +46,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_is_as_private_as_the_user_wants(tmp_path: Path) -> None:
+def test_files_respect_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         write_json(tmp_path / "private.json", 1)

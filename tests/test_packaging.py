@@ -1,4 +1,4 @@
-"""What pip installs: sdist -> wheel -> a new environment, and an editable checkout. Nothing is downloaded."""
+"""Installation with pip: sdist -> wheel -> new environment, and an editable checkout. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from solov2.config import config_folder
 [result] = solov2.build_model("quickstart").predict(numpy.zeros((48, 64, 3), dtype=numpy.uint8))
 print(solov2.__file__, config_folder(), *result["masks"].shape[1:], sep="\\n")
 """
-# What is wrong here has to be seen as wrong: a comment that ignores nothing is an error too.
+# mypy must report each mistake that is ignored here: an unused ignore comment is an error too.
 CONSUMER = """
 import numpy as np
 from torch import Tensor
@@ -54,7 +54,7 @@ solov2.no_such_name  # type: ignore[attr-defined]
 
 
 def start(*arguments: str, cwd: Path, interpreter: str = sys.executable, path: Path | None = None) -> subprocess.Popen:
-    """A Python process without the network that finds packages beside its own only below `path`."""
+    """Start Python with pip offline; PYTHONPATH is `path`, or unset."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
     environment |= {} if path is None else {"PYTHONPATH": str(path)}
@@ -63,7 +63,7 @@ def start(*arguments: str, cwd: Path, interpreter: str = sys.executable, path: P
 
 
 def finish(process: subprocess.Popen) -> str:
-    """Its standard output."""
+    """Wait for a process to succeed; returns its standard output."""
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
     return output
@@ -75,7 +75,7 @@ def python(*arguments: str, cwd: Path, interpreter: str = sys.executable) -> str
 
 @pytest.fixture(scope="session")
 def checkout(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git would hand out, named as a clone is; building leaves nothing behind in the real one."""
+    """A copy of the repository in a folder named like a clone, so that building does not touch the original."""
     pytest.importorskip("setuptools", reason="building needs setuptools: pip install -e '.[test]'")
     pytest.importorskip("pip", reason="installing needs pip")
     copy = tmp_path_factory.mktemp("folder of clones") / "solov2"
@@ -98,7 +98,7 @@ def unpacked_sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the unpacked sdist: that shows both are complete."""
+    """The wheel, built from the unpacked sdist, which shows that both are complete."""
     folder = tmp_path_factory.mktemp("wheel")
     python(
         "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".", cwd=unpacked_sdist
@@ -108,7 +108,7 @@ def wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Installed(NamedTuple):
-    """An interpreter that has the library, and what it is to find in the clone, beside it and elsewhere."""
+    """An interpreter that has the library, and the folder that the package should be found in."""
 
     python: str
     package: Path
@@ -116,11 +116,11 @@ class Installed(NamedTuple):
 
 
 def new_environment(folder: Path) -> str:
-    """The interpreter of an environment that has the packages of this one, except those in editable mode."""
+    """Create an environment with the packages of this one, except editable ones; returns its interpreter."""
     python("-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
     [site_packages] = folder.rglob("site-packages")
     outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (site_packages / "outer.pth").write_text("\n".join(outer))  # whose own .pth files are not read
+    (site_packages / "outer.pth").write_text("\n".join(outer))  # .pth files in those folders are not read
     return str(folder / "bin" / "python")
 
 
@@ -195,10 +195,10 @@ def test_entry_points_and_requirements(wheel: Path) -> None:
 
 
 def test_imports_builds_and_predicts(installed: Installed, checkout: Path, tmp_path: Path) -> None:
-    """Inside the clone, its own package comes before an installed one, as always in the folder of a package.
+    """Inside the clone, the package of the current folder takes precedence over an installed one, as always in Python.
 
     In the folder above, the clone is a folder `solov2` without code, which must not hide the package. Without
-    an installation, PYTHONPATH names the clone.
+    an installation, PYTHONPATH is the clone.
     """
     places = {"inside": checkout, "beside": checkout.parent, "outside": tmp_path}
     running = {
@@ -217,7 +217,7 @@ def test_imports_builds_and_predicts(installed: Installed, checkout: Path, tmp_p
 
 @pytest.mark.parametrize("installed", ["editable"], indirect=True)
 def test_an_editable_install_is_a_path_entry(installed: Installed, checkout: Path) -> None:
-    """A finder is asked only after a folder `solov2` has been taken for a package."""
+    """Python would consult a finder only after taking a folder `solov2` for the package."""
     [site_packages] = Path(installed.python).parents[1].rglob("site-packages")
     entries = {path.name: path for path in site_packages.iterdir() if "editable" in path.name}
     assert list(entries) == [f"__editable__.solov2-{solov2.__version__}.pth"]
@@ -227,15 +227,15 @@ def test_an_editable_install_is_a_path_entry(installed: Installed, checkout: Pat
 @pytest.mark.parametrize("installed", ["wheel", "editable"], indirect=True)
 def test_a_type_checker_sees_the_types(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> None:
     pytest.importorskip("mypy", reason="needs mypy: pip install -e '.[dev]'")
-    folder = tmp_path_factory.getbasetemp() / "consumer"  # one for both, so that torch is read once
+    folder = tmp_path_factory.getbasetemp() / "consumer"  # shared, so that mypy reads torch only once
     folder.mkdir(exist_ok=True)
     (folder / "consumer.py").write_text(CONSUMER)
     checked = python("-m", "mypy", "--strict", "consumer.py", cwd=folder, interpreter=installed.python)
     assert checked.startswith("Success: no issues found in 1 source file")
 
 
-def test_readme_has_the_one_test_command_that_ci_types(repo_root: Path) -> None:
-    """.ci/run takes the line between these two comments; it must be the command users are told to type."""
+def test_readme_has_the_test_command_that_ci_runs(repo_root: Path) -> None:
+    """.ci/run runs the line between these two comments, which must be the command that users are told to type."""
     readme = (repo_root / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- test command -->\n(.*?)<!-- end of test command -->", readme, re.DOTALL)
     lines = [line for line in block[1].splitlines() if line.strip() and not line.startswith("```")]

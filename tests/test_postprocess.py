@@ -1,4 +1,4 @@
-"""From raw outputs to instances: the reference's cases, and the promises about order, limits, memory and emptiness."""
+"""From raw outputs to instances: the reference's cases, and the contract on order, limits, memory and empty results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.parity import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from solov2.models.postprocess import (
-    CELLS_AT_ONCE,
+    CELL_CHUNK,
     PostprocessSettings,
     apply_kernels,
     flatten_raw,
@@ -30,13 +30,13 @@ from solov2.models.postprocess import (
 from solov2.ops.masks import decode_rle
 
 
-def test_all_cases_are_here() -> None:
+def test_all_cases_are_present() -> None:
     assert len(POSTPROCESS_CASES) == 21
 
 
 @pytest.mark.parametrize("name", POSTPROCESS_CASES)
 def test_instances_in_float64(name: str) -> None:
-    """Everything is equal; only the reference's decay is float32 even here, which moves scores by up to 3e-8."""
+    """Everything is equal, except that the reference's decay is float32 even here: scores differ by up to 3e-8."""
     case = POSTPROCESS_CASES[name]
     for result, expected in zip(postprocess_case(case, torch.float64), case["results"], strict=True):
         assert_same_instances(result, expected, score_tolerance=5e-8)
@@ -53,8 +53,8 @@ def test_instances_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POSTPROCESS_CASES)
-def test_numbers_of_candidates(name: str) -> None:
-    """(cell, class) pairs after points NMS, and those of them whose mask passes the area filter."""
+def test_candidate_counts(name: str) -> None:
+    """(cell, class) pairs after points NMS, and how many of their masks pass the area filter."""
     case = POSTPROCESS_CASES[name]
     raw = raw_outputs(case["tag"], case["params"], torch.float64)
     settings = replace(postprocess_settings(case), max_candidates=0)
@@ -67,12 +67,12 @@ def test_numbers_of_candidates(name: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 37, 500, 2000])
-def test_candidates_in_chunks_are_those_of_one_go(limit: int) -> None:
-    """The search stops early; what it finds is the head of the full list."""
+def test_chunked_candidates_equal_the_full_list(limit: int) -> None:
+    """The search stops early, and finds the beginning of the full list."""
     case = POSTPROCESS_CASES["over_500"]
     raw = raw_outputs(case["tag"], case["params"], torch.float64)
     (scores,), (kernels,), thresholds = flatten_raw(raw, PostprocessSettings())
-    assert (scores.amax(1) > 0.1).sum() > 2 * CELLS_AT_ONCE
+    assert (scores.amax(1) > 0.1).sum() > 2 * CELL_CHUNK
     arguments = scores, kernels, raw["mask_features"][0], thresholds
     everything = select_candidates(*arguments, PostprocessSettings(max_candidates=0))
     found = select_candidates(*arguments, PostprocessSettings(max_candidates=limit))
@@ -99,13 +99,13 @@ def test_nothing_found(name: str, dtype: torch.dtype, max_candidates: int) -> No
     assert runs["masks"] == [] and runs["boxes"].shape == (0, 4)
 
 
-def test_run_lengths_are_the_planes() -> None:
+def test_rles_equal_the_masks() -> None:
     for name in ("batch_of_three", "grid_corners"):
-        planes, runs = (postprocess_case(POSTPROCESS_CASES[name], mask_format=form) for form in ("bool", "rle"))
-        for plane, rle in zip(planes, runs, strict=True):
+        full, encoded = (postprocess_case(POSTPROCESS_CASES[name], mask_format=form) for form in ("bool", "rle"))
+        for plain, rle in zip(full, encoded, strict=True):
             for key in ("scores", "labels", "boxes"):
-                assert torch.equal(plane[key], rle[key])
-            assert torch.equal(torch.stack([decode_rle(item) for item in rle["masks"]]).bool(), plane["masks"])
+                assert torch.equal(plain[key], rle[key])
+            assert torch.equal(torch.stack([decode_rle(item) for item in rle["masks"]]).bool(), plain["masks"])
 
 
 def test_results_are_sorted_and_tight() -> None:
@@ -121,7 +121,7 @@ def test_results_are_sorted_and_tight() -> None:
             assert mask[y1].any() and mask[y2 - 1].any() and mask[:, x1].any() and mask[:, x2 - 1].any()
 
 
-def test_a_batch_gives_what_its_images_give() -> None:
+def test_a_batch_gives_the_results_of_its_images() -> None:
     case = POSTPROCESS_CASES["batch_of_three"]
     raw, together = raw_outputs(case["tag"], case["params"], torch.float64), postprocess_case(case, torch.float64)
     for image, (result, meta) in enumerate(zip(together, case["metas"], strict=True)):
@@ -148,7 +148,7 @@ def test_thresholds_and_limits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     case = POSTPROCESS_CASES["normal"]
     half = raw_outputs(case["tag"], case["params"], dtype)
     wide = {
@@ -165,20 +165,20 @@ def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most bytes that any tensor made inside takes."""
+    """Records the size in bytes of the largest tensor created inside."""
 
-    most = 0
+    max_bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, torch.Tensor):
-                self.most = max(self.most, value.untyped_storage().nbytes())
+                self.max_bytes = max(self.max_bytes, value.untyped_storage().nbytes())
         return result
 
 
 def test_every_cell_and_class_above_the_threshold() -> None:
-    """3,872 cells times 80 classes: their masks together would be 5 GB, no single tensor here passes 32 MiB."""
+    """3,872 cells times 80 classes: their masks together would take 5 GB, but no tensor here exceeds 32 MiB."""
     generator = torch.Generator().manual_seed(0)
     grids = (40, 36, 24, 16, 12)
     raw = {
@@ -189,20 +189,20 @@ def test_every_cell_and_class_above_the_threshold() -> None:
     with LargestTensor() as memory:
         (result,) = postprocess(raw, [(256, 256)], [(256, 256)], PostprocessSettings())
     assert len(result["scores"]) == 100
-    assert memory.most <= 2**25
+    assert memory.max_bytes <= 2**25
 
 
 def test_final_masks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits on what is alive at once change nothing but memory."""
+    """The chunk sizes affect nothing but memory."""
     whole = postprocess_case(POSTPROCESS_CASES["crop_up"], torch.float64)[0]
-    monkeypatch.setattr("solov2.models.postprocess.CELLS_AT_ONCE", 3)
-    monkeypatch.setattr("solov2.ops.resample.BAND", 7)
+    monkeypatch.setattr("solov2.models.postprocess.CELL_CHUNK", 3)
+    monkeypatch.setattr("solov2.ops.resample.ROW_CHUNK", 7)
     chunked = postprocess_case(POSTPROCESS_CASES["crop_up"], torch.float64)[0]
     assert all(torch.equal(whole[key], chunked[key]) for key in ("scores", "labels", "masks", "boxes"))
 
 
-def test_copies_under_the_linear_kernel() -> None:
-    """Identical masks of one class: one is left and nothing is NaN, even without a score threshold."""
+def test_duplicates_with_the_linear_kernel() -> None:
+    """Of identical masks of one class one remains and nothing is NaN, even without a score threshold."""
     case = POSTPROCESS_CASES["duplicates_linear"]
     raw = raw_outputs(case["tag"], case["params"], torch.float32)
     (result,) = postprocess(
@@ -229,13 +229,13 @@ def test_raw_outputs_are_left_untouched() -> None:
 
 
 def test_unknown_mask_format() -> None:
-    with pytest.raises(ValueError, match="'bool' or 'rle', got 'polygon'"):
+    with pytest.raises(ValueError, match="mask_format .*'polygon'"):
         postprocess_case(POSTPROCESS_CASES["exactly_one"], mask_format="polygon")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_with_every_cell_and_class_above_the_threshold(repo_root: Path) -> None:
-    """In a process of its own, 100 instances at 480 x 640 (31 MB): 60 MB, where a mask per candidate takes 1,269 MB."""
+    """In its own process, 100 instances at 480 x 640 (31 MB) take 60 MB; a mask per candidate would take 1,269 MB."""
     script = repo_root / "tests" / "scripts" / "postprocess_memory.py"
     command = [sys.executable, str(script), "--size", "256", "256", "--channels", "32", "--original", "480", "640"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The command `solov2 predict`: outputs beside inputs, nothing overwritten, bad files named."""
+"""The command `solov2 predict`: outputs match inputs, nothing is overwritten, bad files are named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ["disc", "ring", "square", "star"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small untrained network whose class and kernel weights are scaled up until it finds something everywhere."""
+    """A small untrained network with category and kernel weights so large that it finds something everywhere."""
     torch.manual_seed(0)
     model = build_model("quickstart")
     torch.nn.init.zeros_(model.head.category_predictor.bias)
@@ -82,7 +82,7 @@ def test_folder_with_results(weights: Path, photos: Path, tmp_path: Path, capsys
     assert all(f"{photos / name}: " in output for name in ("a.jpg", "b.png", "c.bmp"))
 
 
-def test_results_hold_what_the_model_predicts(weights: Path, photos: Path, tmp_path: Path) -> None:
+def test_results_equal_the_predictions_of_the_model(weights: Path, photos: Path, tmp_path: Path) -> None:
     assert run(photos / "b.png", "--weights", weights, "--output", tmp_path, "--results", tmp_path / "found.json") == 0
     entries = json.loads((tmp_path / "found.json").read_text())
     (result,) = build_model(weights=weights).predict([photos / "b.png"], score_threshold=0.3)
@@ -94,7 +94,7 @@ def test_results_hold_what_the_model_predicts(weights: Path, photos: Path, tmp_p
     assert decode_rle(entries[0]["segmentation"]).shape == (90, 120)
 
 
-def test_nothing_found_is_said_and_the_picture_is_unchanged(
+def test_nothing_found_is_reported_and_the_image_is_unchanged(
     weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(photos / "b.png", "--weights", weights, "--output", tmp_path, "--score-threshold", "1") == 0
@@ -103,10 +103,10 @@ def test_nothing_found_is_said_and_the_picture_is_unchanged(
         assert after.tobytes() == before.tobytes()
 
 
-def test_photographs_are_turned_upright(weights: Path, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(weights: Path, tmp_path: Path) -> None:
     image = Image.new("RGB", (120, 80))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # stored rotated by 90 degrees
     image.save(tmp_path / "phone.jpg", exif=exif)
     arguments = ("--weights", weights, "--output", tmp_path / "out", "--results", tmp_path / "found.json")
     assert run(tmp_path / "phone.jpg", *arguments, "--score-threshold", "0") == 0
@@ -126,7 +126,7 @@ def test_a_broken_image_does_not_stop_the_others(
     assert len(errors) == 1 and "aa.jpg" in errors[0]
 
 
-def test_inputs_and_earlier_outputs_are_safe(
+def test_inputs_and_existing_outputs_are_not_overwritten(
     weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (photos / "a.jpg").read_bytes()
@@ -138,7 +138,7 @@ def test_inputs_and_earlier_outputs_are_safe(
     out.mkdir()
     (out / "a.jpg").write_bytes(b"mine")
     assert run(photos, "--weights", weights, "--output", out) == 2
-    assert "a.jpg exists already" in capsys.readouterr().err
+    assert "a.jpg already exists" in capsys.readouterr().err
     assert (out / "a.jpg").read_bytes() == b"mine" and len(list(out.iterdir())) == 1
     assert run(photos / "a.jpg", "--weights", weights, "--output", out, "--overwrite") == 0
     assert (out / "a.jpg").read_bytes() != b"mine"
@@ -149,7 +149,7 @@ def test_inputs_and_earlier_outputs_are_safe(
     assert (tmp_path / "found.json").read_text() == "mine" and not (out / "b.png").exists()
 
 
-def test_one_name_twice_gives_two_pictures(tmp_path: Path) -> None:
+def test_equal_names_give_distinct_outputs(tmp_path: Path) -> None:
     paths = [tmp_path / path for path in ("x/a.jpg", "y/a.jpg", "y/A.JPG", "y/a.bmp", "z/a.png")]
     names = [picture.name for _, picture in plan_outputs(paths, tmp_path / "out")]
     assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a.png", "a_2.png"]
@@ -160,15 +160,13 @@ def test_finding_images(photos: Path, tmp_path: Path) -> None:
     assert [path.name for path in find_images([photos])] == ["a.jpg", "b.png", "c.bmp"]
     assert [path.name for path in find_images([photos / "b.png", photos])] == ["b.png", "a.jpg", "c.bmp"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no images"):
+    with pytest.raises(InputError, match="contains no images"):
         find_images([tmp_path / "empty"])
     with pytest.raises(InputError, match=r"nowhere\.jpg does not exist"):
         find_images([tmp_path / "nowhere.jpg"])
 
 
-def test_mistakes_are_one_sentence(
-    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = photos / "a.jpg"
     for arguments, word in (
         ((tmp_path / "gone.jpg", "--weights", weights), "gone.jpg"),

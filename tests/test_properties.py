@@ -1,7 +1,7 @@
-"""Degenerate instances through transforms, collate, targets, loss and postprocess: no exception, no NaN, no lost rule.
+"""Degenerate instances through transforms, collate, targets, loss and postprocess: no exception, no NaN, valid results.
 
 Instances are any mixture of boxes without area, outside the image, of one pixel, overlapping or equal, larger than the
-image, with empty masks; images may have none. Images and raw outputs together are 2,000 cases and more.
+image, with empty masks; images may have none. Images and raw outputs add up to at least 2,000 cases.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = IMAGES * (EXAMPLES["targets"] + EXAMPLES["loss"]) + EXAMPLES["pipeline"]
 
 
 def check(count: int):
-    """The settings of a test: always the same examples, no limit on their time."""
+    """Hypothesis settings: always the same examples, no time limit."""
     return settings(max_examples=count, derandomize=True, deadline=None, database=None)
 
 
@@ -42,7 +42,7 @@ SPECIAL = np.array([-100.0, 0.0, 1.0, 31.5, 32.0, 63.0, 64.0, 1e4])
 
 @st.composite
 def samples(draw: st.DrawFn) -> dict:
-    """A sample of the data set (solov2/data/coco.py): kinds of instances are drawn, their numbers follow a seed."""
+    """A sample (solov2/data/coco.py): hypothesis draws the kinds of instances, their numbers follow from a seed."""
     kinds, generator = draw(st.lists(st.sampled_from(KINDS), max_size=5)), np.random.RandomState(draw(SEED))
     height, width = generator.randint(1, 65, 2) if generator.rand() < 0.9 else (1, 1)
     boxes, masks = [], []
@@ -85,7 +85,7 @@ def assigner() -> TargetAssigner:
 
 
 def assert_targets(targets: dict, batch: list[dict], padded: tuple[int, int]) -> None:
-    """What every consumer relies on."""
+    """Check what every consumer of targets relies on."""
     cells = sum(size * size for size in GRIDS)
     image, cell, instance = targets["positives"].unbind(1)
     labels = torch.cat([truth["labels"] for truth in batch])
@@ -131,10 +131,10 @@ def test_transforms_and_collate(sample: dict, scale: int, dihedral: bool, seed: 
 
 
 def outputs(images: int, seed: int, gain: float) -> dict:
-    """Raw outputs of a head with tiny grids, as leaves; a large gain drives every sigmoid into saturation.
+    """Raw outputs of a head with tiny grids, as leaf tensors; a large gain saturates every sigmoid.
 
-    A negative one makes every mask probability exactly 0: with an empty mask target the dice loss divides 0 by 0 but
-    for its epsilon.
+    A negative gain makes every mask probability exactly 0: with an empty mask target, only its epsilon keeps the dice
+    loss from dividing 0 by 0.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""The names that others call: present, and with the documented arguments, defaults and kinds.
+"""The public names: they exist, with the documented arguments, defaults and kinds.
 
 Callers keep working when an argument is added, keyword-only and with a default, or when a required one gets a default;
 nothing may be renamed, moved or reordered.
@@ -18,7 +18,7 @@ import torch
 
 import solov2
 
-# (where, name) -> the documented signature, as Python. `self` is left out of methods.
+# (module, name) -> the documented signature, as Python. Methods are listed without `self`.
 SIGNATURES = {
     ("solov2", "build_model"): "(name_or_config, *, weights=None, num_classes=None, device=None, **overrides)",
     ("solov2", "list_models"): "()",
@@ -48,7 +48,7 @@ SIGNATURES = {
 
 
 def documented(text: str) -> inspect.Signature:
-    """The signature that is written in `text`."""
+    """The signature written in `text`."""
     namespace: dict[str, Any] = {}
     exec(f"def f{text}: ...", namespace)
     return inspect.signature(namespace["f"])
@@ -62,7 +62,7 @@ def find(module: str, name: str) -> Callable:
 
 
 def same_parameters(actual: inspect.Signature, wanted: inspect.Signature) -> bool:
-    """Whether every call that `wanted` documents means the same to `actual`; `self` and annotations do not count."""
+    """Whether every call allowed by `wanted` means the same for `actual`; `self` and annotations are ignored."""
     parameters = [item for item in actual.parameters.values() if item.name != "self"]
     added = [
         item
@@ -89,7 +89,7 @@ def test_the_comparison_sees_differences() -> None:
         assert not same_parameters(documented(other), wanted), other
 
 
-def test_names_are_handed_on() -> None:
+def test_public_names_are_exported() -> None:
     names = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "to_supervision", "train"]
     modules = ["convert", "data", "evaluation", "losses", "models", "ops", "targets"]
     assert solov2.__all__ == names
@@ -102,7 +102,7 @@ def test_names_are_handed_on() -> None:
 
 
 @pytest.mark.parametrize("name", ["ops.matrix_nms.matrix_nms", "models.solov2.SOLOv2", "evaluation.coco.CocoEvaluator"])
-def test_names_are_there_without_another_import(name: str) -> None:
+def test_submodules_are_available_without_another_import(name: str) -> None:
     subprocess.run([sys.executable, "-c", f"import solov2; solov2.{name}"], check=True, timeout=100)
 
 

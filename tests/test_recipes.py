@@ -1,4 +1,4 @@
-"""Every published model builds, learns and predicts, and its configuration carries the published schedule."""
+"""Every published model builds, trains and predicts, and its configuration has the published schedule."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_recipes_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_takes_a_step_and_predicts(name: str) -> None:
-    """At full width, on a small image and small grids (the head's cost is that of its grids)."""
+    """At full width, but on a small image and small grids, which determine the cost of the head."""
     ranges = ((1, 24), (16, 40), (32, 64), (48, 96), (80, 400))
     config = replace_model(load_config(name).model, {"grid_sizes": (8, 6, 5, 4, 3), "scale_ranges": ranges})
     torch.manual_seed(0)
@@ -65,15 +65,15 @@ def test_every_model_takes_a_step_and_predicts(name: str) -> None:
     losses = criterion(model(images), targets)
     assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
-    silent = [
+    without_gradient = [
         n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
     ]
-    assert not silent
+    assert not without_gradient
     before = [parameter.detach().clone() for parameter in model.head.parameters()]
     optimizer.step()
     assert any(not torch.equal(old, new) for old, new in zip(before, model.head.parameters()))
     with torch.no_grad():
-        model.head.category_predictor.bias.fill_(0.0)  # of a random network nothing passes the threshold otherwise
+        model.head.category_predictor.bias.fill_(0.0)  # otherwise nothing in a random network passes the threshold
         (result,) = model.predict([np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)])
     count = len(result["scores"])
     assert count and result["masks"].shape == (count, 50, 70) and result["boxes"].shape == (count, 4)

@@ -1,4 +1,4 @@
-"""Masks at the size of the photograph are those of two whole interpolations, at a fraction of the work."""
+"""Masks at the original size equal those of two full interpolations, at a fraction of the work."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from solov2.ops.masks import decode_rle, encode_rle, masks_to_boxes
 from solov2.ops.resample import MaskResampler
 
-# (size of the maps, of the image in the input, of the photograph)
+# (size of the maps, of the image inside the padded input, of the original image)
 SIZES = {
     "larger": ((50, 76), (190, 300), (480, 640)),
     "much larger": ((50, 76), (200, 304), (1500, 2000)),
     "smaller": ((50, 76), (200, 304), (33, 47)),
     "other ratio": ((50, 76), (197, 260), (500, 333)),
     "one pixel": ((8, 8), (20, 32), (1, 1)),
-    "of one row": ((8, 16), (30, 64), (1, 100)),
+    "one row": ((8, 16), (30, 64), (1, 100)),
 }
 
 
@@ -32,7 +32,7 @@ def blobs(height: int, width: int, dtype: torch.dtype, count: int = 12) -> torch
 
 
 def interpolated(soft: torch.Tensor, size: tuple[int, int], original_size: tuple[int, int]) -> torch.Tensor:
-    """The two steps as the reference takes them."""
+    """The two interpolations of the reference."""
     padded = [4 * side for side in soft.shape[1:]]
     whole = F.interpolate(soft[None], size=padded, mode="bilinear", align_corners=False)
     return F.interpolate(whole[..., : size[0], : size[1]], size=original_size, mode="bilinear", align_corners=False)[0]
@@ -44,11 +44,11 @@ def resampler(case: str, dtype: torch.dtype) -> MaskResampler:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", SIZES)
-def test_masks_are_those_of_two_interpolations(case: str, dtype: torch.dtype) -> None:
-    """Only where the probability is 0.5 to within 1e-5 may rounding decide otherwise."""
+def test_masks_equal_those_of_two_interpolations(case: str, dtype: torch.dtype) -> None:
+    """Rounding may flip a pixel only where the probability is within 1e-5 of 0.5."""
     soft = blobs(*SIZES[case][0], dtype)
     values = interpolated(soft, *SIZES[case][1:])
-    masks, boxes = resampler(case, dtype).planes(soft)
+    masks, boxes = resampler(case, dtype).to_masks(soft)
     assert masks.dtype == torch.bool and boxes.dtype == torch.float32
     differing = masks != (values > 0.5)
     assert not (differing & ((values - 0.5).abs() > 1e-5)).any()
@@ -58,41 +58,41 @@ def test_masks_are_those_of_two_interpolations(case: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_run_lengths_are_those_of_the_planes(case: str) -> None:
+def test_rles_equal_the_masks(case: str) -> None:
     soft = blobs(*SIZES[case][0], torch.float32)
-    masks, boxes = resampler(case, torch.float32).planes(soft)
-    rles, same_boxes = resampler(case, torch.float32).run_lengths(soft)
+    masks, boxes = resampler(case, torch.float32).to_masks(soft)
+    rles, same_boxes = resampler(case, torch.float32).to_rles(soft)
     assert rles == encode_rle(masks)  # the same string, not only the same pixels
     assert torch.equal(boxes, same_boxes)
     assert all(torch.equal(decode_rle(rle).bool(), mask) for rle, mask in zip(rles, masks))
 
 
 def test_no_maps() -> None:
-    masks, boxes = resampler("larger", torch.float32).planes(torch.zeros(0, 50, 76))
+    masks, boxes = resampler("larger", torch.float32).to_masks(torch.zeros(0, 50, 76))
     assert masks.shape == (0, 480, 640) and masks.dtype == torch.bool and boxes.shape == (0, 4)
-    assert resampler("larger", torch.float32).run_lengths(torch.zeros(0, 50, 76))[0] == []
+    assert resampler("larger", torch.float32).to_rles(torch.zeros(0, 50, 76))[0] == []
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most bytes of any tensor that an operation returns."""
+    """Records the size in bytes of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.most = 0
+        self.max_bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
-                self.most = max(self.most, tensor.numel() * tensor.element_size())
+                self.max_bytes = max(self.max_bytes, tensor.numel() * tensor.element_size())
         return result
 
 
-def test_run_lengths_of_a_large_photograph_hold_no_plane() -> None:
-    """A mask over all of a 24-megapixel photograph takes bands of it, 100 would take no more."""
+def test_rles_of_a_large_image_need_no_full_mask() -> None:
+    """A mask over a full 24-megapixel image is computed in bands; 100 masks would take no more memory."""
     soft = torch.full((1, 200, 304), 0.9)
     large = MaskResampler((200, 304), (800, 1216), (4000, 6000), 0.5, dtype=torch.float32, device=torch.device("cpu"))
     with LargestTensor() as memory:
-        (rle,), _ = large.run_lengths(soft)
+        (rle,), _ = large.to_rles(soft)
     assert decode_rle(rle).all()
-    assert memory.most <= 8 * 2**20
+    assert memory.max_bytes <= 8 * 2**20

@@ -1,4 +1,4 @@
-"""Sizes and resizing against numbers of mmdetection and OpenCV (tests/data/pipeline.*)."""
+"""Sizes and resizing against recorded results of mmdetection and OpenCV (tests/data/pipeline.*)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_masks(*shape: int) -> torch.Tensor:
     return torch.randint(0, 2, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_sizes_of_the_reference(reference):
+def test_sizes_match_the_reference(reference):
     assert len(reference["sizes"]) == 72
     for (long, short), original, resized, padded in reference["sizes"]:
         size = resized_size(tuple(original), long=long, short=short)
@@ -46,7 +46,7 @@ def test_sizes_of_the_reference(reference):
         assert [*padded_size(size)] == padded, original
 
 
-def test_sizes_stay_positive_and_padding_takes_a_divisor():
+def test_sizes_stay_positive_and_the_divisor_is_configurable():
     assert resized_size((1, 5000), long=1000, short=800) == (1, 1000)
     assert padded_size((64, 65)) == (64, 96)
     assert padded_size((1, 17), 8) == (8, 24)
@@ -63,15 +63,15 @@ def test_image_is_within_one_gray_level_of_opencv(images, name):
 
 
 @pytest.mark.parametrize("size", [(20, 31), (147, 200)])
-def test_memory_layout_changes_no_pixel(images, size):
+def test_memory_layout_does_not_change_pixels(images, size):
     interleaved = images["image"]
     assert not interleaved.is_contiguous()
     assert torch.equal(resize_image(interleaved, size), resize_image(interleaved.contiguous(), size))
 
 
-def test_nearest_neighbor_is_opencvs(reference):
+def test_nearest_neighbor_matches_opencv(reference):
     for case in reference["nearest"]:
-        # A staircase of masks tells which source row each target row was taken from.
+        # A staircase of masks shows which source row each target row comes from.
         staircase = torch.eye(case["source"], dtype=torch.uint8)[:, :, None].expand(-1, -1, 2).contiguous()
         rows = resize_masks(staircase, (case["target"], 2))
         columns = resize_masks(staircase.mT.contiguous(), (2, case["target"]))
@@ -81,7 +81,7 @@ def test_nearest_neighbor_is_opencvs(reference):
 
 
 @pytest.mark.parametrize("size", [(50, 67), (200, 131), (7, 5), (30, 40), (1, 1)])
-def test_masks_by_index(size):
+def test_resized_masks_pick_the_expected_pixels(size):
     masks = random_masks(5, 30, 40)
     masks[1] = 0
     masks[2], masks[2, 11, 13] = 0, 1
@@ -106,11 +106,11 @@ def test_no_masks():
     assert quarter_masks(torch.zeros(0, 5, 8, dtype=torch.uint8)).shape == (0, 2, 2)
 
 
-def test_quarter_of_the_reference(reference):
+def test_quarter_masks_match_the_reference(reference):
     tested = 0
     for case in reference["mask_quarter"]:
         if case["shape"][0] % 4 or case["shape"][1] % 4:
-            continue  # the reference pads before it resizes, the recorded call did not
+            continue  # the reference pads before resizing, but the recorded call did not
         mask = coco_mask.decode({"size": case["shape"], "counts": case["mask"].encode()})
         expected = coco_mask.decode({"size": case["out_shape"], "counts": case["out"].encode()})
         assert np.array_equal(quarter_masks(torch.from_numpy(mask)[None])[0].numpy(), expected), case["name"]
@@ -120,7 +120,7 @@ def test_quarter_of_the_reference(reference):
 
 @pytest.mark.parametrize("height", [8, 9, 10, 11, 2, 1])
 @pytest.mark.parametrize("width", [12, 13, 14, 15])
-def test_quarter_of_any_size_pads_with_zeros(height, width):
+def test_quarter_masks_of_any_size_are_zero_padded(height, width):
     masks = random_masks(3, height, width)
     padded = torch.zeros(3, -(-height // 4) * 4, -(-width // 4) * 4, dtype=torch.uint8)
     padded[:, :height, :width] = masks

@@ -1,4 +1,4 @@
-"""The generated data set: what it promises, and that the seed decides everything."""
+"""The generated dataset: what it promises, and that the seed determines everything."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def masks_by_image(root):
         yield [(a, coco.annToMask(a).astype(bool)) for a in entries if not a["iscrowd"]], entries
 
 
-def test_what_the_issue_asks_of_it(shapes):
-    """Four classes, 3 to 8 objects, 30 % overlapping, 25 % under an eighth of the side, empty images, crowds."""
+def test_composition(shapes):
+    """Four classes, 3 to 8 objects, 30 % overlapping, 25 % below 1/8 of the side, empty images, crowds."""
     counts, small, overlapping, classes, crowds, at_border, total = [], 0, 0, set(), 0, 0, 0
     for objects, entries in masks_by_image(shapes):
         counts.append(len(objects))
@@ -40,7 +40,7 @@ def test_what_the_issue_asks_of_it(shapes):
             total += 1
             small += annotation["area"] ** 0.5 < 192 / 8
             at_border += mask[[0, -1]].any() or mask[:, [0, -1]].any()
-            # Masks never share pixels; a partly hidden or hiding shape touches its neighbor.
+            # masks share no pixels, so overlapping shapes are those that touch
             grown = mask.copy()
             grown[1:] |= mask[:-1]
             grown[:-1] |= mask[1:]
@@ -74,7 +74,7 @@ def test_objects_do_not_share_pixels(shapes):
             assert np.sum([mask for _, mask in objects], 0).max() <= 1
 
 
-def test_the_seed_decides_everything(shapes, tmp_path):
+def test_the_seed_determines_everything(shapes, tmp_path):
     assert not generate_shapes(shapes, train_images=4, val_images=100, size=192, seed=0)  # already there
     again = tmp_path / "again"
     generate_shapes(again, train_images=4, val_images=1, size=192, seed=0)
@@ -85,7 +85,7 @@ def test_the_seed_decides_everything(shapes, tmp_path):
     assert (first != other).any()
 
 
-def test_it_reads_as_coco(shapes):
+def test_it_loads_as_coco(shapes):
     dataset = CocoInstances(shapes / "annotations" / "instances_train2017.json", shapes / "train2017", training=True)
     assert dataset.class_names == list(CLASSES) and dataset.category_ids == [1, 3, 4, 7]
     sample = dataset[0]
@@ -98,12 +98,12 @@ def test_two_runs_that_start_together_share_it(tmp_path, monkeypatch):
     root, write = tmp_path / "shapes", shapes_module._write_split
     sizes = {"train_images": 4, "val_images": 2, "size": 64, "seed": 0}
 
-    def overtaken(*args):
+    def write_after_the_other_run(*args):
         monkeypatch.setattr(shapes_module, "_write_split", write)
-        assert generate_shapes(root, **sizes)  # the other run, from its first to its last picture
+        assert generate_shapes(root, **sizes)  # the other run, from start to finish
         write(*args)
 
-    monkeypatch.setattr(shapes_module, "_write_split", overtaken)
+    monkeypatch.setattr(shapes_module, "_write_split", write_after_the_other_run)
     assert not generate_shapes(root, **sizes)
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 

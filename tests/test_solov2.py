@@ -1,4 +1,4 @@
-"""Images in by every way, instances out: normalize, preprocess and predict."""
+"""From every kind of image to instances: normalize, preprocess and predict."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_normalize() -> None:
 
 
 def test_normalize_in_bgr_order() -> None:
-    """Weights trained on BGR: channels are turned round, mean and std belong to the turned order."""
+    """For weights trained on BGR the channels are reversed; mean and std are in BGR order."""
     model = tiny_model(channel_order="bgr", pixel_mean=(103.53, 116.28, 123.675), pixel_std=(1.0, 2.0, 4.0))
     pixels = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1).expand(-1, -1, 32, 32)
     images = model.normalize(pixels, torch.tensor([[32, 32]]))
@@ -49,30 +49,28 @@ def test_normalize_in_bgr_order() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 60, 96), (2, 3, 64, 97), (3, 64, 96), (1, 1, 64, 96)])
-def test_a_size_the_network_does_not_take_is_named(predictor: SOLOv2, shape: tuple[int, ...]) -> None:
+def test_unsupported_input_shape(predictor: SOLOv2, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError) as caught:
         predictor(torch.zeros(shape))
-    assert str(caught.value) == (
-        f"the network takes images [B, 3, H, W] with H and W multiples of 32, not {list(shape)}; "
-        "SOLOv2.preprocess pads them"
-    )
+    message = str(caught.value)
+    assert all(part in message for part in ("[B, 3, H, W]", "multiples of 32", str(list(shape)), "SOLOv2.preprocess"))
 
 
-def test_the_compiled_network_names_a_wrong_size(predictor: SOLOv2) -> None:
-    """A size that it was compiled for runs in one graph; another one still ends in the sentence."""
+def test_compiled_network_rejects_unsupported_sizes(predictor: SOLOv2) -> None:
+    """A size it was compiled for runs in one graph; an unsupported size still raises the same error."""
     compiled = torch.compile(predictor.forward, backend="eager", dynamic=False)
     compiled(torch.zeros(1, 3, 64, 96))
     with pytest.raises(InputError, match="multiples of 32"):
         compiled(torch.zeros(1, 3, 60, 96))
 
 
-def test_what_a_model_says_of_itself(predictor: SOLOv2) -> None:
+def test_properties_of_a_model(predictor: SOLOv2) -> None:
     assert predictor.num_classes == len(predictor.class_names) == predictor.head.category_predictor.out_channels == 3
     assert predictor.device == torch.device("cpu") and tiny_model().to("meta").device == torch.device("meta")
 
 
 def test_preprocess(predictor: SOLOv2) -> None:
-    """Resized to the model's scale, ratio kept, one padded batch of multiples of 32, zero in the padding."""
+    """Resized to the model's scale at a fixed ratio; one batch padded with zeros to multiples of 32."""
     given = [picture(200, 300), torch.from_numpy(picture(120, 60)).permute(2, 0, 1)]
     images, sizes, original_sizes = predictor.preprocess(given)
     assert original_sizes.tolist() == [[200, 300], [120, 60]] and original_sizes.dtype == torch.int64
@@ -83,8 +81,8 @@ def test_preprocess(predictor: SOLOv2) -> None:
         assert image[:, height - 1].any() and image[:, :, width - 1].any()
 
 
-def test_every_form_of_an_image_gives_the_same(predictor: SOLOv2, tmp_path: Path) -> None:
-    """Path as text or Path, PIL image, array, tensor: mixed in one call, inputs untouched."""
+def test_every_kind_of_image_gives_the_same_result(predictor: SOLOv2, tmp_path: Path) -> None:
+    """str, Path, PIL image, array and tensor, mixed in one call; inputs are not modified."""
     array = picture(80, 110)
     PIL.Image.fromarray(array).save(tmp_path / "image.png")
     forms = [
@@ -109,20 +107,20 @@ def test_every_form_of_an_image_gives_the_same(predictor: SOLOv2, tmp_path: Path
 
 
 def test_predict_in_batches(predictor: SOLOv2) -> None:
-    """Images of one padded size: the batch size changes nothing."""
+    """For images of one padded size the batch size does not matter."""
     given = [picture(64, 96, seed) for seed in range(3)]
     single, batched = predictor.predict(given), predictor.predict(given, batch_size=2)
     for one, other in zip(single, batched, strict=True):
         assert torch.allclose(one["scores"], other["scores"], atol=1e-4)
 
 
-def test_what_counts_as_images(predictor: SOLOv2) -> None:
+def test_single_images_generators_and_mistakes(predictor: SOLOv2) -> None:
     given = [picture(64, 96), picture(40, 80, seed=1)]
     (first, second), (again, last) = predictor.predict(given), predictor.predict(image for image in given)
     assert torch.equal(first["masks"], again["masks"]) and torch.equal(second["masks"], last["masks"])
     assert torch.equal(predictor.preprocess(given[0])[0], predictor.preprocess(given[:1])[0])
     for batch_size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        with pytest.raises(ValueError, match=f"batch_size .*{batch_size}"):
             predictor.predict(given, batch_size=batch_size)
     with pytest.raises(TypeError, match="not NoneType"):
         predictor.predict([None])
@@ -171,7 +169,7 @@ def test_predict_keeps_the_mode_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_of_a_half_type_predicts(dtype: torch.dtype) -> None:
+def test_half_precision_model_predicts(dtype: torch.dtype) -> None:
     model = lively(tiny_model("deformable everywhere", input_scale=(96, 64)))
     (wanted,), (result,) = model.predict(picture(64, 96)), model.to(dtype).predict(picture(64, 96))
     assert result["scores"].dtype == result["boxes"].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Target assignment is that of the reference to the last cell, and its contract holds at the edges."""
+"""Target assignment matches the reference cell by cell, and its contract holds in edge cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.training_parity import SCENES, TARGETS, assert_targets, scene_assig
 from solov2.targets import TargetAssigner
 
 
-def test_all_scenes_are_here() -> None:
+def test_all_scenes_are_present() -> None:
     assert len(SCENES) == TARGETS["stats"]["scenes"] == 55
     assert sum(len(scene["labels"]) for scene in SCENES.values()) == TARGETS["stats"]["gts"]
 
@@ -23,8 +23,8 @@ def test_cells_categories_and_masks(name: str, ranges: str) -> None:
     assert_targets(SCENES[name], ranges)
 
 
-def test_a_batch_is_its_images_one_after_another() -> None:
-    """Images are numbered, instances are counted through the batch, everything else stays."""
+def test_a_batch_concatenates_its_images() -> None:
+    """Images are numbered and instances are numbered across the batch; everything else is per image."""
     by_size = sorted(SCENES.values(), key=lambda scene: scene["pad_shape"])
     padded, scenes = max(
         ((size, list(group)) for size, group in groupby(by_size, lambda scene: scene["pad_shape"])),
@@ -78,8 +78,8 @@ def test_shapes_and_dtypes_without_instances() -> None:
     assert (targets["positives"][:, 0] == 1).all() and (targets["positives"][:, 2] == 0).all()
 
 
-def test_bool_masks_are_masks_too() -> None:
-    """What torchvision and `SOLOv2.predict` call masks."""
+def test_bool_masks() -> None:
+    """As in torchvision and in the results of `SOLOv2.predict`."""
     truth = square(20, 10, 31)
     wanted = small_assigner()([truth], (64, 96))
     targets = small_assigner()([{**truth, "masks": truth["masks"].bool()}], (64, 96))
@@ -112,7 +112,7 @@ def test_a_later_instance_takes_the_category_and_both_keep_their_masks() -> None
     assert len(owners) == 2 * (targets["category"] == 0).sum()
 
 
-def test_the_image_lies_in_the_corner_of_the_padded_batch() -> None:
+def test_targets_refer_to_the_padded_size() -> None:
     """Cells and masks refer to the padded size, whatever the image's own size."""
     large, small = small_assigner()([square(20, 10, 12)], (64, 96)), square(20, 10, 12, size=(30, 40))
     padded = small_assigner()([small], (64, 96))
@@ -121,7 +121,7 @@ def test_the_image_lies_in_the_corner_of_the_padded_batch() -> None:
 
 
 def test_extents_change_nothing() -> None:
-    """They only say where a mask may have pixels; an empty mask gets no cell although its box has area."""
+    """Extents only bound the pixels of a mask; an empty mask gets no cell although its box has an area."""
     truth = square(20, 10, 12)
     truth = {key: torch.cat([value, value]) for key, value in truth.items()}
     truth["masks"][1] = 0
@@ -139,6 +139,6 @@ def test_instances_are_left_untouched() -> None:
     assert all(torch.equal(truth[key], copies[key]) for key in truth)
 
 
-def test_grids_and_ranges_must_belong_together() -> None:
+def test_grid_sizes_and_scale_ranges_must_match() -> None:
     with pytest.raises(ValueError, match="2 grid sizes but 1 scale ranges"):
         TargetAssigner((8, 4), [(1, 20)], num_classes=3)

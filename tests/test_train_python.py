@@ -1,4 +1,4 @@
-"""`solov2.train()`: what it returns, what it takes, and that mistakes are exceptions of ours."""
+"""`solov2.train()`: its result, its arguments, and its exceptions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TINY = load_config("quickstart", SETTINGS)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(data, result) of two epochs."""
+    """(data, result) of a run of two epochs."""
     root = tmp_path_factory.mktemp("python")
     result = solov2.train(TINY, data=root / "shapes", output=root / "run", device="cpu", epochs=2, learning_rate=0.001)
     return root / "shapes", result
 
 
-def test_what_it_returns(run):
+def test_the_result(run):
     _, result = run
     assert isinstance(result, solov2.TrainResult)
     assert result.last == result.folder / "last.pth" and result.last.is_file()
@@ -42,15 +42,15 @@ def test_what_it_returns(run):
     assert solov2.build_model(weights=checkpoint).class_names == checkpoint.class_names
 
 
-def test_settings_go_by_their_names_alone():
+def test_setting_names_are_unique():
     names = Counter(entry.name for section in SECTIONS.values() for entry in fields(section))
     assert [name for name, count in names.items() if count > 1] == []
-    # nor may one be an argument of train or build_model
+    # Nor may a setting have the name of an argument of train or build_model.
     assert not names.keys() & {"name_or_config", "data", "weights", "output", "resume", "device", "overwrite"}
 
 
 def test_named_files_resume_and_weights(run, tmp_path):
-    """The four paths instead of a folder; fine-tuning from a checkpoint that was read before; going on to the bit."""
+    """Four paths instead of a folder; fine-tuning from a checkpoint in memory; resuming without the configuration."""
     data, result = run
     paths = {
         f"{split}_{kind}": data
@@ -67,20 +67,20 @@ def test_named_files_resume_and_weights(run, tmp_path):
     whole = solov2.train(TINY, data=paths, weights=result.last, output=tmp_path / "b", shapes=False, epochs=2, **quick)
     one, two = (read_checkpoint(each.last) for each in (resumed, whole))
     assert one.training.position == (2, 0)
-    # The same recipe but for the cosine's length: the first epochs differ in the learning rate alone.
+    # Not the same weights: the cosine has another length, so the first epochs differ in the learning rate.
     assert one.weights.keys() == two.weights.keys() and one.class_names == two.class_names
 
 
-def test_mistakes_are_exceptions(run, tmp_path):
+def test_user_errors_are_exceptions(run, tmp_path):
     data, result = run
     for words, named in (
         ({"epoch": 3}, "'epoch'.*epochs"),
         ({"epochs": 0}, "train.epochs"),
         ({"data": {"train": "x"}}, "'train'"),
-        ({"output": result.folder}, "already holds files"),
+        ({"output": result.folder}, f"{result.folder} .*--overwrite"),
         ({"weights": "none.pth"}, "none.pth"),
         ({"device": "warp9"}, "warp9"),
-        ({"resume": True}, "nothing to resume"),
+        ({"resume": True}, str(tmp_path / "x")),
         ({"fpn_channels": 64, "weights": result.last}, "does not fit"),
     ):
         with pytest.raises(InputError, match=named):
@@ -88,14 +88,14 @@ def test_mistakes_are_exceptions(run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_signal_is_an_exception_with_the_way_on(run, tmp_path, monkeypatch):
+def test_a_signal_is_an_exception_that_tells_how_to_resume(run, tmp_path, monkeypatch):
     data, _ = run
 
-    def told(_path, **_options):
+    def signaled(_path, **_options):
         os.kill(os.getpid(), signal.SIGTERM)
         return torch.zeros(3, 64, 64, dtype=torch.uint8)
 
-    monkeypatch.setattr("solov2.data.coco.read_image", told)
+    monkeypatch.setattr("solov2.data.coco.read_image", signaled)
     with pytest.raises(Stopped, match=f"SIGTERM.*--output {tmp_path}") as stopped:
         solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=0)
     assert stopped.value.code == STOPPED and isinstance(stopped.value, RunFailed)
@@ -104,7 +104,7 @@ def test_a_signal_is_an_exception_with_the_way_on(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_that_fails_leaves_no_process(run, tmp_path, monkeypatch, workers):
-    """Loading processes pass over the SIGTERM of Python's end: a script would never end."""
+    """Workers ignore the SIGTERM that Python sends them on exit, so a script would never end."""
     data, _ = run
     before = set(multiprocessing.active_children())
     with monkeypatch.context() as patch:
@@ -114,7 +114,7 @@ def test_a_run_that_fails_leaves_no_process(run, tmp_path, monkeypatch, workers)
     assert set(multiprocessing.active_children()) == before
 
 
-def test_an_interruption_tells_the_way_on(run, tmp_path, monkeypatch):
+def test_an_interruption_tells_whether_there_is_a_checkpoint(run, tmp_path, monkeypatch):
     data, _ = run
 
     def interrupt(*_arguments, **_options):
@@ -125,7 +125,7 @@ def test_an_interruption_tells_the_way_on(run, tmp_path, monkeypatch):
         solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=0)
 
 
-def test_what_cannot_be_resumed_is_refused_before_anything_is_emptied(run, tmp_path):
+def test_a_failed_resume_does_not_clear_the_folder(run, tmp_path):
     data, result = run
     (tmp_path / "run").mkdir()
     for name in ("log.jsonl", "mine.txt"):
@@ -134,9 +134,9 @@ def test_what_cannot_be_resumed_is_refused_before_anything_is_emptied(run, tmp_p
     replace(read_checkpoint(result.last), training=None).save(weights)
     words = {"data": data, "output": tmp_path / "run", "device": "cpu", "overwrite": True}
     for more, named in (
-        ({"resume": weights}, "no checkpoint of a training run"),
-        ({"resume": ""}, "nothing to resume"),
-        ({"resume": result.last, "epochs": 1}, "past the end"),
+        ({"resume": weights}, "weights.pth is not a checkpoint of a training run.*--weights"),
+        ({"resume": ""}, "nothing to resume: . is not a file"),
+        ({"resume": result.last, "epochs": 1}, "last.pth is in epoch 3.* 1 epoch;.*--epochs"),
         ({"resume": result.last, "optimizer": "sgd"}, "adamw"),
     ):
         with pytest.raises(InputError, match=named):
@@ -144,7 +144,7 @@ def test_what_cannot_be_resumed_is_refused_before_anything_is_emptied(run, tmp_p
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "mine.txt"]
 
 
-def test_a_path_that_is_named_beside_the_folder_stays(tmp_path):
+def test_an_explicit_path_takes_precedence_over_the_folder(tmp_path):
     kept, stale = "/elsewhere/a.json", "/old/train2017"
     config = override_config(TINY, {"train_annotations": kept, "train_images": stale})
     located = locate_data(config, tmp_path, chosen={"data.train_annotations": kept}).data

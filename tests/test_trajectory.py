@@ -1,4 +1,4 @@
-"""Training steps of whole networks: losses, gradients and updated weights follow the reference, step by step."""
+"""Training steps of complete models: losses, gradients and updated weights match the reference in every step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def assert_losses(losses: dict[str, torch.Tensor], step: dict[str, float], toler
 def assert_gradients(
     model: SOLOv2, gradients: dict[str, torch.Tensor], stored: dict[str, Any], tolerance: float
 ) -> None:
-    """Every trainable parameter has the reference's gradient norm, every frozen one no gradient."""
+    """Every trainable parameter has the gradient norm of the reference; no frozen one has a gradient."""
     norms = {mmdet_name(name): gradient.double().norm().item() for name, gradient in gradients.items()}
     assert norms == pytest.approx(stored["grad_l2_first_step"], rel=tolerance)
     assert len(norms) == stored["trainable"]
@@ -29,7 +29,7 @@ def assert_gradients(
 
 
 def test_first_steps() -> None:
-    """Two steps of light R18 in float32 and the forward pass of the third, which sees the momentum of the second."""
+    """Two steps of light R18 in float32, and the losses of the third, which depend on the momentum of the second."""
     stored = TRAJECTORIES["trajectory"]
     model = start_of_trajectory(stored, torch.float32)
     for step, (losses, norm, gradients) in zip(stored["steps"][:2], trajectory_steps(model, stored)):
@@ -42,8 +42,8 @@ def test_first_steps() -> None:
         assert_losses(trajectory_losses(model, stored), stored["steps"][2], 3e-5)
 
 
-# The reference's own float32 run lies within 3e-5 (losses, gradient norms) and 5e-8 (weights) of its float64 run;
-# gradient norms of another float32 run within 5e-5.
+# The reference's float32 run is within 3e-5 (losses, gradient norms) and 5e-8 (weights) of its float64 run, and the
+# gradient norms of another float32 run are within 5e-5.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "norm_tolerance", "weight_tolerance"),

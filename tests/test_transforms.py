@@ -1,4 +1,4 @@
-"""Resizing, flips and transposition keep image, masks and boxes together; randomness depends on the position only."""
+"""Resizing, flips and transposition keep image, masks and boxes consistent; randomness depends only on the position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOXES = torch.tensor([[3.0, 5, 20, 12], [0, 0, 30, 40], [10, 20, 11, 39]])
 
 
 def make_sample(height: int = 40, width: int = 30, seed: int = 0) -> dict:
-    """Rectangles whose mask is their box; the image is brightest inside the first one."""
+    """Instances whose mask fills their box; the image is brightest inside the first one."""
     image = torch.randint(0, 100, (3, height, width), dtype=torch.uint8, generator=seeded_generator(seed))
     masks = torch.zeros(len(BOXES), height, width, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, BOXES.int().tolist()):
@@ -59,20 +59,20 @@ def equal(first: dict, second: dict) -> bool:
     )
 
 
-def check_together(sample: dict) -> None:
-    """Boxes and extents are those of the masks, and the bright pixels are those of the first mask."""
+def assert_consistent(sample: dict) -> None:
+    """Boxes and extents match the masks, and the bright pixels are those of the first mask."""
     assert torch.equal(sample["boxes"], masks_to_boxes(sample["masks"]))
     assert torch.equal(sample["extents"], sample["boxes"].long())
     assert torch.equal(sample["image"].amin(0) >= 200, sample["masks"][0].bool())
 
 
-def test_flips_and_transposition_move_everything_together():
+def test_flips_and_transposition_keep_samples_consistent():
     sample = make_sample()
     for horizontal in (False, True):
         for vertical in (False, True):
             flipped = flip_sample(sample, horizontal=horizontal, vertical=vertical)
-            check_together(flipped)
-            check_together(transpose_sample(flipped))
+            assert_consistent(flipped)
+            assert_consistent(transpose_sample(flipped))
     assert torch.equal(flip_sample(sample, horizontal=True, vertical=False)["image"], sample["image"].flip(2))
     assert torch.equal(flip_sample(sample, horizontal=False, vertical=True)["image"], sample["image"].flip(1))
     both = flip_sample(sample, horizontal=True, vertical=True)
@@ -98,10 +98,10 @@ def test_resize_doubles_exactly():
     assert resized["original_size"] == (40, 30) and resized["image_id"] == 9
 
 
-def test_boxes_take_the_actual_factors_and_are_clipped():
+def test_boxes_are_scaled_by_the_actual_factors_and_clipped():
     sample = make_sample()
     sample["boxes"] = torch.tensor([[-6.0, -4, 15, 20], [15, 10, 99, 99], [40, 1, 50, 2]])
-    boxes = resize_sample(sample, (60, 40))["boxes"]  # 1.5 down, 4/3 across
+    boxes = resize_sample(sample, (60, 40))["boxes"]  # factors 1.5 vertically, 4/3 horizontally
     assert torch.allclose(boxes, torch.tensor([[0, 0, 20, 30], [20, 15, 40, 60], [40, 1.5, 40, 3]]))
 
 
@@ -149,7 +149,7 @@ def test_train_transform_draws_every_scale_and_flip():
         flipped = result["boxes"][0, 0] / result["image"].shape[2] > 0.2
         seen.add((tuple(result["image"].shape[1:]), bool(flipped)))
         assert result["image"].dtype == result["masks"].dtype == torch.uint8
-    sizes = [(40, 30), (60, 45), (70, 53)]  # the long edge wins at 60
+    sizes = [(40, 30), (60, 45), (70, 53)]  # the long edge limits 60
     assert seen == {(size, flipped) for size in sizes for flipped in (False, True)}
 
 
@@ -163,11 +163,11 @@ def test_flip_probability():
     assert all(equal(r, flip_sample(make_sample(), horizontal=True, vertical=False)) for r in results[5:])
 
 
-def test_dihedral_reaches_all_eight_pictures():
+def test_dihedral_yields_all_eight_orientations():
     transform = TrainTransform(scales=[30], max_size=99, dihedral=True)
     results = [transform(make_sample(), seeded_generator(i)) for i in range(80)]
     for result in results:
-        check_together(result)
+        assert_consistent(result)
     assert len({(result["image"].shape, result["image"].contiguous().numpy().tobytes()) for result in results}) == 8
 
 
@@ -187,14 +187,14 @@ class Samples(Dataset):
 def test_randomness_comes_from_seed_epoch_and_position_only():
     transform = TrainTransform(scales=[30, 35, 40, 45, 50], max_size=99, dihedral=True)
 
-    def pictures(seed: int, epoch: int) -> list[dict]:
+    def samples(seed: int, epoch: int) -> list[dict]:
         dataset = TransformedDataset(Samples(), transform, seed=seed)
         return [dataset[0, epoch, position] for position in range(12)]
 
-    reference = pictures(3, 1)
+    reference = samples(3, 1)
     torch.manual_seed(99)
-    assert all(equal(a, b) for a, b in zip(reference, pictures(3, 1)))
-    for other in (pictures(4, 1), pictures(3, 2)):
+    assert all(equal(a, b) for a, b in zip(reference, samples(3, 1)))
+    for other in (samples(4, 1), samples(3, 2)):
         assert sum(equal(a, b) for a, b in zip(reference, other)) < 6
     assert sum(equal(a, reference[0]) for a in reference) < 6
 
@@ -205,7 +205,7 @@ def test_plain_index_is_epoch_0_at_its_own_position():
     assert all(equal(dataset[index], dataset[index, 0, index]) for index in range(4))
 
 
-def test_seeds_are_mixed():
+def test_seeds_are_hashed():
     draws = {
         torch.rand(1, generator=seeded_generator(*values)).item()
         for values in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (10, 0, 0), (1, 0), (0,)]

@@ -1,4 +1,4 @@
-"""Every setting refuses what it cannot mean, wherever the value comes from, with its name, its range and the value."""
+"""Every setting rejects invalid values, wherever they come from; the message has its name, its range and the value."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from solov2.errors import InputError
 from solov2.models.resnet import ARCHITECTURES
 from solov2.settings import PostprocessSettings, rules
 
-# (setting, value, what the sentence says beside the setting)
-NONSENSE = [
+# (setting, value, words in the message besides the setting)
+INVALID = [
     ("train.clip_norm", -1, "at least 0 -1"),
     ("train.learning_rate", math.nan, "above 0 nan"),
     ("train.learning_rate", math.inf, "finite above 0 inf"),
@@ -73,7 +73,7 @@ NONSENSE = [
     ("model.mask_feature_channels", 100, "32 100"),
     ("model.input_scale", [0, 0], "2 integers 1 32768 [0, 0]"),
     ("model.input_scale", (800, 1333), "long short [800, 1333]"),
-    ("model.scale_ranges", [[96, 1], *[[1, 96]] * 4], "lowest below highest [[96.0, 1.0], [1.0, 96.0],"),
+    ("model.scale_ranges", [[96, 1], *[[1, 96]] * 4], "min below max [[96.0, 1.0], [1.0, 96.0],"),
     ("model.scale_ranges", [[1, 96]], "5 lists of 2 [[1, 96]]"),
     ("model.frozen_stages", 5, "0 to 4 5"),
     ("model.backbone", "resnet152", "resnet50 resnet101 'resnet152'"),
@@ -81,7 +81,7 @@ NONSENSE = [
 
 
 def refused(action: Callable[[], Any], *words: str) -> str:
-    """The sentence of an error, which must hold some words."""
+    """The message of the InputError, which must be one line and contain the given words."""
     with pytest.raises(InputError) as error:
         action()
     message = str(error.value)
@@ -89,14 +89,14 @@ def refused(action: Callable[[], Any], *words: str) -> str:
     return message
 
 
-@pytest.mark.parametrize(("name", "value", "words"), NONSENSE)
-def test_nonsense_is_refused(name: str, value: Any, words: str) -> None:
+@pytest.mark.parametrize(("name", "value", "words"), INVALID)
+def test_invalid_values_are_rejected(name: str, value: Any, words: str) -> None:
     section, _, entry = name.partition(".")
     refused(lambda: SECTIONS[section](**{entry: value}), name, *words.split())
     refused(lambda: override_config(Config(), {name: value}), f"solov2_r50_fpn_1x: {name}", *words.split())
 
 
-def test_values_that_do_not_go_together() -> None:
+def test_values_that_contradict_each_other() -> None:
     refused(lambda: ModelConfig(tower_depth=2, deformable_tower_convs=3), "model.deformable_tower_convs", "2", "3")
     refused(
         lambda: ModelConfig(backbone="resnext101_64x4d", backbone_width=8), "model.backbone_width", "at least 16", "8"
@@ -105,7 +105,7 @@ def test_values_that_do_not_go_together() -> None:
     assert ModelConfig(backbone="resnet10", backbone_width=8) and ModelConfig(input_scale=(64, 64))
 
 
-def test_every_door_is_guarded(tmp_path: Path) -> None:
+def test_every_way_to_set_a_value_validates_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("train: {momentum: 5}\n")
     refused(lambda: load_config(path), "mine.yaml: train.momentum", "below 1", "5")
@@ -136,12 +136,12 @@ def fields() -> Iterator[tuple[str, dataclasses.Field, Any]]:
             yield f"{section}.{entry.name}", entry, kinds[entry.name]
 
 
-# No wrong value of these may meet another rule first, and no right one may contradict a default.
+# So that no invalid value violates another rule first, and no valid one contradicts a default.
 BASE = Config(model=ModelConfig(head_norm="batch"))
 
 
 def set_to(name: str, value: Any) -> Any:
-    """What a setting holds after it was set."""
+    """The value of a setting after setting it."""
     section, _, entry = name.partition(".")
     return getattr(getattr(override_config(BASE, {name: value}), section), entry)
 
@@ -162,7 +162,7 @@ def wrong_types(kind: Any) -> list[Any]:
 
 
 def with_number(value: Any, number: float, *, last: bool) -> Any:
-    """The number, or a nested list with its first or its last number replaced."""
+    """`number`, or a copy of the nested list `value` with its first or last number replaced."""
     if not isinstance(value, tuple):
         return number
     changed = [list(item) if isinstance(item, tuple) else item for item in value]
@@ -172,7 +172,7 @@ def with_number(value: Any, number: float, *, last: bool) -> Any:
 
 
 def number_type(kind: Any) -> type | None:
-    """int or float of a number or a nested list of them, None of anything else."""
+    """int or float for numbers and nested lists of numbers, None for anything else."""
     while typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
     return kind if kind in (int, float) else None
@@ -185,7 +185,7 @@ EVERY_SETTING = pytest.mark.parametrize(
 
 @EVERY_SETTING
 def test_types_and_choices(name: str, entry: dataclasses.Field, kind: Any) -> None:
-    assert entry.metadata["doc"], f"{name} is not explained"
+    assert entry.metadata["doc"], f"{name} has no doc"
     assert set_to(name, entry.default) == entry.default
     for value in wrong_types(kind):
         refused(lambda value=value: set_to(name, value), name, "must be", "got")
@@ -199,7 +199,7 @@ def test_types_and_choices(name: str, entry: dataclasses.Field, kind: Any) -> No
 
 @EVERY_SETTING
 def test_bounds(name: str, entry: dataclasses.Field, kind: Any) -> None:
-    """What lies beside each bound, and the bound itself; not-a-number and infinity nowhere."""
+    """Values on both sides of each bound, the bound itself, NaN and infinity."""
     wanted = number_type(kind)
     if wanted is None:
         return
@@ -220,7 +220,7 @@ def test_bounds(name: str, entry: dataclasses.Field, kind: Any) -> None:
             words = [str(bound) for bound in limits.values() if bound is not None]
             refused(lambda given=given: set_to(name, given), name, *words, str(value))
     for value in good:
-        last = name == "model.input_scale" and value < 800  # whose long edge is the longer one
+        last = name == "model.input_scale" and value < 800  # its long edge must not be shorter than the short edge
         given = with_number(entry.default, value, last=last)
         assert plain(set_to(name, given)) == plain(given)
 
@@ -230,7 +230,7 @@ def plain(value: Any) -> Any:
 
 
 def test_numbers_are_converted() -> None:
-    """A list, an integer, the text that YAML 1.1 makes of 1e-4, numpy's scalars, a path."""
+    """Lists, integers, 1e-4 as YAML 1.1 reads it (text), numpy scalars, and paths."""
     train = TrainConfig(learning_rate="1e-4", clip_norm=35, seed=np.int64(3), momentum=np.float32(0.5), step_epochs=[2])
     assert (train.learning_rate, train.clip_norm, train.momentum, train.step_epochs) == (1e-4, 35.0, 0.5, (2,))
     assert type(train.clip_norm) is type(train.momentum) is float and type(train.seed) is int
@@ -240,24 +240,24 @@ def test_numbers_are_converted() -> None:
     assert hash(model) == hash(ModelConfig(scale_ranges=((1, 2),) * 5))
 
 
-def test_limits_that_zero_takes_away() -> None:
+def test_limits_that_zero_disables() -> None:
     limits = "clip_norm checkpoint_steps max_candidates max_instances evaluate_every ema_decay workers".split()
     config = override_config(Config(), dict.fromkeys(limits, 0))
     assert config.model.max_instances == config.train.clip_norm == config.data.workers == 0
 
 
-def test_backbones_are_those_that_exist() -> None:
+def test_backbone_choices_are_the_implemented_ones() -> None:
     assert typing.get_args(rules(ModelConfig)["backbone"].kind) == tuple(ARCHITECTURES)
 
 
-def test_every_named_configuration_holds() -> None:
+def test_every_named_configuration_survives_a_yaml_round_trip() -> None:
     for name in list_models():
         config = load_config(name)
         assert Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
-def test_a_value_is_shown_by_its_beginning() -> None:
-    """A few anchors make a list that would be gigabytes long if it were written out."""
+def test_long_values_are_truncated_in_messages() -> None:
+    """A few YAML anchors can make a list that would print as gigabytes."""
     bomb: list[Any] = ["x" * 1000]
     for _ in range(30):
         bomb = [bomb] * 10

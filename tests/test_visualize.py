@@ -1,4 +1,4 @@
-"""Pictures: colors where the masks are, labels whole and apart, nothing else touched."""
+"""Drawing: masks are filled, labels are complete and do not overlap, and the rest of the image does not change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result_of(*boxes: tuple[int, int, int, int], scores: bool = True) -> dict[st
 
 
 def label_rectangles(picture: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
-    """x0, y0, x1, y1 of each label: only it, and the thin line to its mask, have the very color of the instance."""
+    """Box (x0, y0, x1, y1) of each label, found by the exact color of its instance, which masks only have blended."""
     pixels, found = np.array(picture), []
     for index in range(count):
         exact = (pixels == instance_color(index)).all(2)
@@ -44,7 +44,7 @@ def overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def test_masks_are_tinted_and_the_rest_stays() -> None:
+def test_masks_are_tinted_and_the_rest_does_not_change() -> None:
     picture = draw_instances(GRAY, result_of((100, 100, 300, 250)), NAMES)
     pixels = np.array(picture)
     expected = (1 - FILL) * 120 + FILL * np.array(instance_color(0))
@@ -54,7 +54,7 @@ def test_masks_are_tinted_and_the_rest_stays() -> None:
     assert GRAY.getextrema() == ((120, 120),) * 3
 
 
-def test_nothing_to_draw_leaves_the_picture_alone() -> None:
+def test_nothing_to_draw_does_not_change_the_image() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     empty = result_of() | {"boxes": torch.zeros(0, 4)}
     assert draw_instances(noise, empty, NAMES).tobytes() == noise.tobytes()
@@ -64,20 +64,20 @@ def test_nothing_to_draw_leaves_the_picture_alone() -> None:
     assert draw_instances(noise, low, NAMES, score_threshold=0.2).tobytes() != noise.tobytes()
 
 
-def test_an_empty_mask_is_passed_over() -> None:
+def test_an_empty_mask_is_skipped() -> None:
     both = draw_instances(GRAY, result_of((0, 0, 0, 0), (100, 100, 200, 200)), NAMES)
     pixels = np.array(both)
     assert tuple(pixels[5, 5]) == (120, 120, 120)
     assert tuple(pixels[150, 150]) != (120, 120, 120)
 
 
-def test_runs_and_planes_give_the_same_picture() -> None:
+def test_rle_and_bool_masks_give_the_same_picture() -> None:
     result = result_of((20, 30, 200, 220), (150, 10, 390, 290))
-    runs = {**result, "masks": encode_rle(result["masks"])}
-    assert draw_instances(GRAY, runs, NAMES).tobytes() == draw_instances(GRAY, result, NAMES).tobytes()
+    encoded = {**result, "masks": encode_rle(result["masks"])}
+    assert draw_instances(GRAY, encoded, NAMES).tobytes() == draw_instances(GRAY, result, NAMES).tobytes()
 
 
-def test_all_forms_of_images(tmp_path: Path) -> None:
+def test_all_image_types(tmp_path: Path) -> None:
     GRAY.save(tmp_path / "gray.png")
     array = np.array(GRAY)
     forms = [tmp_path / "gray.png", str(tmp_path / "gray.png"), array, torch.from_numpy(array).permute(2, 0, 1)]
@@ -87,7 +87,7 @@ def test_all_forms_of_images(tmp_path: Path) -> None:
     assert (array == 120).all()
 
 
-def test_small_instances_lie_on_top_and_keep_their_color() -> None:
+def test_small_instances_are_on_top_and_keep_their_color() -> None:
     small, large = (180, 180, 230, 230), (50, 100, 350, 290)
     for boxes, rank in (((small, large), 0), ((large, small), 1)):
         pixels = np.array(draw_instances(GRAY, result_of(*boxes), NAMES)).astype(float)
@@ -95,14 +95,14 @@ def test_small_instances_lie_on_top_and_keep_their_color() -> None:
             assert np.abs(pixels[point] - ((1 - FILL) * 120 + FILL * np.array(color))).max() <= 1
 
 
-def test_labels_stay_apart_in_a_crowd() -> None:
+def test_labels_of_a_crowd_do_not_overlap() -> None:
     boxes = [(x, y, x + 12, y + 12) for y in (130, 150, 170) for x in (180, 200, 220)]
     rectangles = label_rectangles(draw_instances(GRAY, result_of(*boxes), NAMES), len(boxes))
     assert not any(overlap(one, other) for one, other in combinations(rectangles, 2))
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (WIDTH - 14, 0), (0, HEIGHT - 14), (WIDTH - 14, HEIGHT - 14)])
-def test_labels_at_the_edge_are_whole(corner: tuple[int, int]) -> None:
+def test_labels_at_the_edge_are_complete(corner: tuple[int, int]) -> None:
     x, y = corner
     (edge,) = label_rectangles(draw_instances(GRAY, result_of((x, y, x + 14, y + 14)), NAMES), 1)
     (middle,) = label_rectangles(draw_instances(GRAY, result_of((200, 150, 214, 164)), NAMES), 1)
@@ -110,7 +110,7 @@ def test_labels_at_the_edge_are_whole(corner: tuple[int, int]) -> None:
     assert overlap((edge[0] - 20, edge[1] - 20, edge[2] + 20, edge[3] + 20), (x, y, x + 14, y + 14))
 
 
-def test_without_scores_everything_is_drawn_with_shorter_labels() -> None:
+def test_without_scores_all_instances_are_drawn_with_shorter_labels() -> None:
     boxes = ((100, 100, 300, 250),)
     scored = label_rectangles(draw_instances(GRAY, result_of(*boxes), NAMES), 1)[0]
     plain = label_rectangles(draw_instances(GRAY, result_of(*boxes, scores=False), NAMES, score_threshold=1.0), 1)[0]
@@ -142,10 +142,10 @@ def test_colors_are_distinct_and_fixed() -> None:
     assert instance_color(1000) == instance_color(1000)
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_arguments_are_named() -> None:
     with pytest.raises(InputError, match=r"\(300, 400\).* \(100, 100\)"):
         draw_instances(GRAY.resize((100, 100)), result_of((0, 0, 9, 9)), NAMES)
-    with pytest.raises(InputError, match="label 1 has no name"):
+    with pytest.raises(InputError, match="label 1 .*class_names.* 1"):
         draw_instances(GRAY, result_of((0, 0, 9, 9), (20, 20, 29, 29)), NAMES[:1])
     with pytest.raises(InputError, match="at least one pair"):
         contact_sheet([])

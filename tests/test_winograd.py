@@ -1,4 +1,4 @@
-"""Winograd convolutions are the plain ones: results, gradients, and when they step aside."""
+"""Winograd convolutions equal plain ones in results and gradients, and are used only where intended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from solov2.config import load_config
 from solov2.models import winograd
 from solov2.models.head import SOLOv2Head
 from solov2.models.optimize import use_winograd
-from solov2.models.winograd import MIN_TILES, MIN_TRAINED_TILES, WinogradConv2d, on_every_level, transforms
+from solov2.models.winograd import MIN_TILES, MIN_TRAINING_TILES, WinogradConv2d, convolve_levels_jointly, transforms
 
 SIZES = [(16, 16), (13, 22), (40, 9), (5, 70), (8, 8)]
 
@@ -24,7 +24,7 @@ SIZES = [(16, 16), (13, 22), (40, 9), (5, 70), (8, 8)]
 def gradients(conv: nn.Module, maps: list[Tensor]) -> list[Tensor]:
     """Results of a convolution on every map, and the gradients of maps, weight and bias."""
     maps = [x.clone().requires_grad_() for x in maps]
-    results = on_every_level(conv, maps)
+    results = convolve_levels_jointly(conv, maps)
     generator = torch.Generator().manual_seed(1)
     given = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in results]
     return [*results, *torch.autograd.grad(results, [*maps, *conv.parameters()], given)]
@@ -38,39 +38,39 @@ def test_transforms_filter_exactly() -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_maps_gain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small maps take this way too, so that the tests are quick; but for the test of where it begins."""
+def use_for_small_maps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use Winograd for small maps, too, to keep the tests quick; except in the test of where it begins."""
     if "stay_plain" not in request.node.name:
-        monkeypatch.setattr(winograd, "MIN_TRAINED_TILES", MIN_TILES)
+        monkeypatch.setattr(winograd, "MIN_TRAINING_TILES", MIN_TILES)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_results_and_gradients_are_those_of_the_convolution(
+def test_results_and_gradients_equal_those_of_the_convolution(
     batch: int, size: tuple[int, int], layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 96, 3, padding=1, bias=batch == 3).double()
     x = torch.randn(batch, 64, *size, dtype=torch.float64).contiguous(memory_format=layout)
     expected = gradients(conv, [x])
-    for own, plain in zip(gradients(WinogradConv2d.of(conv), [x]), expected, strict=True):
+    for own, plain in zip(gradients(WinogradConv2d.from_conv(conv), [x]), expected, strict=True):
         assert (own - plain).abs().max() <= 1e-12 * max(1, plain.std(correction=0))
     conv = conv.float()
-    for own, plain in zip(gradients(WinogradConv2d.of(conv), [x.float()]), expected, strict=True):
+    for own, plain in zip(gradients(WinogradConv2d.from_conv(conv), [x.float()]), expected, strict=True):
         assert (own - plain).abs().max() <= 1e-4 * max(1, plain.std(correction=0))
 
 
 def test_several_maps_in_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the pieces of work end inside a map, and where one row of tiles is more than a piece should be."""
+    """Also where chunks end inside a map, and where a single row of tiles exceeds the chunk size."""
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 64, 3, padding=1).double()
     maps = [torch.randn(2, 64, side, side + 3, dtype=torch.float64) for side in (24, 9, 4, 1)]
     expected = gradients(conv, maps)
     for values in (2**21, 3 * 36 * 64 * 2 * 7, 1):
-        monkeypatch.setattr(winograd, "VALUES_AT_ONCE", values)
-        monkeypatch.setattr(winograd, "VALUES_PER_GRADIENT", values)
-        for own, plain in zip(gradients(WinogradConv2d.of(conv), maps), expected, strict=True):
+        monkeypatch.setattr(winograd, "CHUNK_VALUES", values)
+        monkeypatch.setattr(winograd, "GRADIENT_CHUNK_VALUES", values)
+        for own, plain in zip(gradients(WinogradConv2d.from_conv(conv), maps), expected, strict=True):
             assert (own - plain).abs().max() <= 1e-12 * max(1, plain.std())
 
 
@@ -82,37 +82,37 @@ def test_small_maps_evaluation_and_other_convolutions_stay_plain() -> None:
         nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
     ):
-        assert not WinogradConv2d.pays_for(conv)
+        assert not WinogradConv2d.is_suitable(conv)
     conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
-    own = WinogradConv2d.of(conv)
+    own = WinogradConv2d.from_conv(conv)
     assert own.weight is conv.weight and own.bias is conv.bias
 
-    def computes_its_own_way(tiles: int) -> bool:
+    def uses_winograd(tiles: int) -> bool:
         x = torch.randn(1, 64, 4, 4 * tiles)
         return not torch.equal(own(x), conv(x))
 
-    assert computes_its_own_way(MIN_TRAINED_TILES) and not computes_its_own_way(MIN_TRAINED_TILES - 1)
+    assert uses_winograd(MIN_TRAINING_TILES) and not uses_winograd(MIN_TRAINING_TILES - 1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not computes_its_own_way(MIN_TRAINED_TILES)
+        assert not uses_winograd(MIN_TRAINING_TILES)
     own.eval()
-    assert not computes_its_own_way(MIN_TRAINED_TILES)
+    assert not uses_winograd(MIN_TRAINING_TILES)
     own.prepare()
-    assert computes_its_own_way(MIN_TILES) and not computes_its_own_way(MIN_TILES - 1)
+    assert uses_winograd(MIN_TILES) and not uses_winograd(MIN_TILES - 1)
     assert own(torch.randn(1, 64, 16, 16)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_inputs_stay_and_unneeded_gradients_are_not_computed() -> None:
-    conv = WinogradConv2d.of(nn.Conv2d(64, 64, 3, padding=1))
+    conv = WinogradConv2d.from_conv(nn.Conv2d(64, 64, 3, padding=1))
     x = torch.randn(1, 64, 20, 20)
     before = x.clone()
     conv(x).sum().backward()
     assert torch.equal(x, before) and x.grad is None and conv.weight.grad is not None
 
 
-def test_a_training_step_is_the_plain_networks() -> None:
+def test_training_step_equals_that_of_the_plain_network() -> None:
     """Losses and every gradient of a network wide enough to gain, frozen stages and folded norms included.
 
-    In float64: where rounding in float32 moves a ReLU's zero, a gradient changes by 1e-3 in any form.
+    In float64, because float32 rounding that crosses a ReLU's zero changes a gradient by 1e-3 in any implementation.
     """
     config = load_config("solov2_light_r18_fpn_3x", {"model.grid_sizes": [16, 12, 9, 6, 4], "model.num_classes": 5})
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_a_training_step_is_the_plain_networks() -> None:
         assert (fast_gradients[name] - gradient).norm() <= 1e-9 * gradient.norm(), name
 
 
-def test_only_where_it_pays() -> None:
+def test_not_used_when_switched_off_or_in_bf16() -> None:
     for overrides in ({"train.winograd": False}, {"train.precision": "bf16"}):
         config = load_config("solov2_light_r18_fpn_3x", overrides)
         model = build_model(config, weights=None)
@@ -155,17 +155,17 @@ def test_only_where_it_pays() -> None:
         assert model.head.convolve is SOLOv2Head.convolve
 
 
-def test_a_head_takes_all_its_levels_in_one_product() -> None:
-    """Also in a copy and out of a pickle, with the very parameters it had; other heads convolve level by level."""
+def test_a_head_convolves_all_levels_in_one_product() -> None:
+    """Also in a copy and after pickling, with the same parameters; other heads convolve level by level."""
     model = build_model("solov2_light_r18_fpn_3x", num_classes=5)
     parameters = list(model.parameters())
     use_winograd(model)
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     for head in (model.head, copy.deepcopy(model).head, pickle.loads(pickle.dumps(model)).head):
-        assert head.convolve is on_every_level
-    assert SOLOv2Head.convolve is not on_every_level
+        assert head.convolve is convolve_levels_jointly
+    assert SOLOv2Head.convolve is not convolve_levels_jointly
 
-    # Alone, the coarsest level is too small to gain; together it is not, which shows in its rounding.
+    # On its own the coarsest level is too small for Winograd; together it is not, which shows in its rounding.
     torch.manual_seed(0)
     head = model.head.train()
     grids = [torch.randn(1, 256, side, side) for side in (40, 36, 24, 16, 12)]

@@ -1,1 +1,1 @@
-"""The benchmark: the real predictor, training step and loader, timed whole, and shared out to the spans in them."""
+"""The benchmark: time the real predictor, training step and loader, and divide the time among their spans."""

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, span by span."""
+"""Floating-point operations of a step, by span."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OUTSIDE = "outside the spans"
 
 
 def count_flops(step: Callable[[], object]) -> Counter[str]:
-    """Run `step`; the operations of its convolutions and matrix products (two per multiplication and addition).
+    """Run `step` and count the operations of its convolutions and matrix products (two per multiply-add).
 
     Everything else (norms, activations, resizing, loss sums) is not counted. Deformable convolutions count as plain
-    ones of their size. Source: torch.utils.flop_counter.
+    ones of the same size. Source: torch.utils.flop_counter.
 
     Returns:
-        {span: operations}, each under the innermost span around it, or under `OUTSIDE`.
+        {span: operations}, counted in the innermost span around them, or in `OUTSIDE`.
     """
-    # Spans are operations only while a profiler runs.
+    # Spans are dispatched as operations only while a profiler runs.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), _SpanFlops() as counter:
         step()
     return counter.counts
@@ -36,26 +36,27 @@ class _SpanFlops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
-        self._open = [OUTSIDE]
+        self._stack = [OUTSIDE]
         self._formulas = flop_registry | {
             torch.ops.torchvision.deform_conv2d: shape_wrapper(
-                lambda _input, weight, *_others, out_shape: _convolution(weight, out_shape)
+                lambda _input, weight, *_others, out_shape: _convolution_flops(weight, out_shape)
             ),
+            # twice, for the gradients of input and weight
             torch.ops.torchvision._deform_conv2d_backward: shape_wrapper(
-                lambda grad, _input, weight, *_others, out_shape: 2 * _convolution(weight, grad)  # of input and weight
+                lambda grad, _input, weight, *_others, out_shape: 2 * _convolution_flops(weight, grad)
             ),
         }
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.profiler._record_function_enter_new.default:
-            self._open.append(args[0].removeprefix(SPAN) if args[0].startswith(SPAN) else self._open[-1])
+            self._stack.append(args[0].removeprefix(SPAN) if args[0].startswith(SPAN) else self._stack[-1])
         elif function is torch.ops.profiler._record_function_exit._RecordFunction:
-            self._open.pop()
+            self._stack.pop()
         elif (formula := self._formulas.get(function.overloadpacket)) is not None:
-            self.counts[self._open[-1]] += formula(*args, **(kwargs or {}), out_val=result)
+            self.counts[self._stack[-1]] += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
-def _convolution(weight: torch.Size, output: torch.Size) -> int:
+def _convolution_flops(weight: torch.Size, output: torch.Size) -> int:
     return 2 * math.prod(weight) * output[0] * math.prod(output[2:])

@@ -1,4 +1,4 @@
-"""The convolution peak of the machine."""
+"""The peak convolution throughput of the machine."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from solov2.benchmarking.measure import seconds_of
 from solov2.compute import HALF_TYPES
 
 CONVOLUTIONS = ((3, 256, 256), (3, 64, 64), (1, 256, 1024))  # (kernel, input, output channels): heads and FPN, backbone
-CONVOLUTION_SIZE = (48, 72)  # height, width of their maps
-MIN_SECONDS = 0.15  # that each of them is repeated for
+CONVOLUTION_SIZE = (48, 72)  # height, width of their inputs
+MIN_SECONDS = 0.15  # how long each convolution is repeated
 MIN_REPEATS = 3
-QUEUED_CALLS = 20  # of an accelerator: a call of its own would count the time to reach it
+QUEUED_CALLS = 20  # calls per sample on an accelerator: a single call would include the launch latency
 
 
 @torch.no_grad()
 def convolution_peak(device: torch.device, precision: str) -> dict[str, Any]:
-    """The most that plain convolutions of the network's kind reach here: the roof that stages are measured against.
+    """The highest throughput of plain convolutions like the network's, as a roof for the throughput of its stages.
 
     Args:
-        device: batch 1 on a CPU, 16 elsewhere.
+        device: where to measure; with batch size 1 on a CPU, 16 elsewhere.
         precision: "float32", "bf16" or "fp16".
 
     Returns:
-        gflop_per_second of the best, its name in `convolution`, and all of them in `convolutions`. A multiplication and
-        an addition count as two operations.
+        gflop_per_second: of the best convolution. convolution: its name. precision. convolutions: {name: GFLOP/s} of
+        all of them. A multiply-add counts as two operations.
     """
     dtype, batch = HALF_TYPES[precision] or torch.float32, 1 if device.type == "cpu" else 16
     layouts = {", channels last": torch.channels_last}
-    if dtype == torch.float32:  # in half types this layout took half a minute per product on a CPU without AVX-512
+    if dtype == torch.float32:  # in half precision it took half a minute per product on a CPU without AVX-512
         layouts[""] = torch.contiguous_format
     rates = {}
     for kernel, channels, outputs in CONVOLUTIONS:
@@ -42,7 +42,7 @@ def convolution_peak(device: torch.device, precision: str) -> dict[str, Any]:
                 torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
                 for shape in ((batch, channels, *CONVOLUTION_SIZE), (outputs, channels, kernel, kernel))
             )
-            seconds = _fastest(functools.partial(F.conv2d, x, weight, padding=kernel // 2), device)
+            seconds = _min_seconds(functools.partial(F.conv2d, x, weight, padding=kernel // 2), device)
             operations = 2 * x.numel() * weight[:, 0].numel()
             name = f"{kernel}x{kernel} {channels}->{outputs} on {batch} x {x.shape[2]} x {x.shape[3]}{layout}"
             rates[name] = operations / seconds / 1e9
@@ -50,10 +50,10 @@ def convolution_peak(device: torch.device, precision: str) -> dict[str, Any]:
     return {"gflop_per_second": rates[best], "convolution": best, "precision": precision, "convolutions": rates}
 
 
-def _fastest(function: Callable[[], object], device: torch.device) -> float:
+def _min_seconds(function: Callable[[], object], device: torch.device) -> float:
     samples: list[float] = []
     calls = 1 if device.type == "cpu" else QUEUED_CALLS
-    function()  # picks and prepares its kernel
+    function()  # selects and prepares the kernel
     while len(samples) < MIN_REPEATS or sum(samples) * calls < MIN_SECONDS:
         samples.append(seconds_of(function, device, calls))
     return min(samples)

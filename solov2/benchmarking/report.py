@@ -1,4 +1,4 @@
-"""Tables of the benchmark, the comparison of two reports, and sweeps."""
+"""The tables of a benchmark, the comparison of two reports, and sweeps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from solov2.errors import InputError
 
 Report = Mapping[str, Any]
-OWN_FIGURES = {  # of some parts
-    "worker_images_per_second": "{:.2f} images/s of a worker",
+EXTRA_FIGURES = {  # that only some parts have
+    "worker_images_per_second": "{:.2f} images/s per worker",
     "instances_per_image": "{:.0f} instances found per image",
     "loss_category": "category loss {:.3f}",
     "loss_mask": "mask loss {:.3f}",
@@ -22,7 +22,7 @@ OWN_FIGURES = {  # of some parts
 
 
 def format_header(report: Report) -> str:
-    """What is measured, where, and the peak."""
+    """The header: what is measured, on which machine, and its convolution peak."""
     asked, machine, peak = report["settings"], report["environment"], report["peak"]
     height, width = asked["size"]
     lines = [
@@ -40,13 +40,13 @@ def format_header(report: Report) -> str:
 
 
 def format_part(name: str, part: Report, peak: Report | None) -> str:
-    """The table of a part, below what its figures are; `peak` is that of the report."""
-    more = [text.format(part[key]) for key, text in OWN_FIGURES.items() if part.get(key) is not None]
+    """The figures of a part and the table of its stages; `peak` is that of the report."""
+    extra = [text.format(part[key]) for key, text in EXTRA_FIGURES.items() if part.get(key) is not None]
     lines = [
-        f"\n{_title(name)}: {part['images_per_second']:.2f} images/s, {', '.join(more)}",
+        f"\n{_title(name)}: {part['images_per_second']:.2f} images/s, {', '.join(extra)}",
         f"  totals, timed without a profiler: median {part['median_ms']:.2f} ms, p90 {part['p90_ms']:.2f} ms of "
-        f"{part['iterations']} iterations; {part['queued_images_per_second']:.2f} images/s with one wait at their end",
-        f"  stages, shares of a profiled pass of {part['profiled_iterations']} iterations, each of which took "
+        f"{part['iterations']} iterations; {part['queued_images_per_second']:.2f} images/s with one wait at the end",
+        f"  stages, shares of a profiled pass of {part['profiled_iterations']} iterations, each "
         f"{part['profiler_cost']:.2f} times as long:",
         f"  {'stage':<20}{'share':>8}{'ms':>12}{'GFLOP':>10}{'GFLOP/s':>10}{'of peak':>9}",
     ]
@@ -63,10 +63,10 @@ def _title(name: str) -> str:
 
 
 def read_report(path: str) -> Report:
-    """A report that `--json` wrote.
+    """Read a report written by `--json`.
 
     Raises:
-        InputError: missing, no JSON, or JSON of something else.
+        InputError: the file is missing, not JSON, or not the report of one run.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def read_report(path: str) -> Report:
 
 
 def compare(old: Report, new: Report) -> str:
-    """Ratios old / new (above 1 the new one is faster) of totals and stages, below a warning for all that differs."""
+    """A warning for each difference, and the ratios old / new of totals and stages (above 1, the new one is faster)."""
     lines = [
         f"warning: {key} differs: {old[section].get(key)} (old), {value} (new)"
         for section in ("environment", "settings", "model")
@@ -99,15 +99,15 @@ def compare(old: Report, new: Report) -> str:
 
 
 def sweep(flag: str, commands: Mapping[str, Sequence[str]], show: Callable[[str], object]) -> dict[str, Any]:
-    """Run a benchmark command for each value of a flag, in processes whose memory nothing else has touched.
+    """Run a benchmark command for each value of a flag, each in a new process, so that peak memory is its own.
 
     Returns:
-        {"sweep": flag, "reports": {value: report, or {"error": why there is none}}}
+        {"sweep": flag, "reports": {value: report, or {"error": reason}}}
     """
     show(f"{flag:>12}  {'part':<22}{'ms':>12}{'images/s':>12}{'peak MiB':>12}")
     reports = {}
     for value, command in commands.items():
-        report = reports[value] = _run_apart(command)
+        report = reports[value] = _run_process(command)
         if "error" in report:
             show(f"{value:>12}  {report['error']}")
         for name, part in report.get("parts", {}).items():
@@ -117,7 +117,7 @@ def sweep(flag: str, commands: Mapping[str, Sequence[str]], show: Callable[[str]
     return {"sweep": flag, "reports": reports}
 
 
-def _run_apart(command: Sequence[str]) -> Report:
+def _run_process(command: Sequence[str]) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
         process = subprocess.Popen(
@@ -125,14 +125,14 @@ def _run_apart(command: Sequence[str]) -> Report:
         )
         try:
             _, errors = process.communicate()
-        except BaseException:  # a launcher that is killed leaves its workers running; asked to end, it ends them
+        except BaseException:  # a launcher ends its workers when terminated, but not when killed
             process.terminate()
             process.wait()
             raise
         if process.returncode == 0:
             return json.loads(path.read_text(encoding="utf-8"))
     if process.returncode < 0:
-        return {"error": f"ended by signal {-process.returncode}, most likely for want of memory"}
+        return {"error": f"ended by signal {-process.returncode}, most likely out of memory"}
     lines = errors.strip().splitlines()
     named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return {"error": [*named, *lines[-1:], f"exit code {process.returncode}"][0]}

@@ -1,7 +1,7 @@
-"""Synthetic, seeded inputs of the benchmark: samples, network outputs with objects in them, batch norm statistics.
+"""Synthetic, seeded inputs for the benchmark: samples, network outputs with objects, and batch norm statistics.
 
-A random network finds nothing; decoding therefore works on prepared outputs of the network's own shapes and types that
-hold a wanted number of candidates and ellipses as masks.
+A network with random weights finds nothing. Post-processing therefore runs on synthetic outputs with the network's
+shapes and dtypes, a given number of candidates, and ellipses as masks.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from solov2.ops.masks import masks_to_boxes
 
-OBJECTS = 32  # different masks that the candidates of an image share, as the cells around one object do
-LOGIT = 8.0  # of mask pixels well inside or outside an ellipse
+OBJECTS = 32  # distinct masks per image, shared by its candidates as by the cells around one object
+LOGIT = 8.0  # magnitude of mask logits well inside or outside an ellipse
 
 
 def ellipses(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Random ellipses as float [count, height, width]: 1 in the center, 0 on the border, negative outside."""
+    """Random ellipses, float32 [count, height, width]: 1 at the center, 0 on the border, negative outside."""
     center_x, center_y = 0.1 + 0.8 * torch.rand(2, count, 1, 1, generator=generator)
     radius_x, radius_y = 0.04 + 0.21 * torch.rand(2, count, 1, 1, generator=generator)
     x, y = (torch.arange(width) + 0.5) / width, ((torch.arange(height) + 0.5) / height)[:, None]
@@ -28,7 +28,7 @@ def ellipses(count: int, height: int, width: int, generator: torch.Generator) ->
 
 
 def synthetic_sample(count: int, size: tuple[int, int], num_classes: int, generator: torch.Generator) -> dict[str, Any]:
-    """A training sample (`solov2.data.coco` says what that is): noise, with ellipses as instances."""
+    """A training sample (see `solov2.data.coco`): noise, with `count` ellipses as instances."""
     masks = (ellipses(count, *size, generator) > 0).to(torch.uint8)
     boxes = masks_to_boxes(masks)
     return {
@@ -43,10 +43,10 @@ def synthetic_sample(count: int, size: tuple[int, int], num_classes: int, genera
 
 
 def synthetic_raw(raw: dict[str, Any], candidates: int, generator: torch.Generator) -> dict[str, Any]:
-    """Network outputs of the same shapes, types and layout as `raw` in which every image holds objects.
+    """Network outputs with the shapes, dtypes and layout of `raw`, and with objects in every image.
 
     The first `OBJECTS` mask features are ellipses, every cell's kernel selects one of them, and `candidates` random
-    cells score between 0.15 and 0.95 in the class of their object. Points NMS removes those that are direct neighbors.
+    cells have scores between 0.15 and 0.95 in the class of their object. Points NMS removes direct neighbors of these.
     """
     batch, channels, height, width = raw["mask_features"].shape
     objects, num_classes = min(OBJECTS, channels), raw["category_logits"][0].shape[1]
@@ -74,7 +74,7 @@ def synthetic_raw(raw: dict[str, Any], candidates: int, generator: torch.Generat
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Tensor) -> None:
-    """Give all batch norms the statistics of `images`; else activations of random weights would grow past fp16."""
+    """Set all batch norm statistics to those of `images`; otherwise, random weights make activations overflow fp16."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.train().momentum = 1.0

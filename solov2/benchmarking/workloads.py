@@ -1,4 +1,4 @@
-"""What is measured: inference by `Predictor`, the training step by `take_step`, and the training loader."""
+"""What is measured: inference with `Predictor`, the training step `take_step`, and the training loader."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from solov2.training.run import wrap
 from solov2.training.step import take_step
 
 CPU = torch.device("cpu")
-PHOTO_EDGE = 640  # long edge (at most) of the photograph that is resized to the input, and masks back to it; as in COCO
+MAX_IMAGE_EDGE = 640  # long edge of the original images, as in COCO; masks are resized back to it
 LEARNING_RATE = 1e-6  # speed does not depend on it; training on noise at the real rate would diverge
-LOADED_BATCHES = 20  # timed at least: loading takes milliseconds
+MIN_LOADED_BATCHES = 20  # timed batches: loading one takes only milliseconds
 GENERATED_IMAGES = 32
 SEED = 0
 
@@ -43,38 +43,40 @@ Parts = Iterator[tuple[str, dict[str, Any]]]
 
 
 def measure_workload(mode: str, workload: Workload, show: Callable[[str], object]) -> dict[str, Any]:
-    """Measure "data", "infer", "train" or "all"; `show` takes text for people as soon as there is some.
+    """Run the mode "data", "infer", "train" or "all"; `show` is called with each piece of text for people.
 
     Returns:
-        The report. environment: of `solov2.training.environment`. settings: what was asked for. model: its section of
-        the configuration. peak: of `convolution_peak`; None for "data". parts: {name: of `measure`, and what it adds}.
+        The report. environment: see `solov2.training.environment`. settings: the workload. model: section of the
+        configuration. peak: see `convolution_peak`; None for "data". parts: {name: figures of `measure` and its own}.
 
     Raises:
-        InputError: it does not fit into memory, a loss is not finite, or files are broken.
+        InputError: out of memory, non-finite loss, or broken files.
     """
     config, compute = workload.config, workload.compute
-    asked = ("batch_size", "instances", "candidates", "warmup", "data_root")
-    modes = {"data": measure_loading, "infer": measure_inference, "train": measure_training}  # its files may be broken
-    with _named_memory_errors(config.name):  # loading multiplies nothing, so it has no peak
+    names = ("batch_size", "instances", "candidates", "warmup", "data_root")
+    # Loading comes first, since its files may be broken.
+    modes = {"data": measure_loading, "infer": measure_inference, "train": measure_training}
+    with _explained_memory_errors(config.name):
+        # loading has no operations to compare with a peak
         peak = None if mode == "data" else convolution_peak(compute.device, compute.precision)
         report: dict[str, Any] = {
             "environment": environment(compute.device),
             "settings": {"model": config.name, "mode": mode, "size": [*workload.size], "precision": compute.precision}
-            | {name: getattr(workload, name) for name in asked},
+            | {name: getattr(workload, name) for name in names},
             "model": config.to_dict()["model"],
             "peak": peak,
             "parts": {},
         }
         show(format_header(report))
-        for name, part in chain.from_iterable(modes[own](workload) for own in modes if mode in (own, "all")):
+        for name, part in chain.from_iterable(modes[key](workload) for key in modes if mode in (key, "all")):
             report["parts"][name] = part
             show(format_part(name, part, peak))
     return report
 
 
 @contextlib.contextmanager
-def _named_memory_errors(name: str) -> Iterator[None]:
-    """Out of memory as an InputError that names the model and the ways out."""
+def _explained_memory_errors(name: str) -> Iterator[None]:
+    """Turn out-of-memory errors into an InputError that says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -84,10 +86,10 @@ def _named_memory_errors(name: str) -> Iterator[None]:
 
 
 def measure_inference(workload: Workload) -> Parts:
-    """From photographs in memory to masks at their size: the model as built, and as `SOLOv2.optimize` makes it."""
+    """From images in memory to masks at their size, with the model as built and after `SOLOv2.optimize`."""
     model, compute = _model(workload), workload.compute
     yield "inference", _measure_predictor(model, workload)
-    half = compute.precision == "bf16"  # then the weights themselves are cast, and nothing is left for autocast
+    half = compute.precision == "bf16"  # then the weights themselves are cast, so autocast is not needed
     compute = replace(compute, memory_format=torch.channels_last, precision="float32" if half else compute.precision)
     model = model.optimize(precision="bf16" if half else "float32")
     yield "optimized_inference", _measure_predictor(model, replace(workload, compute=compute))
@@ -95,32 +97,32 @@ def measure_inference(workload: Workload) -> Parts:
 
 def _measure_predictor(model: SOLOv2, workload: Workload) -> dict[str, Any]:
     compute, generator = workload.compute, torch.Generator().manual_seed(SEED)
-    scale = min(1, PHOTO_EDGE / max(workload.size))
+    scale = min(1, MAX_IMAGE_EDGE / max(workload.size))
     shape = (workload.batch_size, *(max(1, round(scale * side)) for side in workload.size), 3)
-    photos = list(torch.randint(256, shape, dtype=torch.uint8, generator=generator).numpy())
+    originals = list(torch.randint(256, shape, dtype=torch.uint8, generator=generator).numpy())
     predictor = Predictor(model, compute, mask_format="bool")
 
     def step() -> list[dict[str, Any]]:
-        predictor.launch(model.load_batch(photos))
+        predictor.launch(model.load_batch(originals))
         return predictor.collect()
 
     with torch.no_grad(), compute.autocast():
-        images = compute.images(model, compute.move(model.load_batch(photos)))
+        images = compute.images(model, compute.move(model.load_batch(originals)))
         raw = synthetic_raw(model(images), workload.candidates, generator)
-    # Random weights find nothing: once the network has run, prepared outputs take the place of its own.
+    # Random weights find nothing, so synthetic outputs replace those of the network after it has run.
     hook = model.register_forward_hook(lambda *_: raw)
     found = sum(len(result["scores"]) for result in step())
     part = measure(step, workload)
-    hook.remove()  # or the copy that `optimize` makes would have it
-    return part | {"instances_per_image": found / len(photos)}
+    hook.remove()  # otherwise the copy that `optimize` makes would have it too
+    return part | {"instances_per_image": found / len(originals)}
 
 
 def measure_training(workload: Workload) -> Parts:
-    """An optimizer step on a batch with targets in host memory, as the loader hands it over; where several processes
-    run, they share gradients as in real training.
+    """An optimizer step on a batch with targets in host memory, as the loader returns it; several processes share
+    gradients as in real training.
 
     Raises:
-        InputError: a loss is not finite in this precision.
+        InputError: non-finite loss in this precision.
     """
     config, recipe, compute = workload.config, workload.config.train, workload.compute
     model = prepare_for_training(_model(workload), config, compute).train()
@@ -152,19 +154,19 @@ def measure_training(workload: Workload) -> Parts:
 
 
 def measure_loading(workload: Workload) -> Parts:
-    """Training batches from files, by one thread of this process; worker_images_per_second is what a worker delivers.
+    """Training batches from files, loaded by one thread of this process; worker_images_per_second is for a worker.
 
     Raises:
         InputError: files are missing or broken.
     """
-    workload = replace(workload, compute=Compute(CPU), iterations=max(LOADED_BATCHES, workload.iterations))
-    threads, side = torch.get_num_threads(), min(PHOTO_EDGE, max(workload.size))
+    workload = replace(workload, compute=Compute(CPU), iterations=max(MIN_LOADED_BATCHES, workload.iterations))
+    threads, side = torch.get_num_threads(), min(MAX_IMAGE_EDGE, max(workload.size))
     with tempfile.TemporaryDirectory() as folder:
         if workload.data_root is None:
             generate_shapes(folder, train_images=GENERATED_IMAGES, val_images=1, size=side, seed=SEED)
             workload = replace(workload, data_root=folder)
         batches = _batches(workload, workers=1)
-        for _ in range(1 + workload.warmup):  # the first one waits for the worker to start
+        for _ in range(1 + workload.warmup):  # the first batch waits for the worker to start
             next(batches)
         rate = workload.batch_size / seconds_of(lambda: next(batches), CPU, workload.iterations)
         batches.close()
@@ -187,7 +189,7 @@ def _batches(workload: Workload, *, workers: int) -> Generator[dict[str, Any]]:
 
 
 def _model(workload: Workload) -> SOLOv2:
-    """The network on its device, in its layout, with random weights that keep activations finite."""
+    """The model on its device and in its layout, with random weights that keep activations finite."""
     torch.manual_seed(SEED)
     compute, (height, width) = workload.compute, workload.size
     model = build_model(workload.config, device=compute.device, input_scale=(max(height, width), min(height, width)))

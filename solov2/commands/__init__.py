@@ -1,1 +1,1 @@
-"""The code behind train.py, eval.py and benchmark.py: parse, build, call the engine."""
+"""The commands behind `solov2`, train.py, eval.py and benchmark.py: parse, call the library, return an exit code."""

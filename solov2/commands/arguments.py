@@ -1,6 +1,6 @@
-"""The vocabulary of the commands: one parser class, and the flags that several commands share, each with one meaning.
+"""The parser class of the commands, and the flags that several commands share, each with one meaning.
 
-Nothing here imports torch, so that `--help` costs no more than Python itself.
+Nothing here imports torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are `InputError`, whose flags are typed in full, and whose help names every
-    default.
-    """
+    """An argument parser that raises `InputError`, takes no abbreviated flags, and shows every default in its help."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **settings)
@@ -42,10 +40,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse has overloads for the class of the namespace
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As argparse's, but an unknown flag is named with the closest ones.
+        """As in argparse, but the error for an unknown flag suggests the closest ones.
 
         Raises:
-            InputError: the words cannot be parsed.
+            InputError: invalid arguments.
         """
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -56,12 +54,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Raise what `run_command` prints as one sentence."""
+        """Raise the error, which `run_command` prints in one line."""
         raise InputError(f"{message}; see {self.prog} --help")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text that does not name it; only the text can say what None stands for."""
+    """Adds the default to a help text that does not mention it; what None means, the text itself has to say."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -73,7 +71,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def at_least(minimum: Number) -> Callable[[str], Number]:
-    """The type of a flag whose value is a number from `minimum` on; its own type decides between int and float."""
+    """The `type` of a flag whose value is a number of at least `minimum`, an int or a float as `minimum` is."""
     kind = type(minimum)
 
     def convert(text: str) -> Number:
@@ -82,7 +80,7 @@ def at_least(minimum: Number) -> Callable[[str], Number]:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse shows it where the text is no number
+    convert.__name__ = kind.__name__  # argparse shows it if the text is not a number
     return convert
 
 
@@ -90,12 +88,12 @@ RULES: dict[str, Rule] = {**rules(ModelConfig), **rules(DataConfig), **rules(Tra
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The choices of a setting; none where it takes anything else."""
+    """The choices of a setting; empty if it is not a choice."""
     return get_args(RULES[name].kind) if get_origin(RULES[name].kind) is Literal else ()
 
 
 def value_of(name: str) -> Callable[[str], Any]:
-    """The type of a flag that stands for a setting and takes what the setting takes."""
+    """The `type` of a flag for the setting `name`, which accepts what the setting accepts."""
     rule = RULES[name]
 
     def convert(text: str) -> Any:
@@ -108,7 +106,7 @@ def value_of(name: str) -> Callable[[str], Any]:
 
 
 def add_setting(parser: argparse.ArgumentParser, flag: str, *aliases: str, default: str) -> None:
-    """A flag that is called like a setting and means it."""
+    """Add a flag with the name and meaning of a setting."""
     name = flag.lstrip("-").replace("-", "_")
     options: dict[str, Any] = {"type": value_of(name), "metavar": "N"}
     if choices(name):
@@ -118,35 +116,39 @@ def add_setting(parser: argparse.ArgumentParser, flag: str, *aliases: str, defau
 
 SHARED: dict[str, dict[str, Any]] = {
     "--config": {"dest": "model", "metavar": "MODEL", "help": "model name or YAML file"},
-    "--weights": {"metavar": "FILE", "help": "checkpoint of any family; official: the published one of the model"},
+    "--weights": {"metavar": "FILE", "help": "checkpoint of any family; official: the model's published weights"},
     "--device": {"metavar": "NAME", "help": "cpu, cuda:1, ... (default: the accelerator, if there is one)"},
     "--precision": {"choices": choices("precision"), "help": "precision of the network"},
-    "--batch-size": {"type": value_of("batch_size"), "metavar": "N", "help": "images at a time per process"},
-    "--workers": {"type": value_of("workers"), "metavar": "N", "help": "loading processes"},
+    "--batch-size": {"type": value_of("batch_size"), "metavar": "N", "help": "images per batch in each process"},
+    "--workers": {"type": value_of("workers"), "metavar": "N", "help": "DataLoader workers"},
     "--nproc": {
         "type": at_least(1),
         "metavar": "N",
-        "help": "processes on this machine, one per GPU (default: those of torchrun, else one)",
+        "help": "processes on this machine, one per GPU (default: torchrun's, else one)",
     },
     "--score-threshold": {"type": value_of("score_threshold"), "metavar": "X", "help": "minimum score of an instance"},
-    "--max-instances": {"type": value_of("max_instances"), "metavar": "N", "help": "instances per image; 0: all"},
+    "--max-instances": {
+        "type": value_of("max_instances"),
+        "metavar": "N",
+        "help": "maximum instances per image; 0: no limit",
+    },
     "--size": {
         "type": at_least(1),
         "nargs": 2,
         "metavar": ("H", "W"),
         "help": "network input in pixels, multiples of 32",
     },
-    "--json": {"metavar": "FILE", "help": "write the report as JSON; - is the screen (default: none)"},
+    "--json": {"metavar": "FILE", "help": "write the report as JSON; -: to standard output (default: none)"},
     "--results": {
         "metavar": "FILE",
-        "help": "write the instances in COCO's results format; - is the screen (default: none)",
+        "help": "write the instances in COCO's results format; -: to standard output (default: none)",
     },
-    "--overwrite": {"action": "store_true", "help": "replace files that are there already"},
+    "--overwrite": {"action": "store_true", "help": "replace existing files"},
     "--set": {
         "action": "append",
         "default": [],
         "metavar": "SECTION.KEY=VALUE",
-        "help": "change an entry of the configuration, e.g. model.input_scale=[1333,640]; may be repeated",
+        "help": "change a setting of the configuration, e.g. model.input_scale=[1333,640]; may be repeated",
     },
 }
 
@@ -160,9 +162,9 @@ def add_shared_arguments(
     """Add flags of `SHARED`.
 
     Args:
-        parser: takes them.
-        flags: which ones.
-        notes: {flag: what follows its help text in parentheses}, such as what its default is here.
+        parser: receives the flags.
+        flags: which flags.
+        notes: {flag: text to append to its help in parentheses}, such as its default in this command.
         required: flags that must be given.
     """
     for flag in flags:
@@ -174,57 +176,57 @@ def add_shared_arguments(
 
 
 def add_model_argument(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """MODEL, as a positional or as --config, but not both; `args.model` is None without either.
+    """Add MODEL, as a positional or as --config, but not both; `args.model` is None if neither is given.
 
     Args:
-        parser: takes it.
-        default: what stands for it where it is left out, for the help text.
+        parser: receives the arguments.
+        default: what is used without it, for the help text.
     """
     group = parser.add_mutually_exclusive_group()
-    # Without SUPPRESS the missing positional would write its default over the value of the flag.
+    # Without SUPPRESS, the default of a missing positional would overwrite the value of the flag.
     text = f"model name or YAML file (default: {default})"
     group.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=text)
-    add_shared_arguments(group, "--config", notes={"--config": "the same as MODEL, its default too"})
+    add_shared_arguments(group, "--config", notes={"--config": "the same as MODEL, with the same default"})
 
 
 def add_data_root(parser: argparse._ActionsContainer, *, default: str) -> None:
-    """The folder of a COCO tree; `default` is what stands for it, for the help text."""
+    """Add the flag for the folder of a COCO tree; `default` is what is used without it, for the help text."""
     text = f"folder with annotations/, train2017/ and val2017/ (default: {default})"
     parser.add_argument("--data", "--data-root", dest="data_root", metavar="DIR", help=text)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say where the data lies; they win over the configuration."""
+    """Add the flags that locate the data; they take precedence over the configuration."""
     group = parser.add_argument_group("data")
-    add_data_root(group, default="the configuration's, data/coco")
+    add_data_root(group, default="from the configuration, usually data/coco")
     for split in ("train", "val"):
         group.add_argument(
             f"--{split}-annotations",
             metavar="FILE",
-            help=f"{split} annotations in COCO's JSON format (default: the configuration's)",
+            help=f"{split} annotations in COCO's JSON format (default: from the configuration)",
         )
         group.add_argument(
-            f"--{split}-images", metavar="DIR", help=f"folder of the {split} images (default: the configuration's)"
+            f"--{split}-images", metavar="DIR", help=f"folder of the {split} images (default: from the configuration)"
         )
 
 
 def data_places(args: argparse.Namespace) -> dict[str, str | Path] | None:
-    """What `solov2.data.build.locate_data` takes, of the flags of `add_data_arguments`; None without any."""
+    """The flags of `add_data_arguments`, as `solov2.data.build.locate_data` takes them; None if none was given."""
     named = {"root": args.data_root, **{key: getattr(args, key) for key in DATA_PATHS}}
     places = {key: path for key, path in named.items() if path is not None}
     return places or None
 
 
 def given(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
-    """{configuration key: value} of the flags that were typed; `keys` maps an attribute of `args` to its key."""
+    """{configuration key: value} for the flags that were given; `keys` maps an attribute of `args` to its key."""
     return {key: getattr(args, flag) for flag, key in keys.items() if getattr(args, flag) is not None}
 
 
 def model_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the model among "section.key" overrides, as `solov2.build.build_model` takes them."""
+    """The model settings among "section.key" overrides, as `solov2.build.build_model` takes them."""
     return {key.removeprefix("model."): value for key, value in overrides.items() if key.startswith("model.")}
 
 
 def text_stream(*machine_outputs: str | None) -> TextIO:
-    """Where text for people goes: standard error where one of the outputs is "-", the screen, else standard output."""
+    """Where to print text for people: standard error if an output is "-", standard output, else standard output."""
     return sys.stderr if "-" in machine_outputs else sys.stdout

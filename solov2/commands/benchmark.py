@@ -1,4 +1,4 @@
-"""Images per second of inference, training and data loading, stage by stage: `python benchmark.py [MODEL]`."""
+"""Measure inference, training and data loading in images per second, by stage: `python benchmark.py [MODEL]`."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ SWEEPS = ("batch-size", "size", "candidates", "instances", "precision", "threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 1 failed, 2 a user's mistake, 130 interrupted)."""
+    """Run the command; returns the exit code (0 done, 1 failed, 2 user error, 130 interrupted)."""
     return run_command("benchmark", build_parser, _run, argv)
 
 
 def build_parser(typed: str = "solov2 benchmark") -> Parser:
-    """The flags; `typed` is the command as the user typed it."""
+    """Build the parser; `typed` is the command as the user typed it."""
     parser = Parser(
         prog=typed,
-        description="Measure images per second, stage by stage, with random weights on synthetic images.",
+        description="Measure images per second, by stage, with random weights on synthetic images.",
         epilog="several GPUs: --nproc 8, or torchrun --nproc-per-node 8 benchmark.py MODEL",
     )
     add_model_argument(parser, default=DEFAULT_MODEL)
-    text = "data: files to batches; infer: photographs to masks, plain and optimized; train: one optimizer step"
+    text = "data: files to batches; infer: images to masks, plain and optimized; train: one optimizer step"
     parser.add_argument("--mode", choices=("all", "data", "infer", "train"), default="all", help=text)
     numbers = {
-        "iterations": (1, None, "timed iterations (default: 3 on a CPU, 50 elsewhere; of loading at least 20)"),
-        "warmup": (0, None, "iterations before the timed ones (default: 1 on a CPU, 20 elsewhere)"),
-        "threads": (1, None, "CPU threads (default: torch's own choice)"),
-        "instances": (0, 8, "ellipses per image as ground truth"),
-        "candidates": (0, 500, "(cell, class) pairs per image to post-process, as random weights find none"),
+        "iterations": (1, None, "timed iterations (default: 3 on a CPU, 50 elsewhere; at least 20 for data loading)"),
+        "warmup": (0, None, "warm-up iterations (default: 1 on a CPU, 20 elsewhere)"),
+        "threads": (1, None, "CPU threads (default: torch's choice)"),
+        "instances": (0, 8, "ground-truth ellipses per image"),
+        "candidates": (0, 500, "synthetic candidates per image to post-process (random weights find none)"),
     }
     for name, (minimum, default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=at_least(minimum), default=default, metavar="N", help=text)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--compare", metavar="FILE", help="print the ratios to an earlier report too (default: none)")
-    text = f"measure at several values of a flag ({', '.join(SWEEPS)}; sizes as HxW), each in a process of its own"
+    group.add_argument("--compare", metavar="FILE", help="also print the ratios to an earlier report (default: none)")
+    text = f"measure at several values of a flag ({', '.join(SWEEPS)}; sizes as HxW), each in its own process"
     group.add_argument("--sweep", nargs="+", metavar=("FLAG", "VALUE"), help=f"{text} (default: none)")
     add_data_root(parser, default="generated shapes")
     notes = {
@@ -71,7 +71,7 @@ def build_parser(typed: str = "solov2 benchmark") -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells of its every start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keep torch's profiler from logging every start
     import torch
 
     from solov2 import distributed
@@ -80,18 +80,18 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.compute import select_device
 
     check_outputs([("--json", args.json)], overwrite=args.overwrite)
-    speaks = distributed.launched_rank() == 0
+    is_main = distributed.launched_rank() == 0
 
     def show(text: str) -> None:
-        if speaks:
+        if is_main:
             print(text, file=text_stream(args.json), flush=True)
 
     if args.sweep is not None:
-        report = sweep(args.sweep[0], _points(args), show)
+        report = sweep(args.sweep[0], _sweep_commands(args), show)
         failed = any("error" in each for each in report["reports"].values())
     else:
         old = None if args.compare is None else read_report(args.compare)
-        _workload(args, torch.device("cpu"))  # a mistake is told before processes start
+        _workload(args, torch.device("cpu"))  # report mistakes before processes start
         if args.nproc is not None:
             words = distributed.without_nproc(args.words)
             distributed.relaunch(args.nproc, [*own_command("benchmark"), *words], args.device)
@@ -102,13 +102,13 @@ def _run(args: argparse.Namespace) -> int:
             report = measure_workload(args.mode, _workload(args, device), show)
         if old is not None:
             show(f"\ncompared with {args.compare}:\n{compare(old, report)}")
-    if args.json is not None and speaks:
+    if args.json is not None and is_main:
         write_json(args.json, report, indent=1, allow_nan=False)
     return 1 if args.sweep is not None and failed else 0
 
 
 def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
-    """What was asked for; refuses what would only fail after minutes."""
+    """The workload that the flags describe; rejects what would otherwise fail only after minutes."""
     from solov2.benchmarking.measure import Workload
     from solov2.build import build_compute
     from solov2.data.build import locate_data, require_data
@@ -138,20 +138,20 @@ def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
     )
 
 
-def _points(args: argparse.Namespace) -> dict[str, list[str]]:
-    """{value of a sweep: the command that measures it}, all of them checked."""
+def _sweep_commands(args: argparse.Namespace) -> dict[str, list[str]]:
+    """{value of the swept flag: command that measures it}, after validating every command."""
     import torch
 
     flag, *values = args.sweep
     if flag not in SWEEPS or not values:
         raise InputError(f"--sweep takes one of {', '.join(SWEEPS)} and its values, e.g. --sweep batch-size 1 2 4")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--sweep starts processes of its own: leave out torchrun and give --nproc")
+        raise InputError("--sweep starts its own processes: leave out torchrun and give --nproc")
     if args.words.count("--sweep") != 1:
-        raise InputError("--sweep is given once, and followed by a space")
+        raise InputError("--sweep must be given only once and be followed by a space")
     start = args.words.index("--sweep")
     words = args.words[:start] + args.words[start + 1 + len(args.sweep) :]
-    points = {value: [*words, f"--{flag}", *(value.split("x") if flag == "size" else [value])] for value in values}
-    for point in points.values():
-        _workload(build_parser().parse_args(point), torch.device("cpu"))
-    return {value: [sys.executable, *own_command("benchmark"), *point] for value, point in points.items()}
+    swept = {value: [*words, f"--{flag}", *(value.split("x") if flag == "size" else [value])] for value in values}
+    for arguments in swept.values():
+        _workload(build_parser().parse_args(arguments), torch.device("cpu"))
+    return {value: [sys.executable, *own_command("benchmark"), *arguments] for value, arguments in swept.items()}

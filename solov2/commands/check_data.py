@@ -1,4 +1,4 @@
-"""solov2 check-data ANNOTATIONS --images DIR: what is wrong with a COCO data set, and a repaired copy."""
+"""solov2 check-data ANNOTATIONS --images DIR: check a COCO dataset and, with --fix, write a repaired copy."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments; those of the process where None.
+        argv: the arguments; default: those of the process.
 
     Returns:
-        0 without errors in the data, 1 with some, 2 for a mistake in what was asked for, 130 after Ctrl-C.
+        0 if the data has no errors, 1 if it has, 2 for a user error, 130 after Ctrl-C.
     """
     return run_command("check-data", build_parser, _run, argv, interrupted="interrupted; nothing was written")
 
 
 def build_parser(typed: str = "solov2 check-data") -> Parser:
-    """The flags; `typed` is the command as the user typed it."""
-    parser = Parser(prog=typed, description="Check a data set in COCO's format before training.")
+    """Build the parser; `typed` is the command as the user typed it."""
+    parser = Parser(prog=typed, description="Check a dataset in COCO's format before training.")
     parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="annotation file in COCO's JSON format")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     parser.add_argument(
         "--fix",
         metavar="FILE",
-        help="write a repaired annotation file, and what changed to FILE.changes.json (default: none)",
+        help="write a repaired annotation file, and the changes to FILE.changes.json (default: none)",
     )
-    parser.add_argument("--show", type=at_least(0), default=20, metavar="N", help="findings of a kind to print at most")
+    parser.add_argument(
+        "--show", type=at_least(0), default=20, metavar="N", help="maximum number of findings of each kind to print"
+    )
     notes = {
-        "--config": "the sizes are checked against it; default: solov2_r50_fpn_1x",
+        "--config": "for checking the sizes; default: solov2_r50_fpn_1x",
         "--workers": "default: one per core, at most 8",
     }
     add_shared_arguments(parser, "--config", "--json", "--workers", "--set", "--overwrite", notes=notes)
@@ -81,7 +83,7 @@ def _write_repaired(content: dict[str, Any], report: Report, path: Path, changes
     unusable = {f.image_id: f.message for f in report.findings if f.kind in UNUSABLE_FILES and f.image_id is not None}
     repaired, changes = repair(content, unusable)
     if not repaired["images"] or not repaired["annotations"] or not repaired["categories"]:
-        raise InputError(f"nothing usable would be left in {path}, so it is not written")
+        raise InputError(f"nothing usable would be left in {path}, so it was not written")
     write_json(changes_file, changes, indent=1)
     write_json(path, repaired)
     removed = Counter(change["section"] for change in changes if change["action"] == "removed")

@@ -1,9 +1,9 @@
-"""COCO mask AP and box AP of a model: `python eval.py CONFIG --weights FILE`."""
+"""Evaluate COCO mask AP and box AP of a model: `python eval.py CONFIG --weights FILE`."""
 
 from __future__ import annotations
 
 import argparse
-import warnings
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,27 +33,29 @@ if TYPE_CHECKING:
     from solov2.predict import Predictor
     from solov2.targets import TargetAssigner
 
+LOG = logging.getLogger(__name__)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 1 failed, 2 a user's mistake, 130 interrupted)."""
+    """Run the command; returns the exit code (0 done, 1 failed, 2 user error, 130 interrupted)."""
     return run_command("eval", build_parser, _run, argv)
 
 
 def build_parser(typed: str = "solov2 eval") -> Parser:
-    """The flags; `typed` is the command as the user typed it."""
-    parser = Parser(prog=typed, description="COCO mask AP, and box AP from the masks.")
-    add_model_argument(parser, default="what the checkpoint says")
+    """Build the parser; `typed` is the command as the user typed it."""
+    parser = Parser(prog=typed, description="Evaluate COCO mask AP, and the AP of the boxes around the masks.")
+    add_model_argument(parser, default="from the checkpoint")
     parser.add_argument(
         "--oracle",
         action="store_true",
-        help="evaluate the training targets themselves: the AP that this resolution and these grids allow",
+        help="evaluate the training targets themselves: the highest AP that this resolution and these grids allow",
     )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
-    parser.add_argument("--per-class", action="store_true", help="AP of each class too")
+    parser.add_argument("--per-class", action="store_true", help="also report the AP of each class")
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="compute the figures by faster-coco-eval (pip install 'solov2[fast]'): the same to 15 decimals, sooner",
+        help="compute AP with faster-coco-eval (pip install 'solov2[fast]'): faster, and equal to 15 decimals",
     )
     add_shared_arguments(
         parser,
@@ -62,9 +64,9 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         "--results",
         *RUN_FLAGS,
         notes={
-            "--weights": "required, except with --oracle; default: none",
-            "--batch-size": "default: 1, at which an image has its own padding",
-            "--workers": "of each process; default: the configuration's",
+            "--weights": "required unless --oracle is given; default: none",
+            "--batch-size": "default: 1, so that the padding of an image does not depend on others",
+            "--workers": "per process; default: from the configuration",
         },
     )
     parser.set_defaults(precision="float32", batch_size=1)
@@ -85,8 +87,8 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.weights is None and not args.oracle:
         raise InputError(
-            "name the weights to evaluate: --weights FILE (a checkpoint of this library needs no model name); the data "
-            "is looked for in data/coco or --data-root"
+            "give the weights to evaluate: --weights FILE (a checkpoint of this library needs no model name); the data "
+            "is expected in data/coco or --data-root"
         )
     outputs = (("--json", args.json), ("--results", args.results))
     check_outputs(outputs, overwrite=args.overwrite, inputs=[] if args.weights is None else [args.weights])
@@ -107,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
         else:
             dataset, assigner = validation_dataset(config.data, args.split), None
             predictor = _predictor(args, config, checkpoint, dataset, device)
-        source, checkpoint = None if checkpoint is None else checkpoint.source, None  # its training state is large
+        source, checkpoint = None if checkpoint is None else checkpoint.source, None  # frees its large training state
         evaluator = CocoEvaluator(
             dataset.coco, dataset.category_ids, backend="faster-coco-eval" if args.fast else "pycocotools"
         )
@@ -126,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Config:
-    """The named configuration, or the one that the checkpoint carries, with the flags applied."""
+    """The named configuration, or else the checkpoint's, with the flags applied."""
     from solov2.build import resolve_config
     from solov2.data.build import locate_data
 
@@ -147,14 +149,15 @@ def _predictor(
     if len(model.class_names) != len(dataset.class_names):
         raise InputError(
             f"{checkpoint.source} has {len(model.class_names)} classes and {dataset.annotation_file} "
-            f"{len(dataset.class_names)}; evaluate on the data it was trained for, or fine-tune it with "
+            f"{len(dataset.class_names)}; evaluate on the data it was trained on, or fine-tune it with "
             "train.py --weights"
         )
     if model.class_names not in (dataset.class_names, default_class_names(len(model.class_names))):
-        warnings.warn(
-            f"{checkpoint.source} was trained on other classes than {dataset.annotation_file} has: "
-            f"{class_difference(model.class_names, dataset.class_names)}; label by label they count as the same",
-            stacklevel=1,
+        LOG.warning(
+            "%s was trained on other classes than %s has: %s; they are matched by label index",
+            checkpoint.source,
+            dataset.annotation_file,
+            class_difference(model.class_names, dataset.class_names),
         )
     compute = build_compute(config, device, args.precision)
     compute.place(model)

@@ -1,22 +1,24 @@
-"""How a command runs and ends: exit codes, and a user's mistake as one sentence on stderr without a traceback."""
+"""How a command runs and ends: exit codes, and user errors as one line on stderr without a traceback."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import multiprocessing
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from solov2.commands.arguments import Parser
 from solov2.data.watch import kill_children
 from solov2.errors import InputError, RunFailed, printable
 
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-HEAD_START, STAGGER = 3.0, 0.5  # seconds
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
+HEAD_START, STAGGER = 3.0, 0.5  # seconds that ranks other than 0 wait before printing an error
 
 
 def run_command(
@@ -27,89 +29,117 @@ def run_command(
     *,
     interrupted: str = "interrupted",
 ) -> int:
-    """Parse the words, run the command, and turn its expected failures into exit codes.
+    """Parse the arguments, run the command, and turn its expected failures into exit codes.
 
     Args:
-        name: of the command.
-        build_parser: takes the name to print in usage texts, as it was typed.
-        run: takes what was parsed, with the words themselves in `args.words`; returns the exit code.
-        words: None for those of this process.
-        interrupted: printed after Ctrl-C, unless the interruption itself says more.
+        name: name of the command.
+        build_parser: builds the parser, given the command as the user typed it.
+        run: runs the command, given the parsed arguments (`args.words` has the raw ones); returns the exit code.
+        words: the arguments; default: those of the process.
+        interrupted: printed after Ctrl-C, unless the exception has its own message.
 
     Returns:
-        The code of `run`; 2 for a user's mistake, a full disk or missing permission; 1 for a run that failed (a loss
-        that is not finite, a process that does not respond); 130 after Ctrl-C.
+        The code of `run`; 2 for a user error, a full disk or missing permission; 1 for a failed run (a non-finite
+        loss, a process that does not respond); 130 after Ctrl-C.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C where `words` were given: a caller in Python wants to know.
+        KeyboardInterrupt: after Ctrl-C if `words` were given, so that a caller in Python learns of it.
         SystemExit: after --help.
     """
-    others = set(multiprocessing.active_children())
+    earlier_children = set(multiprocessing.active_children())
     typed = list(sys.argv[1:] if words is None else words)
     code = INTERRUPTED
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _print_warning
+        with _reports_on_stderr():
             args = build_parser(typed_name(name)).parse_args(typed, argparse.Namespace(words=typed))
             code = run(args)
     except KeyboardInterrupt as error:
-        if _speaks():
+        if _is_rank_zero():
             print(str(error) or interrupted, file=sys.stderr)
     except (ImportError, RunFailed, TimeoutError) as error:
         _print_error(error)
         code = FAILED
     except (InputError, OSError) as error:
         _print_error(error)
-        code = MISTAKE
+        code = USER_ERROR
     finally:
-        kill_children(but=others)
+        kill_children(exclude=earlier_children)
     if code == INTERRUPTED and words is not None:
         raise KeyboardInterrupt
     return code
 
 
 def typed_name(name: str) -> str:
-    """The words that started the command `name`, as the user typed them: "train.py", "solov2 train", ..."""
+    """The command `name` as the user typed it: "train.py", "solov2 train", ..."""
     script = Path(sys.argv[0])
     if script.parts[-2:] == ("solov2", "__main__.py"):
         return f"python -m solov2 {name}"
-    own = script.suffix == ".py" and script.stem != "__main__"  # one of ours or of the user's
-    return script.name if own or script.stem == f"solov2-{name}" else f"solov2 {name}"
+    is_script = script.suffix == ".py" and script.stem != "__main__"  # our script or the user's
+    return script.name if is_script or script.stem == f"solov2-{name}" else f"solov2 {name}"
 
 
 def own_command(name: str) -> list[str]:
-    """The words that start the command `name` again, for processes of its own; Python itself goes in front."""
+    """The arguments for Python that start the command `name` again, in other processes."""
     script = Path(sys.argv[0])
     if script.stem == "solov2":
         return [sys.argv[0], name]
-    whole = script.is_file() and script.stem != "__main__"  # a script, be it a user's own, does more than the command
-    return [sys.argv[0]] if whole else ["-m", "solov2", name]
+    is_script = script.is_file() and script.stem != "__main__"  # run again in full: a user's script may do more
+    return [sys.argv[0]] if is_script else ["-m", "solov2", name]
 
 
 def _print_error(error: BaseException) -> None:
-    """Of several processes that make the same mistake, one prints it.
+    """Print an error once, even if several ranks fail with the same one.
 
-    A launcher ends all processes as soon as one has ended. So rank 0 prints at once, and the others wait to be ended; a
-    rank that is alone with its error prints it after the wait.
+    A launcher ends all processes as soon as one has ended. So rank 0 prints immediately, and the others wait to be
+    ended; a rank that is the only one to fail prints after the wait.
     """
-    if not _speaks():
+    if not _is_rank_zero():
         time.sleep(HEAD_START + STAGGER * int(os.environ.get("LOCAL_RANK", 0)))
-    print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+    print(f"error: {error_message(error)}", file=sys.stderr, flush=True)
 
 
-def _print_warning(message: Warning | str, *_details: object, **_named: object) -> None:
-    """Rank 0 prints for all ranks; a loading process warns of its own images, so each of them prints."""
-    if _speaks() or multiprocessing.parent_process() is not None:
-        text = "\n".join(printable(line) for line in str(message).splitlines())
-        print(f"warning: {text}", file=sys.stderr)
+class _Console(logging.Handler):
+    """Prints what the library logs: warnings with that word in front, the rest as it is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _print_report(record.getMessage(), mark="warning: " if record.levelno >= logging.WARNING else "")
 
 
-def _speaks() -> bool:
+@contextlib.contextmanager
+def _reports_on_stderr() -> Iterator[None]:
+    """Print on stderr what the library logs (from INFO) and the warnings of Python and torch."""
+    log, console = logging.getLogger("solov2"), _Console()
+    level = log.level
+    log.addHandler(console)
+    log.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_details, **_named: _print_report(str(message), mark="warning: ")
+            yield
+    finally:
+        log.removeHandler(console)
+        log.setLevel(level)
+
+
+def _print_report(message: str, *, mark: str) -> None:
+    """Print on rank 0 only, but in all DataLoader workers, each of which warns about its own images."""
+    worker = multiprocessing.parent_process() is not None
+    if not (_is_rank_zero() or worker):
+        return
+    text = mark + "\n".join(printable(line) for line in message.splitlines())
+    with contextlib.suppress(OSError):  # a run continues where nobody can read it
+        if worker or "tqdm" not in sys.modules:  # a worker that is killed must not hold tqdm's lock
+            print(text, file=sys.stderr, flush=True)
+        else:
+            sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)  # above a progress bar
+
+
+def _is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def sentence(error: BaseException) -> str:
-    """The message alone; a loading process passes its errors on with the traceback in front of the message."""
+def error_message(error: BaseException) -> str:
+    """The message of an error, without the traceback that a DataLoader worker puts in front of it."""
     text = str(error)
     marker = f"{type(error).__name__}: "
     return printable(text.rsplit(marker, 1)[-1].strip() if "Original Traceback" in text else text)

@@ -1,4 +1,4 @@
-"""solov2 export --weights FILE --size H W --output FILE: a model as one graph from pixels to instances."""
+"""solov2 export --weights FILE --size H W --output FILE: write a model as one graph from pixels to instances."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments; those of the process where None.
+        argv: the arguments; default: those of the process.
 
     Returns:
-        0; 2 for a mistake in what was asked for; 130 after Ctrl-C.
+        0; 2 for a user error; 130 after Ctrl-C.
     """
     return run_command("export", build_parser, _run, argv)
 
 
 def build_parser(typed: str = "solov2 export") -> Parser:
-    """The flags; `typed` is the command as the user typed it."""
+    """Build the parser; `typed` is the command as the user typed it."""
     parser = Parser(prog=typed, description="Write a model as one graph from pixels to instances.")
-    add_model_argument(parser, default="what the checkpoint says")
+    add_model_argument(parser, default="from the checkpoint")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FILE", help=".pt2 for torch.export.load, or .onnx"
     )
-    parser.add_argument("--raw", action="store_true", help="stop at the raw outputs of the network")
+    parser.add_argument("--raw", action="store_true", help="export only the network, up to its raw outputs")
     parser.add_argument(
-        "--cells", type=at_least(1), default=512, metavar="N", help="cells that masks are computed for at most"
+        "--cells", type=at_least(1), default=512, metavar="N", help="maximum number of cells to compute masks for"
     )
     add_shared_arguments(
         parser,
@@ -54,8 +54,8 @@ def build_parser(typed: str = "solov2 export") -> Parser:
         "--overwrite",
         notes={
             "--size": "of the padded image",
-            "--score-threshold": "default: the model's own",
-            "--max-instances": "also the rows of the result; default: the model's own",
+            "--score-threshold": "default: the model's",
+            "--max-instances": "also the number of rows in the result; default: the model's",
         },
         required=("--weights", "--size"),
     )

@@ -1,4 +1,4 @@
-"""The front door: `solov2 COMMAND ...`, which is also `python -m solov2 COMMAND ...`."""
+"""The entry point of all commands: `solov2 COMMAND ...` or `python -m solov2 COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from solov2.version import __version__
 
 COMMANDS = {
     "train": "train a model on data in COCO's format",
-    "eval": "COCO mask AP and box AP of a model",
-    "predict": "segment photographs and draw what was found",
-    "benchmark": "images per second, stage by stage",
-    "check-data": "what is wrong with a data set, and a repaired copy",
+    "eval": "evaluate COCO mask AP and box AP of a model",
+    "predict": "segment images and draw the results",
+    "benchmark": "measure images per second, by stage",
+    "check-data": "check a dataset and write a repaired copy",
     "export": "write a model as one graph (.pt2, .onnx)",
-    "convert": "write a checkpoint under the names of another family",
-    "models": "the models, their parameters and their published AP",
+    "convert": "rewrite a checkpoint with the names of another family",
+    "models": "list the models, their parameters and their published AP",
 }
-MODULES = {"eval": "evaluate"}  # of the commands that are not called like their module
-PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "IN", "OUT", "SOURCE")  # metavars that a shell completes to files
+MODULES = {"eval": "evaluate"}  # commands whose module has another name
+PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "IN", "OUT", "SOURCE")  # metavars that a shell completes with paths
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -33,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the arguments, the command first; those of the process where None.
+        argv: the arguments, starting with the command; default: those of the process.
 
     Returns:
-        The exit code of the command; 2 for one that does not exist.
+        The exit code of the command; 2 for an unknown command.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C where `argv` was given.
-        SystemExit: after --help, --version.
+        KeyboardInterrupt: after Ctrl-C if `argv` was given.
+        SystemExit: after --help or --version.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     words = ["--help"] if words in ([], ["help"]) else words
@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_module(name: str) -> ModuleType:
-    """The module of a command: `build_parser(name as typed)` and `main(argv)`."""
+    """The module of a command; it has `build_parser(typed)` and `main(argv)`."""
     return importlib.import_module(f"solov2.commands.{MODULES.get(name, name.replace('-', '_'))}")
 
 
 def build_parser(typed: str = "solov2") -> Parser:
-    """All commands in one parser: what help prints, what a shell completes, and what the tests go through."""
+    """Build one parser with all commands, for help, shell completion and tests."""
     parser = Parser(
-        prog=typed, description="Train, evaluate, run and export SOLOv2.", epilog=f"{typed} COMMAND --help says more"
+        prog=typed, description="Train, evaluate, run and export SOLOv2.", epilog=f"for details: {typed} COMMAND --help"
     )
     parser.add_argument("--version", action="version", version=f"solov2 {__version__}", help="print the version")
     parser.add_argument(
@@ -73,24 +73,24 @@ def build_parser(typed: str = "solov2") -> Parser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, purpose in COMMANDS.items():
-        own = command_module(name).build_parser(f"{typed} {name}")
-        commands.add_parser(name, help=purpose, description=own.description, parents=[own], add_help=False)
+        command = command_module(name).build_parser(f"{typed} {name}")
+        commands.add_parser(name, help=purpose, description=command.description, parents=[command], add_help=False)
     return parser
 
 
 def _front_parser(word: str) -> Parser:
     if not word.startswith("-"):
-        raise InputError(f"unknown command '{word}'{did_you_mean(word, COMMANDS)}; there are {', '.join(COMMANDS)}")
+        raise InputError(f"unknown command '{word}'{did_you_mean(word, COMMANDS)}; available: {', '.join(COMMANDS)}")
     return build_parser(typed_name("").rstrip())
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.print_completion is None:
-        raise InputError(f"name a command: {', '.join(COMMANDS)}")
+        raise InputError(f"give a command: {', '.join(COMMANDS)}")
     try:
         import shtab
     except ImportError as error:
-        raise InputError("completion scripts are made by shtab: pip install 'solov2[completion]'") from error
+        raise InputError("completion scripts need shtab: pip install 'solov2[completion]'") from error
     parser = build_parser()
     for action in _actions(parser):
         if action.metavar in PATH_NAMES:
@@ -102,6 +102,6 @@ def _run(args: argparse.Namespace) -> int:
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for own in action.choices.values():
-                yield from own._actions
+            for command in action.choices.values():
+                yield from command._actions
         yield action

@@ -1,4 +1,4 @@
-"""solov2 models: the models that have a name, their parameters and the published AP of their weights."""
+"""solov2 models: list the named models, their parameters and the published AP of their weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from solov2.outputs import check_outputs, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 2 a user's mistake)."""
+    """Run the command; returns the exit code (0 done, 2 user error)."""
     return run_command("models", build_parser, _run, argv)
 
 
 def build_parser(typed: str = "solov2 models") -> Parser:
-    """The flags; `typed` is the command as the user typed it."""
+    """Build the parser; `typed` is the command as the user typed it."""
     parser = Parser(
         prog=typed,
-        description="The models: names, parameters, size of the input, and the published mask AP on COCO val2017 of "
-        "the weights that --weights official fetches.",
+        description="List the models: name, parameters, input size, and the published mask AP on COCO val2017 of the "
+        "weights that --weights official downloads.",
     )
     add_shared_arguments(parser, "--json", "--overwrite")
     return parser
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _describe(name: str) -> dict[str, Any]:
-    """One row: model, parameters, input_scale (long edge, short edge at most), mask_AP as a fraction or None."""
+    """One row: model, parameters, input_scale (max long edge, max short edge), mask_AP as a fraction or None."""
     import torch
 
     from solov2.build import construct
@@ -52,7 +52,7 @@ def _describe(name: str) -> dict[str, Any]:
     from solov2.weights import PUBLISHED_WEIGHTS
 
     config = load_config(name).model
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"):  # shapes only, without memory
         model = construct(config, default_class_names(config.num_classes))
     published = PUBLISHED_WEIGHTS.get(name)
     return {

@@ -1,4 +1,4 @@
-"""solov2 predict SOURCE... --weights FILE: segment photographs and draw what was found."""
+"""solov2 predict SOURCE... --weights FILE: segment images and draw the results."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ if TYPE_CHECKING:
 
 SCORE_THRESHOLD = 0.3
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")  # other inputs are drawn as PNG
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")  # pictures of other inputs are written as PNG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments; those of the process where None.
+        argv: the arguments; default: those of the process.
 
     Returns:
-        0; 1 if some images could not be read (the others are done); 2 for a mistake in what was asked for; 130 after
-        Ctrl-C.
+        0; 1 if some images could not be read (the others are done); 2 for a user error; 130 after Ctrl-C.
     """
     return run_command(
         "predict", build_parser, _run, argv, interrupted="interrupted; the pictures written so far are complete"
@@ -44,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(typed: str = "solov2 predict") -> Parser:
-    """The flags; `typed` is the command as the user typed it."""
-    parser = Parser(prog=typed, description="Segment photographs and draw what was found.")
-    parser.add_argument("images", nargs="+", metavar="SOURCE", help="image files, and folders with images")
+    """Build the parser; `typed` is the command as the user typed it."""
+    parser = Parser(prog=typed, description="Segment images and draw the results.")
+    parser.add_argument("images", nargs="+", metavar="SOURCE", help="image file or folder of images")
     parser.add_argument(
-        "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder of the pictures"
+        "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder for the pictures"
     )
     add_shared_arguments(
         parser,
@@ -63,8 +62,8 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         "--set",
         "--overwrite",
         notes={
-            "--config": "default: what the checkpoint says",
-            "--max-instances": "default: the model's own",
+            "--config": "default: from the checkpoint",
+            "--max-instances": "default: the model's",
             "--score-threshold": f"default: model.score_threshold of --set, else {SCORE_THRESHOLD}",
         },
         required=("--weights",),
@@ -80,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.weights import find_checkpoint
 
     if args.output.exists() and not args.output.is_dir():
-        raise InputError(f"--output {args.output}: this is a file; name a folder for the pictures")
+        raise InputError(f"--output {args.output} is a file; name a folder for the pictures")
     jobs = plan_outputs(find_images(args.images), args.output, overwrite=args.overwrite)
     files = [args.weights, *(path for job in jobs for path in job)]
     check_outputs([("--results", args.results)], overwrite=args.overwrite, inputs=files)
@@ -96,20 +95,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
-    """Image files named by paths and folders; those of a folder in order of name. A file named twice counts once.
+    """List image files, given by paths and folders; those of a folder are sorted by name. Duplicates are dropped.
 
     Raises:
-        InputError: a path that does not exist, or a folder without images.
+        InputError: a path does not exist, or a folder contains no images.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, inputs):
         if not path.exists():
-            raise InputError(f"{path} does not exist; name image files or folders with images")
+            raise InputError(f"{path} does not exist; give image files or folders of images")
         files = [path]
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if _is_image(file))
             if not files:
-                raise InputError(f"folder {path} holds no images ({' '.join(IMAGE_SUFFIXES)})")
+                raise InputError(f"folder {path} contains no images ({' '.join(IMAGE_SUFFIXES)})")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())
@@ -120,7 +119,7 @@ def _is_image(file: Path) -> bool:
 
 
 def plan_outputs(images: Sequence[Path], folder: str | Path, *, overwrite: bool = False) -> list[tuple[Path, Path]]:
-    """Pair each image with the picture to write: same name, in `folder`; a name that is taken gets _2, _3 and so on.
+    """Pair each image with the picture to write: the same name in `folder`, with _2, _3, ... added to duplicate names.
 
     Raises:
         InputError: a picture would replace an input, or an existing file without `overwrite`.
@@ -130,7 +129,7 @@ def plan_outputs(images: Sequence[Path], folder: str | Path, *, overwrite: bool 
     for image in images:
         suffix = image.suffix if image.suffix.lower() in PICTURE_SUFFIXES else ".png"
         number, name = 1, f"{image.stem}{suffix}"
-        while name.casefold() in taken:  # some file systems do not tell a.jpg from A.jpg
+        while name.casefold() in taken:  # some file systems ignore case
             number += 1
             name = f"{image.stem}_{number}{suffix}"
         taken.add(name.casefold())
@@ -138,19 +137,19 @@ def plan_outputs(images: Sequence[Path], folder: str | Path, *, overwrite: bool 
         if picture.resolve() in inputs:
             raise InputError(f"the picture of {image} would replace the input {picture}; give another --output")
         if picture.exists() and not overwrite:
-            raise InputError(f"{picture} exists already; give another --output or --overwrite")
+            raise InputError(f"{picture} already exists; give another --output or --overwrite")
         jobs.append((image, picture))
     return jobs
 
 
 def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], model: SOLOv2) -> list[dict]:
-    """One image's result as JSON-ready entries of COCO results format, with the names of file and class added.
+    """The result of one image in COCO's results format, ready for JSON, with file and class names added.
 
     Args:
         image_id: number of the image in this run.
-        file_name: path of the image as it was given.
+        file_name: path of the image, as given.
         result: `scores` float32 [N], `labels` int64 [N], `masks` N RLE, `boxes` float32 [N, 4] xyxy.
-        model: has the name and the category id of each label.
+        model: has the class name and the category id of each label.
     """
     rows = zip(*(result[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
     return [
@@ -184,7 +183,7 @@ def _predict_all(
             for (number, pixels), result in zip(readable, predictor.collect() if readable else [], strict=True):
                 image, picture = jobs[number]
                 drawn = draw_instances(pixels, result, model.class_names, score_threshold=0.0)
-                drawn.save(picture, quality=95, subsampling=0)  # JPEG's usual half-resolution color blurs the labels
+                drawn.save(picture, quality=95, subsampling=0)  # chroma subsampling would blur the labels
                 entries += coco_entries(number + 1, str(image), result, model)
                 line = _report(image, picture, result["labels"].tolist(), model)
                 progress.write(line, file=text_stream(args.results))
@@ -199,7 +198,7 @@ def _batches(jobs: Sequence[Any], size: int) -> list[range]:
 
 
 def _read(jobs: Sequence[tuple[Path, Path]], batch: range) -> Iterator[tuple[int, Tensor]]:
-    """The readable images of a batch, uint8 [3, H, W], turned upright; the others are named on stderr."""
+    """Yield (number, uint8 [3, H, W], upright by EXIF) for each readable image; report the others on stderr."""
     from solov2.ops.images import read_image
 
     for number in batch:
@@ -211,8 +210,8 @@ def _read(jobs: Sequence[tuple[Path, Path]], batch: range) -> Iterator[tuple[int
 
 def _report(image: Path, picture: Path, labels: Sequence[int], model: SOLOv2) -> str:
     if not labels:
-        lowest = model.settings.score_threshold
-        return f"{image}: nothing found at score {lowest:g} or above, picture unchanged -> {picture}"
+        threshold = model.settings.score_threshold
+        return f"{image}: nothing found at score {threshold:g} or above, picture unchanged -> {picture}"
     counts = Counter(model.class_names[label] for label in labels)
     found = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     return f"{image}: {found} -> {picture}"

@@ -46,53 +46,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 a user's mistake, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
-        written, 130 after Ctrl-C (KeyboardInterrupt where `argv` was given).
+        The exit code: 0 done, 1 failed, 2 user error, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
+        written, 130 after Ctrl-C (KeyboardInterrupt if `argv` was given).
     """
     return run_command("train", build_parser, _run, argv)
 
 
 def build_parser(typed: str = "solov2 train") -> Parser:
-    """The flags; `typed` is the command as the user typed it."""
-    recipe = "default: the configuration's"
+    """Build the parser; `typed` is the command as the user typed it."""
+    default = "default: from the configuration"
     parser = Parser(
         prog=typed,
         description="Train SOLOv2 on data in COCO's format.",
         epilog="several GPUs: --nproc 8, or torchrun --nproc-per-node 8 train.py MODEL",
     )
-    add_model_argument(parser, default="solov2_r50_fpn_1x, or with --resume the model of the run")
+    add_model_argument(parser, default="solov2_r50_fpn_1x; with --resume, the model of the run")
     parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME)")
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="FILE",
-        help="go on with a checkpoint; without FILE with the newest of the run folder that can be read (default: no)",
+        help="resume from a checkpoint; without FILE, from the newest readable one in the run folder (default: no)",
     )
     for flags in SETTINGS:
-        add_setting(parser, *flags, default="the configuration's")
+        add_setting(parser, *flags, default="from the configuration")
     parser.add_argument(
         "--deterministic",
         action="store_const",
         const=True,
-        help="the same bits for the same seed, processes and device; an operation that cannot promise it is an error "
-        f"({recipe})",
+        help=f"bit-identical results for the same seed, number of processes and device, or an error ({default})",
     )
-    parser.add_argument("--tensorboard", action="store_true", help="write event files too")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved configuration, learning rates, batch sizes and memory of the run, and end",
+        help="print the resolved configuration, learning rates, batch sizes and memory of the run, and exit",
     )
     add_shared_arguments(
         parser,
         "--weights",
         *RUN_FLAGS,
         notes={
-            "--weights": "default: ImageNet's backbone",
-            "--precision": recipe,
-            "--batch-size": recipe,
-            "--workers": "of each process; default: the configuration's",
+            "--weights": "default: an ImageNet backbone",
+            "--precision": default,
+            "--batch-size": default,
+            "--workers": "per process; default: from the configuration",
             "--overwrite": "the whole run folder; default: no",
         },
     )
@@ -107,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.training.train import prepare_job, splits_of, train
 
     overrides = parse_overrides(args.set) | given(args, FLAGS)
-    what: dict[str, Any] = {
+    job: dict[str, Any] = {
         "data": data_places(args),
         "weights": args.weights,
         "output": args.output,
@@ -115,15 +114,15 @@ def _run(args: argparse.Namespace) -> int:
         "overwrite": args.overwrite,
     }
     if args.dry_run:
-        return _dry_run(args, what, overrides)
+        return _dry_run(args, job, overrides)
     if args.nproc is not None and distributed.launched_processes(args.nproc) != args.nproc:
-        # A mistake that can be seen now is reported once, instead of by each of the processes.
-        config = prepare_job(args.model, **what, overrides=overrides).config
+        # Report a mistake once, before the launch, and not in every process.
+        config = prepare_job(args.model, **job, overrides=overrides).config
         if not config.data.shapes:
             require_data(config.data, splits=splits_of(config))
         distributed.relaunch(args.nproc, [*own_command("train"), *distributed.without_nproc(args.words)], args.device)
     try:
-        train(args.model, **what, device=args.device, tensorboard=args.tensorboard, **overrides)
+        train(args.model, **job, device=args.device, tensorboard=args.tensorboard, **overrides)
     except Stopped as stopped:
         if distributed.launched_rank() == 0:
             print(stopped, file=sys.stderr)
@@ -131,18 +130,19 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(args: argparse.Namespace, what: dict[str, Any], overrides: dict[str, Any]) -> int:
+def _dry_run(args: argparse.Namespace, job: dict[str, Any], overrides: dict[str, Any]) -> int:
     from solov2 import distributed
     from solov2.compute import select_device
     from solov2.training.dry_run import describe
     from solov2.training.train import prepare_job, splits_of
 
-    config = prepare_job(args.model, **what, overrides=overrides, writes=False).config
+    config = prepare_job(args.model, **job, overrides=overrides, writes=False).config
     if args.nproc is not None:
         distributed.launched_processes(args.nproc)
     device = select_device(args.device)
     with distributed.process_group(device):
         if distributed.is_main():
             processes = args.nproc or distributed.world_size()
-            describe(config, device=device, processes=processes, splits=splits_of(config))
+            for section in describe(config, device=device, processes=processes, splits=splits_of(config)):
+                print("\n".join(section), end="\n\n", flush=True)
     return 0

@@ -1,6 +1,6 @@
-"""The rules of a COCO annotation file, each written once: loading stops at the first fault, checking reports all.
+"""The checks for COCO annotation files, each written once: loading stops at the first fault, check-data reports all.
 
-A `Problem` is a fault that stops loading; `reason_unusable` says why an annotation is no training instance.
+A `Problem` is a fault that stops loading; `reason_unusable` says why an annotation is not a training instance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECTIONS = {"images": "image", "annotations": "annotation", "categories": "categ
 
 
 class ImageRecord(NamedTuple):
-    """What the annotation file says of one image."""
+    """The fields of an entry of `images` that loading uses."""
 
     image_id: int
     file_name: str
@@ -31,31 +31,31 @@ class ImageRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A fault that stops loading: of which kind, in which entry of which section, and the words for it."""
+    """A fault that stops loading: its kind, the entry it is in, and the message."""
 
     kind: str
     section: str
-    index: int  # of the entry in its section
-    where: str  # "annotation 7", or empty where the id is what is wrong
+    index: int  # of the entry within its section
+    where: str  # such as "annotation 7"; empty if the id itself is wrong
     message: str
 
     def sentence(self, path: str | Path) -> str:
-        """One sentence that names the file and the entry."""
+        """The message with the file and the entry in front."""
         return f"{self.where} of {path} {self.message}" if self.where else f"{path} {self.message}"
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The parsed file with its three lists, whose entries are not checked.
+    """Parse an annotation file and check that it has its three lists, but not their entries.
 
     Raises:
-        InputError: missing, not JSON, or not in COCO's format.
+        InputError: the file is missing, not JSON, or not in COCO's instance format.
     """
     if not path.is_file():
         raise InputError(f"annotation file {path} does not exist")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"annotation file {path} is not JSON, it may be truncated ({error})") from error
+        raise InputError(f"annotation file {path} is not valid JSON; it may be truncated ({error})") from error
     except RecursionError as error:
         raise InputError(f"annotation file {path} is nested too deeply to be COCO's instance format") from error
     for key in SECTIONS:
@@ -65,12 +65,12 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """A COCO annotation file whose ids, references, file names and numbers have been checked.
+    """Load a COCO annotation file and check its ids, references, file names and numbers, but not its segmentations.
 
-    `iscrowd` is filled in with 0 where it is missing (pycocotools' evaluation needs it). Segmentations are not checked.
+    A missing `iscrowd` is set to 0, as pycocotools' evaluation needs it.
 
     Raises:
-        InputError: naming the file and the image, annotation or category.
+        InputError: the message names the file and the image, annotation or category.
     """
     content = load_json(path)
     for problem in find_problems(content):
@@ -81,34 +81,34 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 
 def find_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every fault that stops loading: ids first, then each entry's first fault. Segmentations are not checked."""
+    """All faults that stop loading: first those of ids, then the first of each entry. Segmentations are not checked."""
     for section in SECTIONS:
         yield from _id_problems(content[section], section)
     image_ids = {image["id"] for image in content["images"] if has_id(image)}
-    rules = {
+    checks = {
         "images": image_fault,
         "categories": category_fault,
         "annotations": lambda annotation: annotation_fault(annotation, image_ids),
     }
-    for section, rule in rules.items():
+    for section, check in checks.items():
         for index, entry in enumerate(content[section]):
-            fault = rule(entry) if has_id(entry) else None
+            fault = check(entry) if has_id(entry) else None
             if fault is not None:
                 yield Problem(fault[0], section, index, f"{SECTIONS[section]} {entry['id']}", fault[1])
 
 
 def has_id(entry: Any) -> bool:
-    """Whether an entry of a section is an object with an integer id."""
+    """Whether an entry is an object with an integer id."""
     return isinstance(entry, dict) and is_integer(entry.get("id"))
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a JSON value is an integer; true and false, which Python counts among them, are not."""
+    """Whether a JSON value is an integer; booleans, which are integers in Python, do not count."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def are_numbers(values: Iterable[Any]) -> bool:
-    """Whether all values are finite numbers; text, true and false are not."""
+def all_finite(values: Iterable[Any]) -> bool:
+    """Whether all values are finite numbers; strings and booleans do not count."""
     try:
         return all(not isinstance(value, bool) and math.isfinite(value) for value in values)
     except (TypeError, OverflowError):
@@ -122,49 +122,49 @@ def _id_problems(entries: list[Any], section: str) -> Iterator[Problem]:
             text = f"has {'an' if kind[0] in 'ai' else 'a'} {kind} without an integer id: {str(entry)[:80]}"
             yield Problem("no id", section, index, "", text)
         elif entry["id"] in ids:
-            yield Problem("id twice", section, index, "", f"has the {kind} id {entry['id']} twice")
+            yield Problem("id twice", section, index, "", f"uses {kind} id {entry['id']} twice")
         else:
             ids.add(entry["id"])
 
 
 def image_fault(image: dict[str, Any]) -> tuple[str, str] | None:
-    """(kind, message) of the first fault of an entry of `images`, or None."""
+    """(kind, message) of the first fault in an entry of `images`, or None."""
     name = image.get("file_name")
     size: list[Any] = [image.get("width"), image.get("height")]
     if not isinstance(name, str) or not name:
         return "file name", "has no file_name"
     if PurePath(name).is_absolute() or PurePath(os.path.normpath(name)).parts[:1] == ("..",):
-        return "file outside", f"has the file_name {name}, which leaves the image folder"
-    if not (are_numbers(size) and min(size) >= 1 and all(side == int(side) for side in size)):
+        return "file outside", f"has the file_name {name}, which is outside the image folder"
+    if not (all_finite(size) and min(size) >= 1 and all(side == int(side) for side in size)):
         return "size", "has no positive width and height in whole pixels"
     if size[0] * size[1] > MAX_PIXELS:
-        return "size", f"has {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS} that are read"
+        return "size", f"has {size[0]} x {size[1]} pixels, more than the maximum of {MAX_PIXELS}"
     return None
 
 
 def category_fault(category: dict[str, Any]) -> tuple[str, str] | None:
-    """(kind, message) of the first fault of an entry of `categories`, or None."""
+    """(kind, message) of the first fault in an entry of `categories`, or None."""
     return None if isinstance(category.get("name"), str) else ("category name", "has no name")
 
 
 def annotation_fault(annotation: dict[str, Any], image_ids: set[int]) -> tuple[str, str] | None:
-    """(kind, message) of the first fault of an entry of `annotations` beside its segmentation, or None."""
+    """(kind, message) of the first fault in an entry of `annotations`, not counting its segmentation, or None."""
     image_id, box = annotation.get("image_id"), annotation.get("bbox")
     if not is_integer(image_id) or image_id not in image_ids:
         return "unknown image", f"belongs to image {image_id}, which is not in `images`"
     if not is_integer(annotation.get("category_id")):
         return "category id", "has no integer category_id"
-    if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
+    if not isinstance(box, list) or len(box) != 4 or not all_finite(box):
         return "box", "has no bbox of four finite numbers x, y, width, height"
-    if not are_numbers([annotation.get("area")]):
-        return "area", "has no area, a finite number of pixels"
+    if not all_finite([annotation.get("area")]):
+        return "area", "has no area, or one that is not a finite number"
     if annotation.get("iscrowd", 0) not in (0, 1):
-        return "iscrowd", f"has the iscrowd {annotation['iscrowd']!r}, which is neither 0 nor 1"
+        return "iscrowd", f"has iscrowd {annotation['iscrowd']!r}, which is neither 0 nor 1"
     return None
 
 
 def segmentation_fault(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
-    """What is wrong with the segmentation in an image of `size` (h, w), or None."""
+    """What is wrong with an annotation's segmentation in an image of `size` (h, w), or None."""
     try:
         check_segmentation(annotation.get("segmentation"), size)
     except InputError as error:
@@ -173,29 +173,29 @@ def segmentation_fault(annotation: dict[str, Any], size: tuple[int, int]) -> str
 
 
 def reason_unusable(annotation: dict[str, Any], record: ImageRecord) -> str | None:
-    """Why an annotation becomes no training instance, or None where it does (mmdetection's `parse_data_info`)."""
+    """Why an annotation is not a training instance, or None if it is one (mmdetection's `parse_data_info`)."""
     x, y, width, height = annotation["bbox"]
     if annotation.get("iscrowd"):
         return "a crowd"
     if annotation["area"] <= 0:
         return "an area of 0 or less"
     if width < 1 or height < 1:
-        return "a box of less than a pixel"
+        return "a box less than 1 pixel wide or high"
     overlap_x = min(x + width, record.width) - max(x, 0)
     overlap_y = min(y + height, record.height) - max(y, 0)
     return None if overlap_x > 0 and overlap_y > 0 else "a box outside the image"
 
 
-def short_polygons(segmentation: Any) -> int:
-    """How many polygons of a segmentation have fewer than three points; they are not drawn."""
+def count_short_polygons(segmentation: Any) -> int:
+    """Number of polygons of a segmentation with fewer than three points, which are not drawn."""
     return sum(len(polygon) < 6 for polygon in segmentation) if isinstance(segmentation, list) else 0
 
 
-def shift_of_categories(used: Iterable[int], declared: Iterable[int]) -> int:
-    """What has to be added to all category ids used so that they are those declared, where they are off by one.
+def category_id_shift(used: Iterable[int], declared: Iterable[int]) -> int:
+    """What to add to every used category id if all of them are off by one, else 0.
 
-    That is 1 where 0..N-1 are used and 1..N declared, -1 the other way round, and 0 where it is not the case or not
-    certain: ids declared with gaps, the last of them used too, or others unknown.
+    It is 1 if 0..N-1 are used and 1..N declared, and -1 the other way round. It is 0 also when in doubt: the declared
+    ids have gaps, the last declared id is used too, or there are other unknown ids.
     """
     used, declared = set(used), sorted(set(declared))
     if not used or not declared or declared[-1] - declared[0] != len(declared) - 1:

@@ -1,7 +1,8 @@
-"""Data sets and loaders of a configuration, for training and for evaluation."""
+"""Datasets and data loaders built from a configuration, for training and evaluation."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from solov2.data.shapes import generate_shapes
 from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDataset
 from solov2.errors import InputError
 
+LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
 
@@ -28,38 +30,38 @@ AssignTargets = Callable[[list[dict[str, torch.Tensor]], tuple[int, int]], dict[
 def locate_data(
     config: Config, data: str | Path | Mapping[str, str | Path] | None, *, chosen: Iterable[str] = ()
 ) -> Config:
-    """The configuration with its data in another place.
+    """The configuration with its data paths replaced.
 
     Args:
-        config: what to start from.
+        config: the configuration to start from.
         data: a folder with annotations/, train2017/ and val2017/, or some of {"root", "train_annotations",
             "train_images", "val_annotations", "val_images"}; None changes nothing.
-        chosen: settings that were asked for beside it and therefore stay, with or without their section.
+        chosen: names of settings that the user set explicitly, with or without their section; these are kept.
 
     Raises:
-        InputError: another key.
+        InputError: `data` has an unknown key.
     """
     if data is None:
         return config
-    places = dict(data) if isinstance(data, Mapping) else {"root": data}
-    unknown = sorted(places.keys() - {"root", *PATHS})
+    paths = dict(data) if isinstance(data, Mapping) else {"root": data}
+    unknown = sorted(paths.keys() - {"root", *PATHS})
     if unknown:
-        raise InputError(f"data: unknown key '{unknown[0]}'; it takes a folder or some of root, {', '.join(PATHS)}")
-    overrides = {f"data.{key}": os.path.abspath(places[key]) for key in PATHS if key in places}
-    if "root" in places:
-        overrides["data.root"] = str(places["root"])
-        # A checkpoint remembers the absolute paths it was trained with; another root asks for the files below it.
-        kept = {*places, *(name.rpartition(".")[2] for name in chosen)}
+        raise InputError(f"data: unknown key '{unknown[0]}'; pass a folder or some of root, {', '.join(PATHS)}")
+    overrides = {f"data.{key}": os.path.abspath(paths[key]) for key in PATHS if key in paths}
+    if "root" in paths:
+        overrides["data.root"] = str(paths["root"])
+        # A checkpoint stores the absolute paths of its training data; they must not outlive a change of root.
+        kept = {*paths, *(name.rpartition(".")[2] for name in chosen)}
         stale = [key for key in PATHS if key not in kept and os.path.isabs(getattr(config.data, key))]
         overrides |= {f"data.{key}": getattr(DataConfig, key) for key in stale}
     return override_config(config, overrides)
 
 
 def prepare_data(config: Config, *, splits: Sequence[str]) -> None:
-    """Generate the data set where the configuration says so, then check that the files of the splits are there.
+    """Generate the dataset if the configuration asks for it, then check that the files of the splits exist.
 
     Raises:
-        InputError: a missing data set, or a folder that holds other data.
+        InputError: a file or folder is missing, or the folder for the generated dataset holds other data.
     """
     data = config.data
     if data.shapes and distributed.is_main():
@@ -72,16 +74,16 @@ def prepare_data(config: Config, *, splits: Sequence[str]) -> None:
             progress=True,
         )
         if written:
-            print(f"generated {data.shapes_train} + {data.shapes_val} images of shapes in {data.root}", flush=True)
+            LOG.info("generated %d + %d images of shapes in %s", data.shapes_train, data.shapes_val, data.root)
     distributed.barrier()
     require_data(data, splits=splits)
 
 
 def require_data(data: DataConfig, *, splits: Sequence[str]) -> None:
-    """Check that annotation file and image folder of each split exist.
+    """Check that the annotation file and image folder of each split exist.
 
     Raises:
-        InputError: the sentences say where was looked, how to get COCO, and how to go on without.
+        InputError: the message names the missing path, how to get COCO, and how to use other data.
     """
     for split in splits:
         for path in split_paths(data, split):
@@ -89,9 +91,9 @@ def require_data(data: DataConfig, *, splits: Sequence[str]) -> None:
                 raise InputError(
                     f"no data: {path} does not exist. "
                     "For COCO, unpack http://images.cocodataset.org/zips/train2017.zip, "
-                    ".../zips/val2017.zip and .../annotations/annotations_trainval2017.zip below data/coco or name "
-                    "another folder with --data; training and evaluation take your own data by --train-annotations, "
-                    "--train-images, --val-annotations and --val-images; the model quickstart generates its own"
+                    ".../zips/val2017.zip and .../annotations/annotations_trainval2017.zip into data/coco or name "
+                    "another folder with --data; for your own data use --train-annotations, --train-images, "
+                    "--val-annotations and --val-images; the model quickstart generates its own data"
                 )
 
 
@@ -102,10 +104,10 @@ def split_paths(data: DataConfig, split: str) -> tuple[Path, Path]:
 
 
 def training_dataset(data: DataConfig) -> CocoInstances:
-    """The training split, images without instances left out unless the configuration keeps them.
+    """The training split; images without a usable instance are left out unless `data.keep_empty` is set.
 
     Raises:
-        InputError: files or annotations are broken.
+        InputError: files are missing or annotations are broken.
     """
     annotations, images = split_paths(data, "train")
     return CocoInstances(
@@ -119,17 +121,21 @@ def training_dataset(data: DataConfig) -> CocoInstances:
 
 
 def validation_dataset(data: DataConfig, split: str = "val") -> CocoInstances:
-    """Every image of a split, without its instances.
+    """Every image of a split, without instances.
 
     Raises:
-        InputError: files or annotations are broken.
+        InputError: files are missing or annotations are broken.
     """
     annotations, images = split_paths(data, split)
     return CocoInstances(annotations, images, training=False)
 
 
 def oracle_dataset(data: DataConfig, split: str) -> CocoInstances:
-    """Every image of a split with the instances that training would see."""
+    """Every image of a split, with the instances that training would use.
+
+    Raises:
+        InputError: files are missing or annotations are broken.
+    """
     annotations, images = split_paths(data, split)
     return CocoInstances(annotations, images, training=True, keep_empty=True, min_size=0)
 
@@ -142,9 +148,10 @@ def training_loader(
     device: torch.device = CPU,
     processes: int | None = None,
 ) -> tuple[DataLoader, TrainBatchSampler]:
-    """This process's batches, padded and with targets, and the sampler whose epoch has to be set.
+    """This rank's padded batches with targets, and their sampler, whose epoch the caller has to set.
 
-    `device` is where they will go; `processes` is how many share an epoch, default those that are running.
+    `device` is where the batches will go; `processes` is the number of ranks that share an epoch, by default the
+    world size.
     """
     data, train = config.data, config.train
     transform = TrainTransform(
@@ -179,7 +186,7 @@ def validation_loader(
     batch_size: int = 1,
     assigner: AssignTargets | None = None,
 ) -> DataLoader:
-    """This process's share of the images at test size; targets only where an assigner is given."""
+    """This rank's share of the images at the test size, with targets only if an assigner is given."""
     long, short = config.model.input_scale
     transformed = TransformedDataset(dataset, EvalTransform(short=short, long=long), seed=0)
     sampler = EvalSampler(len(dataset), rank=distributed.rank(), world_size=distributed.world_size())
@@ -195,5 +202,5 @@ def validation_loader(
 
 
 def with_classes(config: Config, dataset: CocoInstances) -> Config:
-    """The configuration with the class count of an annotation file."""
+    """The configuration with `num_classes` set to the number of classes in the annotation file."""
     return replace(config, model=replace(config.model, num_classes=len(dataset.class_names)))

@@ -1,10 +1,10 @@
-"""COCO's categories, and how two lists of class names differ."""
+"""COCO's categories, and the difference between two lists of class names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# COCO numbered 91 categories and annotated 80 of them.
+# COCO defined 91 category ids, but annotates only 80 of them.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 COCO_CLASSES = tuple(
     (
@@ -20,18 +20,18 @@ COCO_CLASSES = tuple(
 
 
 def default_class_names(num_classes: int) -> list[str]:
-    """COCO's 80 names, or numbered ones for another count."""
+    """COCO's names for 80 classes, otherwise numbered ones."""
     return list(COCO_CLASSES) if num_classes == len(COCO_CLASSES) else [f"class {i}" for i in range(num_classes)]
 
 
 def default_category_ids(class_names: Sequence[str]) -> list[int]:
-    """COCO's ids for COCO's classes, else label + 1."""
+    """COCO's ids for COCO's classes, otherwise label + 1."""
     if list(class_names) == list(COCO_CLASSES):
         return list(COCO_CATEGORY_IDS)
     return list(range(1, len(class_names) + 1))
 
 
 def class_difference(first: Sequence[str], second: Sequence[str]) -> str:
-    """The first names that only one of two class lists has."""
-    odd = sorted(set(first) ^ set(second))
-    return ", ".join(odd[:5]) if odd else "the same names under other ids"
+    """Up to five names that are in only one of two class lists, as text for a message."""
+    unmatched = sorted(set(first) ^ set(second))
+    return ", ".join(unmatched[:5]) if unmatched else "the same names with different ids"

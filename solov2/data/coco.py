@@ -1,18 +1,18 @@
-"""COCO instance annotations as a data set of samples.
+"""COCO instance annotations as a dataset of samples.
 
 sample  image uint8 [3, H, W] RGB | boxes float32 [N, 4] xyxy | labels int64 [N] | masks uint8 [N, H, W]
-        extents int64 [N, 4] xyxy, outside of which the masks are 0 | image_id int | original_size (h, w)
+        extents int64 [N, 4] xyxy, outside which the masks are 0 | image_id int | original_size (h, w)
 
-Which annotations become instances follows mmdetection (its `CocoDataset.parse_data_info`); width and height of the JSON
-decide, and EXIF rotation is not applied, because annotations are drawn on the stored pixels.
+Which annotations become instances follows mmdetection (`CocoDataset.parse_data_info`). An image must have the width and
+height given in the JSON; EXIF rotation is not applied, because annotations refer to the stored pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import marshal
-import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -26,36 +26,38 @@ from torch.utils.data import Dataset
 from solov2.compute import span
 from solov2.data.annotations import (
     ImageRecord,
+    count_short_polygons,
     read_annotations,
     reason_unusable,
     segmentation_fault,
-    short_polygons,
 )
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 from solov2.ops.images import read_image
 from solov2.ops.masks import segmentations_to_masks
+
+LOG = logging.getLogger(__name__)
 
 
 class CocoInstances(Dataset):
     """Images and instances of one COCO annotation file.
 
     Args:
-        annotations: the JSON file.
+        annotations: path of the JSON file.
         images: the folder that `file_name` is relative to.
-        training: True gives images with their usable instances; False gives every image alone (N = 0).
+        training: True gives images with their usable instances; False gives every image without instances (N = 0).
         keep_empty: in training, keep images without a usable instance.
         min_size: in training, leave out images whose shorter edge is below this many pixels.
-        skip_broken_images: return the next readable sample instead of an image that cannot be read, and warn.
+        skip_broken_images: instead of an image that cannot be read, return the next readable sample and warn.
 
     Attributes:
-        class_names: names in order of category id; a label is an index into it.
-        category_ids: the file's own id of each label.
-        image_ids, aspect_ratios: id and width / height of each image, in the order of the data set.
-        unknown_categories: ids that are not in `categories` -> how many annotations have them.
+        class_names: in order of category id; a label is an index into this list.
+        category_ids: the file's category id of each label.
+        image_ids, aspect_ratios: id and width / height of each image, in dataset order.
+        unknown_categories: category ids that are not in `categories` -> number of annotations with that id.
 
     Raises:
-        InputError: at construction for a file that is missing, not COCO, or broken in a way that would stop training
-            or evaluation later; on reading for an image that is missing, damaged, or not of the size stated.
+        InputError: at construction, if the file is missing, not COCO, or broken in a way that would stop training or
+            evaluation later; on access, if an image is missing, damaged, or not of the stated size.
     """
 
     def __init__(
@@ -88,27 +90,28 @@ class CocoInstances(Dataset):
             ]
         if not records:
             raise InputError(
-                f"{self.annotation_file} has no usable image: training needs one of at least {min_size} pixels with an "
-                "instance that is in `categories`, not a crowd, of positive area and inside the image"
+                f"{self.annotation_file} has no usable image: training needs one with a shorter edge of at least "
+                f"{min_size} pixels and an instance that is not a crowd, has a category in `categories` and a positive "
+                "area, and lies inside the image"
             )
         self.image_ids = [record.image_id for record in records]
         self.aspect_ratios = [record.width / record.height for record in records]
-        # One block of bytes instead of millions of objects: worker processes share it, where touching the reference
-        # counts of objects would copy all annotations into each of them. (marshal: plain values, read back here only.)
+        # One block of bytes instead of millions of objects, so that workers share its memory: updating the objects'
+        # reference counts would copy all annotations into each worker. (marshal: plain values, only read back here.)
         packed = [marshal.dumps((tuple(record), instances[record.image_id])) for record in records]
         self._packed, self._offsets = b"".join(packed), np.cumsum([0, *map(len, packed)])
-        self._coco = None if training else _index(content)
+        self._coco = None if training else _build_index(content)
 
     @property
     def coco(self) -> COCO:
-        """The annotation file as pycocotools has it, for evaluation; in training it is read again on first use."""
+        """pycocotools' index of the annotation file, for evaluation; in training, first use reads the file again."""
         if self._coco is None:
-            self._coco = _index(read_annotations(self.annotation_file))
+            self._coco = _build_index(read_annotations(self.annotation_file))
         return self._coco
 
     def file_name(self, image_id: int) -> str:
-        """What the annotation file calls an image, relative to the image folder."""
-        return self._entry(self.image_ids.index(image_id))[0].file_name
+        """The file name of an image, relative to the image folder."""
+        return self._unpack(self.image_ids.index(image_id))[0].file_name
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coco": None}  # workers never need it
@@ -118,7 +121,7 @@ class CocoInstances(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample at `index`; with `skip_broken_images`, the next one that can be read."""
-        start = range(len(self))[index]  # IndexError where it is out of range
+        start = range(len(self))[index]  # raises IndexError if out of range
         for step in range(len(self)):
             try:
                 return self._load((start + step) % len(self))
@@ -129,31 +132,31 @@ class CocoInstances(Dataset):
         raise InputError(f"no image of {self.annotation_file} in {self.image_root} can be read")
 
     def instance_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All training instances without their masks and without reading a file again.
+        """All training instances without their masks; no file is read.
 
         Returns:
-            position of the image in the data set int64 [N], label int64 [N], box float64 [N, 4] (xyxy, image pixels).
+            position of the image in the dataset int64 [N], label int64 [N], box float64 [N, 4] (xyxy, image pixels).
         """
         rows = [
             (position, label, *box)
             for position in range(len(self) if self.training else 0)
-            for box, label, _ in self._entry(position)[1]
+            for box, label, _ in self._unpack(position)[1]
         ]
         table = np.array(rows, dtype=np.float64).reshape(-1, 6)
         return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:]
 
     def image_sizes(self) -> np.ndarray:
-        """(h, w) of each image as the annotation file says, int64 [images, 2]."""
-        records = [self._entry(position)[0] for position in range(len(self))]
+        """(h, w) of each image according to the annotation file, int64 [images, 2]."""
+        records = [self._unpack(position)[0] for position in range(len(self))]
         return np.array([(record.height, record.width) for record in records], dtype=np.int64)
 
-    def _entry(self, position: int) -> tuple[ImageRecord, list[tuple]]:
-        """What the annotation file says of an image, and its instances: (box xyxy, label, segmentation)."""
+    def _unpack(self, position: int) -> tuple[ImageRecord, list[tuple]]:
+        """The record of an image and its instances: (box xyxy, label, segmentation)."""
         values, instances = marshal.loads(self._packed[slice(*self._offsets[position : position + 2])])
         return ImageRecord(*values), instances
 
     def _load(self, position: int) -> dict[str, Any]:
-        record, instances = self._entry(position)
+        record, instances = self._unpack(position)
         size = (record.height, record.width)
         with span("annotation masks"):
             masks, extents = segmentations_to_masks([segmentation for _, _, segmentation in instances], size)
@@ -178,57 +181,56 @@ class CocoInstances(Dataset):
         height, width = image.shape[1:]
         if (height, width) != (record.height, record.width):
             turned = (width, height) == (record.height, record.width)
-            hint = "; EXIF rotation is not applied to data-set images" if turned else ""
+            hint = "; EXIF rotation is not applied to dataset images" if turned else ""
             raise InputError(f"image {path} is {width} x {height}, but {stated}{hint}")
         return image
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"{message}; the next image is used instead", stacklevel=3)
+            LOG.warning("%s; the next image is used instead", message)
 
     def _collect_instances(self, annotations: list[dict], records: dict[int, ImageRecord]) -> dict[int, list[tuple]]:
-        """(box xyxy, label, segmentation) of each usable annotation by image id, after a check of all that matter.
+        """Image id -> (box xyxy, label, segmentation) of its usable annotations, with their segmentations checked.
 
-        Evaluation hands every annotation to pycocotools, crowds too, so there all of them are checked.
+        Evaluation passes every annotation to pycocotools, crowds included, so it checks all of them.
         """
         labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
         instances: dict[int, list[tuple]] = {image_id: [] for image_id in records}
-        altered: dict[str, list[str]] = defaultdict(list)  # what is done about a fault that stops nothing -> to whom
+        ignored: dict[str, list[str]] = defaultdict(list)  # reason to warn -> the annotations it applies to
         for annotation in annotations:
             record, category_id = records[annotation["image_id"]], annotation["category_id"]
             if category_id not in labels:
                 self.unknown_categories[category_id] += 1
                 left_out = f"{annotation['id']} with category {category_id}"
-                altered["have a category_id that is not in `categories` and are left out"].append(left_out)
+                ignored["have a category_id that is not in `categories` and are left out"].append(left_out)
                 continue
             reason = reason_unusable(annotation, record)
             if reason is None or not self.training:
                 fault = segmentation_fault(annotation, (record.height, record.width))
                 if fault is not None:
                     raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {fault}")
-                if short_polygons(annotation["segmentation"]):
-                    altered["have polygons of fewer than three points, which are left out"].append(annotation["id"])
+                if count_short_polygons(annotation["segmentation"]):
+                    ignored["have polygons with fewer than three points, which are ignored"].append(annotation["id"])
             if reason is None and self.training:
                 x, y, width, height = annotation["bbox"]
                 box = (x, y, x + width, y + height)
                 instances[record.image_id].append((box, labels[category_id], annotation["segmentation"]))
             elif self.training and not annotation["iscrowd"]:
-                altered["are no instances and are left out"].append(f"{annotation['id']} with {reason}")
-        for what, whom in altered.items():
-            warnings.warn(
-                f"{len(whom)} annotations of {self.annotation_file} {what}, the first is annotation {whom[0]} "
-                "(solov2 check-data lists all)",
-                stacklevel=3,
+                ignored["cannot be used as instances and are left out"].append(f"{annotation['id']} with {reason}")
+        for what, found in ignored.items():
+            LOG.warning(
+                f"{len(found)} of {count(len(annotations), 'annotation')} of {self.annotation_file} {what}; the first "
+                f"is annotation {found[0]} (solov2 check-data lists them all)"
             )
         return instances
 
 
-def _index(content: dict[str, Any]) -> COCO:
-    """pycocotools' index over an annotation file that is already loaded, without its messages."""
+def _build_index(content: dict[str, Any]) -> COCO:
+    """pycocotools' index of an annotation file that is already loaded; its output is suppressed."""
     for annotation in content["annotations"]:
         polygons = annotation.get("segmentation")
-        if isinstance(polygons, list):  # pycocotools takes a first polygon of four numbers for a box and fails
+        if isinstance(polygons, list):  # pycocotools mistakes a first polygon of four numbers for a box and fails
             annotation["segmentation"] = [x for x in polygons if not isinstance(x, list) or len(x) >= 6]
     coco = COCO()
     coco.dataset = {"info": {}, **content}  # loadRes copies `info`, which hand-made files often lack

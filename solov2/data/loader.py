@@ -1,4 +1,4 @@
-"""Batches: padding and target assignment in the workers, samplers, and the DataLoader around them.
+"""Batches: padding and target assignment in the workers, the samplers, and the DataLoader.
 
 batch  pixels uint8 [B, 3, H, W] RGB, zero-padded bottom/right | sizes int64 [B, 2] (h, w) before padding
        original_sizes int64 [B, 2] | image_ids list[int] | targets (what `assign_targets` returns; absent without it)
@@ -27,8 +27,8 @@ class Collate:
 
     Args:
         assign_targets: called with the instances (boxes, labels, masks and extents per image, masks at the resized,
-            unpadded size) and the padded (H, W); None leaves `targets` out.
-        divisor: height and width of the batch are multiples of it.
+            unpadded size) and the padded size (H, W); without it the batch has no `targets`.
+        divisor: height and width of the batch are padded to multiples of it.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Collate:
         self.assign_targets, self.divisor = assign_targets, divisor
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The batch of these samples, in their order."""
-        sizes = torch.tensor([sample["image"].shape[1:] for sample in samples])
+        """The batch of these samples, in the same order."""
+        sizes = torch.tensor([sample["image"].shape[1:] for sample in samples])  # int64 [B, 2]
         height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
         with span("pad"):
             pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
             for canvas, sample, (h, w) in zip(pixels, samples, sizes.tolist()):
-                canvas.numpy()[:, :h, :w] = sample["image"].numpy()  # numpy turns interleaved memory into planes faster
+                canvas.numpy()[:, :h, :w] = sample["image"].numpy()  # numpy de-interleaves channels faster
         batch = {
             "pixels": pixels,
             "sizes": sizes,
@@ -58,18 +58,18 @@ class Collate:
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """Batches of (index, epoch, position) for one process; landscape and portrait images never share a global batch.
+    """Batches of (index, epoch, position) for one rank; landscape and portrait images never share a global batch.
 
-    A global batch is the union of the processes' batches of one step. The images of each orientation are shuffled and
-    cut into global batches; an incomplete last one is filled up from the start of its orientation, so no image is lost
-    and every batch is full. `position` numbers the epoch's samples over all processes, repeated images included.
+    A global batch is the union of all ranks' batches in one step. The images of each orientation are shuffled and cut
+    into global batches; an incomplete last one is filled up from the start of its orientation, so no image is lost and
+    every batch is full. `position` numbers the epoch's samples across all ranks, repeated images included.
 
     Args:
-        aspect_ratios: width / height of each image; 1 and above is landscape.
-        batch_size: images per process and step.
-        rank, world_size: this process and their number.
-        seed: the order depends on (seed, epoch) only.
-        shuffle: False keeps the order of the data set within each orientation.
+        aspect_ratios: width / height of each image; 1 or more is landscape.
+        batch_size: images per rank and step.
+        rank, world_size: this rank and the number of ranks.
+        seed: the order depends only on (seed, epoch).
+        shuffle: False keeps the dataset order within each orientation.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
         self.seed, self.shuffle, self.epoch, self.first_batch = seed, shuffle, 0, 0
 
     def set_epoch(self, epoch: int, *, first_batch: int = 0) -> None:
-        """Choose the order of the next pass, and how many of its batches are passed over."""
+        """Set the epoch, which determines the order, and how many of its batches to skip."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
-        """Batches per epoch, the same in every process."""
+        """Batches per epoch, the same on every rank; batches to skip are counted."""
         landscape = int(self.landscape.sum())
         return sum(-(-count // self._global_size) for count in (landscape, len(self.landscape) - landscape))
 
@@ -101,8 +101,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
                 continue
             start = self.rank * self.batch_size
             first = number * self._global_size + start
-            mine = indices[start : start + self.batch_size]
-            yield [(index, self.epoch, first + offset) for offset, index in enumerate(mine)]
+            own = indices[start : start + self.batch_size]
+            yield [(index, self.epoch, first + offset) for offset, index in enumerate(own)]
 
     @property
     def _global_size(self) -> int:
@@ -124,7 +124,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
 
 
 class EvalSampler(Sampler[int]):
-    """Every `world_size`-th index from `rank` on: shards without padding and without duplicates."""
+    """Every `world_size`-th index, starting at `rank`: shards without padding or duplicates."""
 
     def __init__(self, length: int, *, rank: int, world_size: int) -> None:
         self.indices = range(rank, length, world_size)
@@ -147,14 +147,14 @@ def build_loader(
     timeout: float = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """A DataLoader with either `batch_sampler`, or `sampler` and `batch_size`.
+    """A DataLoader that uses either `batch_sampler`, or `sampler` and `batch_size`.
 
     Args:
         dataset: indexed with what the sampler yields.
         collate: samples -> batch, called in the workers.
-        workers: processes that load, kept alive between epochs; 0 loads in this process.
-        timeout: seconds to wait for a batch of the workers before it is an error; 0 waits forever.
-        pin_memory: batches lie where an accelerator can fetch them by itself.
+        workers: number of worker processes, kept alive between epochs; 0 loads in this process.
+        timeout: seconds to wait for a batch from the workers before raising an error; 0 waits forever.
+        pin_memory: put batches in page-locked memory, so that copies to an accelerator can be asynchronous.
     """
     batching: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
     if batch_sampler is not None:
@@ -166,16 +166,16 @@ def build_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         timeout=timeout if workers else 0,
-        generator=torch.Generator(),  # of the workers' seeds, which nothing here uses: the global one stays untouched
+        generator=torch.Generator(),  # for the workers' unused seeds, so that the global generator is not advanced
         pin_memory=pin_memory,
         worker_init_fn=_init_worker,
     )
 
 
 def _init_worker(worker_id: int) -> None:
-    """One thread per worker, and signals left to the parent, which may still need them to finish a step and save.
+    """One thread per worker; signals are left to the parent, which may still need its workers to finish a step.
 
-    torchrun sends SIGTERM to whole process groups. The first is passed over; the next, the parent's own, ends.
+    torchrun sends SIGTERM to whole process groups. A worker ignores the first; the second, its parent's, ends it.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -184,9 +184,9 @@ def _init_worker(worker_id: int) -> None:
 
 
 def _report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A worker's excepthook: the thread that hands tensors over says nothing when Ctrl-C ends its reader half-way.
+    """A worker's excepthook: prints nothing when Ctrl-C ends the process that is reading a tensor from the worker.
 
-    Exceptions of the data set do not come here; the DataLoader carries them to the training process.
+    Exceptions raised by the dataset do not arrive here; the DataLoader passes them to the training process.
     """
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)

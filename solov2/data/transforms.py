@@ -1,4 +1,4 @@
-"""Transforms of samples (data/coco.py says what a sample is). Pixels and masks stay uint8 throughout."""
+"""Transforms of samples (described in data/coco.py). Pixels and masks stay uint8 throughout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sample = dict[str, Any]
 
 
 def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Resize to `size` (h, w): image bilinearly, masks by nearest neighbor, boxes by the factors and then clipped."""
+    """Resize to `size` (h, w): image bilinearly, masks by nearest neighbor; boxes are scaled and clipped."""
     return {
         **sample,
         "image": resize_image(sample["image"], size),
@@ -30,14 +30,14 @@ def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
 
 
 def resize_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Boxes xyxy [N, 4] of an image of `size` (h, w) in its resized version, clipped to it."""
+    """Scale boxes [N, 4] xyxy of an image of `size` (h, w) to `new_size`, and clip them to it."""
     factors = boxes.new_tensor([new_size[1] / size[1], new_size[0] / size[0]]).repeat(2)
     limits = boxes.new_tensor([new_size[1], new_size[0]]).repeat(2)
     return (boxes * factors).clamp(min=0).minimum(limits)
 
 
 def flip_sample(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
-    """Mirror left to right (`horizontal`) and / or top to bottom (`vertical`)."""
+    """Mirror left to right (`horizontal`), top to bottom (`vertical`), or both."""
     dims = [dim for dim, wanted in ((1, vertical), (2, horizontal)) if wanted]
     if not dims:
         return sample
@@ -62,7 +62,7 @@ def _flip_boxes(boxes: Tensor, size: tuple[int, int], *, horizontal: bool, verti
 
 
 def _flip_masks(masks: Tensor, extents: Tensor, flipped: Tensor, *, horizontal: bool, vertical: bool) -> Tensor:
-    """Masks mirrored window by window: what lies outside of their extents is not touched."""
+    """Mirror the part of each mask inside its extents; the rest is 0. `flipped` are the mirrored extents."""
     mirrored = np.zeros(masks.shape, dtype=np.uint8)
     rows, columns = (slice(None, None, -1 if wanted else 1) for wanted in (vertical, horizontal))
     for target, source, (x1, y1, x2, y2), (left, top, right, bottom) in zip(
@@ -73,7 +73,7 @@ def _flip_masks(masks: Tensor, extents: Tensor, flipped: Tensor, *, horizontal: 
 
 
 def transpose_sample(sample: Sample) -> Sample:
-    """Mirror at the main diagonal: rows become columns, and `original_size` is swapped with them."""
+    """Mirror across the main diagonal: rows become columns, and `original_size` is swapped too."""
     return {
         **sample,
         "image": sample["image"].mT,
@@ -85,7 +85,7 @@ def transpose_sample(sample: Sample) -> Sample:
 
 
 def drop_flat_instances(sample: Sample) -> Sample:
-    """Leave out instances whose box has no area."""
+    """Drop instances whose box has no area."""
     boxes = sample["boxes"]
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     if keep.all():
@@ -97,10 +97,10 @@ class TrainTransform:
     """Random scale, then random flip (mmdetection's pipeline for SOLOv2).
 
     Args:
-        scales: short edges in pixels, one is drawn per sample.
-        max_size: limit of the long edge in pixels; it wins over the short edge.
+        scales: short edges in pixels; one is drawn per sample.
+        max_size: limit of the long edge in pixels; it takes precedence over the short edge.
         flip_probability: of the horizontal flip.
-        dihedral: vertical flip and transposition too, each with probability 0.5: for pictures without an upright
+        dihedral: also flip vertically and transpose, each with probability 0.5; for images without an upright
             direction, such as aerial or microscope images.
     """
 
@@ -111,7 +111,7 @@ class TrainTransform:
         self.flip_probability, self.dihedral = flip_probability, dihedral
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
-        """The transformed sample; instances whose box is left without area are dropped."""
+        """The transformed sample, without instances whose box has no area left."""
         scale, horizontal, vertical, transpose = torch.rand(4, generator=generator).tolist()
         short = self.scales[int(scale * len(self.scales))]
         size = resized_size(tuple(sample["image"].shape[1:]), long=self.max_size, short=short)
@@ -129,16 +129,16 @@ class EvalTransform:
         self.short, self.long = short, long
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
-        """The resized sample; nothing is random."""
+        """The resized sample; `generator` is unused."""
         size = tuple(sample["image"].shape[1:])
         return resize_sample(sample, resized_size(size, long=self.long, short=self.short))
 
 
 class TransformedDataset(Dataset):
-    """A data set seen through a transform whose randomness depends on (seed, epoch, position) and nothing else.
+    """A dataset with a transform whose randomness depends only on (seed, epoch, position).
 
-    So the number of workers or processes, and a resumed run, change no sample. An index is (index into `dataset`,
-    epoch, position in the epoch); a plain integer i means (i, 0, i).
+    Samples are therefore the same for any number of workers or ranks, and in a resumed run. An index is (index into
+    `dataset`, epoch, position in the epoch); a plain integer i means (i, 0, i).
     """
 
     def __init__(
@@ -158,6 +158,6 @@ class TransformedDataset(Dataset):
 
 
 def seeded_generator(*values: int) -> torch.Generator:
-    """A generator on the host whose seed is a 64-bit hash of integers: neighboring values give unrelated streams."""
+    """A CPU generator seeded with a 64-bit hash of the values, so that neighboring values give unrelated streams."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,1 +1,1 @@
-"""Checking a COCO data set before training, and repairing it."""
+"""Check a COCO dataset before training, and repair it."""

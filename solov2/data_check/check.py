@@ -1,4 +1,4 @@
-"""Check a COCO data set before training: the annotation file and every image."""
+"""Check a COCO dataset before training: the annotation file and every image."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from tqdm import tqdm
 
 from solov2.build import build_assigner
 from solov2.config import Config
-from solov2.data.annotations import ImageRecord, find_problems, shift_of_categories
+from solov2.data.annotations import ImageRecord, category_id_shift, find_problems
 from solov2.data_check.findings import CheckSettings, Finding, ImageCheck, check_image
-from solov2.data_check.quick import off_by_one
-from solov2.data_check.repair import normal_name
+from solov2.data_check.quick import off_by_one_message
+from solov2.data_check.repair import normalize_file_name
 from solov2.data_check.statistics import summarize
 from solov2.errors import InputError
 
-CHUNK = 8  # images that a process takes at a time
+CHUNK = 8  # images that a checking process takes at a time
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, in the order file, images, annotations; the figures of `solov2.data_check.statistics.summarize`."""
+    """All findings, first of the annotation file, then image by image, and the statistics of `summarize`."""
 
     findings: list[Finding]
     statistics: dict[str, Any]
 
     def counts(self) -> dict[str, int]:
-        """Findings by severity."""
+        """Number of findings of each severity."""
         found = Counter(finding.severity for finding in self.findings)
         return {severity: found[severity] for severity in ("error", "warning", "note")}
 
@@ -43,17 +43,17 @@ def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *
     """Check annotations and image files; every file is read once.
 
     Args:
-        content: a parsed annotation file (`solov2.data.annotations.load_json`); its entries may be anything.
+        content: a parsed annotation file (`solov2.data.annotations.load_json`); its entries may be malformed.
         images: the folder that `file_name` is relative to.
-        config: scale ranges, grids and sizes to check against.
-        workers: processes; 0 and 1 work in this one.
+        config: its scale ranges, grids and sizes are what the data is checked against.
+        workers: number of checking processes; 0 and 1 check in this one.
 
     Raises:
-        InputError: the folder does not exist, or a process was killed.
+        InputError: the folder does not exist, or a checking process was killed.
     """
     if not Path(images).is_dir():
         raise InputError(f"image folder {images} does not exist")
-    findings, faulty = file_findings(content)
+    findings, faulty = _annotation_file_findings(content)
     categories = [entry for index, entry in enumerate(content["categories"]) if ("categories", index) not in faulty]
     categories.sort(key=lambda category: category["id"])
     records = [
@@ -81,8 +81,8 @@ def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *
     return Report(findings, statistics)
 
 
-def file_findings(content: Mapping[str, Any]) -> tuple[list[Finding], set[tuple[str, int]]]:
-    """What the annotation file alone shows, and (section, index) of the entries that loading would stop at."""
+def _annotation_file_findings(content: Mapping[str, Any]) -> tuple[list[Finding], set[tuple[str, int]]]:
+    """Findings of the annotation file alone, and (section, index) of the entries that would stop loading."""
     findings, faulty = [], set()
     names = {
         image["id"]: image.get("file_name")
@@ -105,7 +105,7 @@ def file_findings(content: Mapping[str, Any]) -> tuple[list[Finding], set[tuple[
         section: [entry for index, entry in enumerate(content[section]) if (section, index) not in faulty]
         for section in ("images", "annotations", "categories")
     }
-    findings += _files_twice(usable["images"])
+    findings += _duplicate_files(usable["images"])
     findings += _category_findings(usable["annotations"], usable["categories"], names)
     return findings, faulty
 
@@ -113,10 +113,10 @@ def file_findings(content: Mapping[str, Any]) -> tuple[list[Finding], set[tuple[
 def check_images(
     records: Sequence[ImageRecord], annotations: Sequence[Sequence[dict]], settings: CheckSettings, workers: int
 ) -> list[ImageCheck]:
-    """`check_image` of every image, in their order, in some processes.
+    """`check_image` for every image, in order, by several processes.
 
     Raises:
-        InputError: a process was killed.
+        InputError: a checking process was killed.
     """
     check = functools.partial(check_image, settings=settings)
     progress = functools.partial(tqdm, total=len(records), unit="image", disable=len(records) <= CHUNK, leave=False)
@@ -126,18 +126,18 @@ def check_images(
         try:
             return list(progress(pool.map(check, records, annotations, chunksize=CHUNK)))
         except BrokenProcessPool as error:
-            raise InputError("a checking process was killed, perhaps for lack of memory; try --workers 1") from error
+            raise InputError("a checking process was killed, perhaps out of memory; try --workers 1") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _files_twice(images: Sequence[dict]) -> Iterator[Finding]:
+def _duplicate_files(images: Sequence[dict]) -> Iterator[Finding]:
     first: dict[str, int] = {}
     for image in images:
-        other = first.setdefault(normal_name(image["file_name"]), image["id"])
+        other = first.setdefault(normalize_file_name(image["file_name"]), image["id"])
         if other != image["id"]:
-            yield Finding("file twice", f"is listed as image {other}, too", image["id"], None, image["file_name"])
+            yield Finding("file twice", f"is also listed as image {other}", image["id"], None, image["file_name"])
 
 
 def _category_findings(
@@ -145,19 +145,19 @@ def _category_findings(
 ) -> Iterator[Finding]:
     declared = [category["id"] for category in categories]
     used = Counter(annotation["category_id"] for annotation in annotations)
-    shift = shift_of_categories(used, declared)
+    shift = category_id_shift(used, declared)
     if shift:
-        yield Finding("categories off by one", off_by_one(shift, set(used), declared))
+        yield Finding("categories off by one", off_by_one_message(shift, set(used), declared))
     for annotation in annotations:
         if annotation["category_id"] not in declared:
-            text = f"category_id {annotation['category_id']} is not in `categories`: left out"
+            text = f"category_id {annotation['category_id']} is not in `categories`; training leaves it out"
             image_id = annotation["image_id"]
             yield Finding("unknown category", text, image_id, annotation["id"], names.get(image_id))
     first: dict[str, int] = {}
     for category in categories:
         if not used[category["id"]] and not shift:
-            yield Finding("unused category", f"category {category['id']} '{category['name']}' never occurs")
+            yield Finding("unused category", f"category {category['id']} '{category['name']}' has no annotations")
         other = first.setdefault(category["name"], category["id"])
         if other != category["id"]:
-            text = f"categories {other} and {category['id']} are both called '{category['name']}'"
+            text = f"categories {other} and {category['id']} are both named '{category['name']}'"
             yield Finding("category name twice", text)

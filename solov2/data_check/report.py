@@ -1,4 +1,4 @@
-"""The report of a checked data set, for people and for programs."""
+"""The report on a checked dataset, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from solov2.errors import printable
 
 
 def report_lines(report: Report, source: Path, config: Config, *, model: str | Path, show: int) -> list[str]:
-    """The report for people.
+    """The report as lines of text.
 
     Args:
-        report: to be told.
+        report: what `check_data` returned.
         source: the annotation file.
         config: what it was checked against.
-        model: the name or the file that `config` was made of.
-        show: how many findings of a kind are written out at most.
+        model: name or file that `config` was loaded from.
+        show: maximum number of findings of a kind to list.
     """
-    figures, counts = report.statistics, report.counts()
-    lines = [f"{source}: {figures['images']} images, {figures['instances']} usable instances"]
+    statistics, counts = report.statistics, report.counts()
+    lines = [f"{source}: {statistics['images']} images, {statistics['instances']} usable instances"]
     by_kind: dict[str, list[Finding]] = defaultdict(list)
     for finding in report.findings:
         by_kind[finding.kind].append(finding)
@@ -35,54 +35,54 @@ def report_lines(report: Report, source: Path, config: Config, *, model: str | P
         lines.append(f"{SEVERITIES[kind]}: {kind} ({len(found)}{', --fix repairs it' if kind in REPAIRABLE else ''})")
         lines += [f"    {finding.sentence()}" for finding in found[:show]]
         if len(found) > show:
-            lines.append(f"    and {len(found) - show} more: --json and --show {len(found)} list them")
+            lines.append(f"    and {len(found) - show} more (--show {len(found)} or --json lists them all)")
     lines.append(", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()))
-    lines += statistics_lines(figures, config)
-    if figures["suggestion"] is not None:
-        lines += ["", *proposal(figures["suggestion"], model)]
+    lines += statistics_lines(statistics, config)
+    if statistics["suggestion"] is not None:
+        lines += ["", *suggested_config(statistics["suggestion"], model)]
     return [printable(line) for line in lines]
 
 
-def statistics_lines(figures: Mapping[str, Any], config: Config) -> list[str]:
-    """The figures of `summarize` for people."""
+def statistics_lines(statistics: Mapping[str, Any], config: Config) -> list[str]:
+    """The statistics of `summarize` as lines of text."""
     data, model = config.data, config.model
     size = f"short edge {max(data.train_scales)}, long edge at most {data.train_long_edge}"
-    lines = [f"against {config.name}, {size}:"]
-    if not figures["instances"]:
+    lines = [f"checked against {config.name}, {size}:"]
+    if not statistics["instances"]:
         return [*lines, "  no usable instance"]
-    sizes = ", ".join(f"{percent} % {value:g}" for percent, value in figures["size_percentiles"].items())
-    lines.append(f"  size of instances, sqrt(box area) in px: {sizes}")
-    levels = zip(model.grid_sizes, model.scale_ranges, figures["instances_per_level"])
+    sizes = ", ".join(f"{percent} % {value:g}" for percent, value in statistics["size_percentiles"].items())
+    lines.append(f"  percentiles of instance size, sqrt(box area) in px: {sizes}")
+    levels = zip(model.grid_sizes, model.scale_ranges, statistics["instances_per_level"])
     lines += [f"  grid {grid:>2}, sizes {low:g} to {high:g}: {count} instances" for grid, (low, high), count in levels]
-    unseen, hidden = len(figures["unseen_instances"]), len(figures["hidden_instances"])
-    crowded = len(figures["shared_cells_by_image"])
+    unseen, hidden = len(statistics["unseen_instances"]), len(statistics["hidden_instances"])
+    crowded = len(statistics["shared_cells_by_image"])
     lines.append(
-        f"  {unseen} instances without a cell, {hidden} whose cells all go to another; "
-        f"{figures['shared_cells']} cells claimed twice, in {crowded} images"
+        f"  {unseen} instances without a cell, {hidden} whose cells all go to other instances; "
+        f"{statistics['shared_cells']} cells claimed more than once, in {crowded} images"
     )
-    counts = sorted(figures["instances_by_class"].items(), key=lambda item: -item[1])
+    counts = sorted(statistics["instances_by_class"].items(), key=lambda item: -item[1])
     present = [(name, count) for name, count in counts if count]
     shown = present if len(present) <= 10 else [*present[:5], ("...", ""), *present[-3:]]
     lines.append(
-        f"  classes: {len(present)} of {len(counts)} occur: " + ", ".join(f"{n} {c}".strip() for n, c in shown)
+        f"  {len(present)} of {len(counts)} classes have instances: " + ", ".join(f"{n} {c}".strip() for n, c in shown)
     )
-    return lines if figures["suggestion"] is not None else [*lines, "  too few instances to suggest sizes"]
+    return lines if statistics["suggestion"] is not None else [*lines, "  too few instances to suggest sizes"]
 
 
-def proposal(suggestion: Mapping[str, Any], model: str | Path) -> list[str]:
-    """A configuration file with the suggestion of `summarize` over the name or file of a model."""
+def suggested_config(suggestion: Mapping[str, Any], model: str | Path) -> list[str]:
+    """Lines of a configuration file: the suggestion of `summarize` on top of the configuration `model`."""
     path = find_config(model).resolve()
     base = path.stem if path.parent == config_folder().resolve() else str(path)
     text = yaml.safe_dump({"base": base, **suggestion}, default_flow_style=None, sort_keys=False, width=120)
     return [
-        "# Sizes that are to this data set what the published ones are to COCO. Save this block as a file, for example",
-        "# mine.yaml, and give that file to train in place of the model's name.",
+        "# Sizes that suit this dataset as the published ones suit COCO. Save this block to a file, such as mine.yaml,",
+        "# and pass that file to train instead of the model's name.",
         *text.splitlines(),
     ]
 
 
 def to_json(report: Report, source: Path, config: Config) -> dict[str, Any]:
-    """The report for programs."""
+    """The report as JSON types."""
     findings = [{"severity": f.severity, "repairable": f.kind in REPAIRABLE, **f._asdict()} for f in report.findings]
     return {
         "annotations": str(source),

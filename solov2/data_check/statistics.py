@@ -1,4 +1,4 @@
-"""How a data set fits a configuration: instance sizes against scale ranges and grids, and what would fit better.
+"""How a dataset fits a configuration: instance sizes against scale ranges and grids, and what would fit better.
 
 Sizes are sqrt(box area) in pixels of the resized image, as in `solov2.targets`.
 """
@@ -14,18 +14,18 @@ from solov2.config import Config, DataConfig, ModelConfig
 from solov2.data_check.findings import ImageCheck, Instances
 
 PERCENTILES = (1, 10, 50, 90, 99)
-# The suggestion keeps the proportions of the published model: on photographs of COCO at a short edge of 800 a tenth of
-# the instances is below 24 px, and the middles of the overlaps of the published ranges lie at these quantiles.
+# The suggestion keeps the proportions of the published model: in COCO images at a short edge of 800, a tenth of the
+# instances is below 24 px, and the middles of the overlaps of the published ranges lie at these quantiles.
 SMALL, SMALL_QUANTILE = 24, 0.10
 BORDER_QUANTILES = (0.44, 0.65, 0.83, 0.96)
 PUBLISHED_BORDERS = (68, 136, 272, 543)
 PUBLISHED_CELLS = (800 / 40, 800 / 36, 800 / 24, 800 / 16, 800 / 12)  # px
 MIN_INSTANCES = 20  # for a suggestion
-CROWDED = 0.06  # share of instances whose center cells are all shared; the published grids leave 3 to 5 % there
+CROWDED = 0.06  # maximum `crowded_share`; the published grids have 3 to 5 %
 
 
-def join(checks: Sequence[ImageCheck]) -> tuple[Instances, np.ndarray]:
-    """The instances of all images one after another, and the index of each one's image, int64 [N]."""
+def _concatenate_instances(checks: Sequence[ImageCheck]) -> tuple[Instances, np.ndarray]:
+    """The instances of all images, concatenated, and the index of each one's image, int64 [N]."""
     parts = [check.instances for check in checks]
     images = np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts])
     if not parts:
@@ -37,15 +37,15 @@ def join(checks: Sequence[ImageCheck]) -> tuple[Instances, np.ndarray]:
 def summarize(
     checks: Sequence[ImageCheck], image_ids: Sequence[int], class_names: Sequence[str], config: Config
 ) -> dict[str, Any]:
-    """Figures of a checked data set, plain JSON types.
+    """Statistics of a checked dataset, as plain JSON types.
 
     Args:
         checks: one per image.
         image_ids: of the same images.
-        class_names: in order of the label.
+        class_names: in label order.
         config: what the images were checked against.
     """
-    instances, images = join(checks)
+    instances, images = _concatenate_instances(checks)
     scales, shared = instances.scales, np.array([check.shared_cells for check in checks], dtype=np.int64)
     counts = np.bincount(instances.labels.astype(np.int64), minlength=len(class_names)).tolist()
     ranges = config.model.scale_ranges
@@ -68,26 +68,26 @@ def summarize(
 
 
 def suggest(instances: Instances, images: np.ndarray, config: Config) -> dict[str, Any] | None:
-    """Input size, scale ranges and grids that are to these instances what the published ones are to COCO's.
+    """Input size, scale ranges and grids that suit these instances as the published ones suit COCO's.
 
     Args:
         instances: of all images, at the largest training size of `config`.
         images: int64 [N], index of the image of each instance.
-        config: says at which size they were measured.
+        config: with the training sizes at which they were measured.
 
     Returns:
-        {"model": {...}, "data": {...}} with keys of the configuration, or None for too few instances.
+        {"model": {...}, "data": {...}} with keys of the configuration, or None if there are too few instances.
     """
     if len(instances.scales) < MIN_INSTANCES:
         return None
     sizes = instances.image_size.astype(np.float64)
     data = config.data
     factors = np.minimum(data.train_long_edge / sizes.max(1), max(data.train_scales) / sizes.min(1))
-    relative = instances.scales / (factors * sizes.min(1))  # to the short edge
-    native, aspect = np.median(sizes.min(1)), np.percentile(sizes.max(1) / sizes.min(1), 95)
-    wanted = SMALL / max(np.quantile(relative, SMALL_QUANTILE), 1e-6)
-    short = _multiple_of_32(np.clip(wanted, min(256, 2 * native), min(1024, 2 * native)))
-    if abs(short / max(data.train_scales) - 1) <= 0.25:  # not worth another size
+    relative = instances.scales / (factors * sizes.min(1))  # float64 [N], fraction of the short edge
+    median_short, aspect = np.median(sizes.min(1)), np.percentile(sizes.max(1) / sizes.min(1), 95)
+    ideal_short = SMALL / max(np.quantile(relative, SMALL_QUANTILE), 1e-6)
+    short = _multiple_of_32(np.clip(ideal_short, min(256, 2 * median_short), min(1024, 2 * median_short)))
+    if abs(short / max(data.train_scales) - 1) <= 0.25:  # too close to the current size to be worth a change
         short, long = min(max(data.train_scales), data.train_long_edge), data.train_long_edge
     else:
         long = _multiple_of_32(short * np.clip(aspect, 1, 2.5))
@@ -117,7 +117,7 @@ def suggest_grids(
     borders: Sequence[float],
     ranges: Sequence[Sequence[float]],
 ) -> list[int]:
-    """Grids whose cells are to the instances what the published ones are to COCO's; finer where instances crowd.
+    """Grids whose cells suit the instances as the published ones suit COCO's; finer if instances are crowded.
 
     Args:
         scales: float64 [N], centers: float64 [N, 2] as in `Instances`, images: int64 [N].
@@ -143,38 +143,38 @@ def crowded_share(
     grids: Sequence[int],
     ranges: Sequence[Sequence[float]],
 ) -> float:
-    """Share of instances whose center shares its cell with another's on every level that sees them."""
-    alone, seen = np.zeros(len(scales), dtype=bool), np.zeros(len(scales), dtype=bool)
+    """Share of instances whose center shares its cell with another's on every level whose range contains their size."""
+    alone, covered = np.zeros(len(scales), dtype=bool), np.zeros(len(scales), dtype=bool)
     for grid, (low, high) in zip(grids, ranges):
         chosen = np.flatnonzero((scales >= low) & (scales <= high))
         row, column = (np.minimum((centers[chosen] * grid).astype(np.int64), grid - 1)).T
-        _, which, counts = np.unique(
+        _, cell, counts = np.unique(
             (images[chosen] * grid + row) * grid + column, return_inverse=True, return_counts=True
         )
-        seen[chosen] = True
-        alone[chosen] |= counts[which] == 1
-    return float((seen & ~alone).sum() / max(1, seen.sum()))
+        covered[chosen] = True
+        alone[chosen] |= counts[cell] == 1
+    return float((covered & ~alone).sum() / max(1, covered.sum()))
 
 
 def unseen_by_range(boxes: np.ndarray, image_sizes: np.ndarray, model: ModelConfig, data: DataConfig) -> np.ndarray:
-    """Instances whose size lies in no scale range at any training size, bool [N].
+    """Instances whose size lies in no scale range at any training size: bool [N].
 
     Args:
         boxes: float64 [N, 4] xyxy in pixels of the image.
-        image_sizes: int64 [N, 2], (h, w) of the image of each.
-        model: its scale ranges.
-        data: its training sizes.
+        image_sizes: int64 [N, 2], (h, w) of the image of each box.
+        model: its scale ranges are used.
+        data: its training sizes are used.
     """
     limits = np.tile(image_sizes[:, ::-1], 2)
     clipped = np.clip(boxes, 0, limits)
     areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
-    seen = np.zeros(len(boxes), dtype=bool)
+    covered = np.zeros(len(boxes), dtype=bool)
     for short in data.train_scales:
         factors = np.minimum(data.train_long_edge / image_sizes.max(1), short / image_sizes.min(1))
         scales = np.sqrt(areas) * factors
         for low, high in model.scale_ranges:
-            seen |= (scales >= low) & (scales <= high)
-    return ~seen
+            covered |= (scales >= low) & (scales <= high)
+    return ~covered
 
 
 def _multiple_of_32(value: float) -> int:

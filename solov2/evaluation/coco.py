@@ -1,14 +1,14 @@
-"""COCO average precision of masks and boxes: the figures of pycocotools, to the last digit.
+"""COCO average precision of masks and boxes, equal to pycocotools' to the last digit.
 
-They are computed by pycocotools or, where asked for, by faster-coco-eval, its rewrite in C++. That one leaves out
-the 2e-16 which pycocotools adds to a divisor: its figures are the same to 15 decimals.
+It is computed by pycocotools or, on request, by faster-coco-eval, its rewrite in C++. The latter omits the 2e-16 that
+pycocotools adds to a divisor, so its figures agree to 15 decimals.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import warnings
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from solov2.errors import InputError
 from solov2.ops.masks import encode_rle
 
+LOG = logging.getLogger(__name__)
 FIGURES = (
     "AP",
     "AP50",
@@ -43,18 +44,18 @@ BACKENDS = ("pycocotools", "faster-coco-eval")
 class CocoEvaluator:
     """Collects results image by image and compares them with the ground truth of a COCO annotation file.
 
-    Predictions are kept per image, so the figures depend neither on the order of the updates nor on how the images
-    were shared out between processes. Several processes exchange `predictions` and `merge` each other's.
+    Predictions are kept per image, so the figures depend neither on the order of the updates nor on how the images are
+    distributed over ranks. Ranks exchange `predictions` and `merge` each other's.
 
     Args:
-        coco: the ground truth. It is copied: evaluating changes annotations in place, and others use the object too.
+        coco: the ground truth. It is copied, because evaluation changes annotations in place.
         category_ids: the file's category id of each label 0..C-1.
-        image_ids: evaluate these images only; all images of the file where None. An image without predictions
-            counts as one on which nothing was found.
+        image_ids: the images to evaluate; None means all images of the file. An image without predictions counts as
+            one without detections.
         backend: one of `BACKENDS`; faster-coco-eval needs the extra `fast`.
 
     Raises:
-        InputError: an id that the annotation file does not have, or a backend that is not installed.
+        InputError: an id is not in the annotation file, or the backend is not installed.
     """
 
     def __init__(
@@ -72,13 +73,13 @@ class CocoEvaluator:
         self._require_known(wanted)
         unknown = sorted(set(self.category_ids) - set(coco.cats))
         if unknown:
-            raise InputError(f"category id {unknown[0]} is not in the annotation file; pass the ids that the file has")
-        self.coco = _private_copy(coco, wanted)
+            raise InputError(f"category id {unknown[0]} is not in the annotation file; pass only ids that are")
+        self.coco = _copy_ground_truth(coco, wanted)
         self.predictions: dict[int, list[dict[str, Any]]] = {}
-        """image id -> entries of COCO results format with `segmentation` and `bbox`; plain Python, so it pickles."""
+        """image id -> entries in COCO results format with `segmentation` and `bbox`; plain Python types."""
 
     def update(self, image_ids: Sequence[int], results: Sequence[Mapping[str, Any]]) -> None:
-        """Add the results of some images; an image that came before or is not evaluated is passed over.
+        """Add the results of some images; images that are not evaluated or already have results are skipped.
 
         Args:
             image_ids: one id per result.
@@ -86,15 +87,15 @@ class CocoEvaluator:
                 exclusive, and `masks`, either bool [N, H, W] at the original size or a list of N RLE.
 
         Raises:
-            InputError: an image id that the annotation file does not have, or a label without a category.
+            InputError: an image id is not in the annotation file, or a label has no category.
         """
         self._require_known(image_ids)
         for image_id, result in zip(image_ids, results, strict=True):
             if int(image_id) in self.coco.imgs and int(image_id) not in self.predictions:
-                self.predictions[int(image_id)] = self._entries(int(image_id), result)
+                self.predictions[int(image_id)] = self._to_coco(int(image_id), result)
 
     def merge(self, shares: Iterable[Mapping[int, list[dict[str, Any]]]]) -> None:
-        """Add the `predictions` of several evaluators, possibly its own too; images already here are passed over."""
+        """Add the `predictions` of several evaluators, possibly its own too; images already here are skipped."""
         for predictions in shares:
             self._require_known(predictions)
             for image_id, entries in predictions.items():
@@ -102,21 +103,21 @@ class CocoEvaluator:
                     self.predictions.setdefault(image_id, entries)
 
     def results(self) -> list[dict[str, Any]]:
-        """Instances in COCO results format, JSON-ready: image_id, category_id (the file's own), segmentation, score.
+        """Instances in COCO results format, ready for JSON: image_id, category_id (of the file), segmentation, score.
 
-        The order is that of the images in the annotation file. There is no `bbox`: with it, pycocotools would take
-        the area of the box for that of the mask when it sorts instances into small, medium and large.
+        Images are in the order of the annotation file. There is no `bbox`: with it, pycocotools would use the area of
+        the box instead of the mask's to sort instances into small, medium and large.
         """
-        return [_without(entry, "bbox") for entry in self._ordered()]
+        return [_without(entry, "bbox") for entry in self._in_file_order()]
 
     def box_results(self) -> list[dict[str, Any]]:
         """The same instances as boxes: image_id, category_id, bbox (x, y, width, height), score."""
-        return [_without(entry, "segmentation") for entry in self._ordered()]
+        return [_without(entry, "segmentation") for entry in self._in_file_order()]
 
     def summarize(self, *, per_class: bool = False) -> dict[str, dict[str, Any]]:
         """Compute the twelve COCO figures (`FIGURES`, fractions of 1) for masks and for boxes.
 
-        A figure without any ground truth behind it is -1, as in pycocotools; no predictions at all give 0.
+        A figure without any ground truth is -1, as in pycocotools; without predictions it is 0.
 
         Args:
             per_class: add the AP of each class.
@@ -125,7 +126,7 @@ class CocoEvaluator:
             {"segm": {figure: value}, "bbox": {figure: value}} and, if asked for,
             "per_class": {class name: {"segm_AP": value, "bbox_AP": value}}.
         """
-        evaluations = {kind: self._evaluate(found, kind) for kind, found in self._by_kind().items()}
+        evaluations = {kind: self._evaluate(found, kind) for kind, found in self._results_by_type().items()}
         summary: dict[str, dict[str, Any]] = {
             kind: dict(zip(FIGURES, map(float, evaluation.stats), strict=True))
             for kind, evaluation in evaluations.items()
@@ -138,13 +139,13 @@ class CocoEvaluator:
             }
         return summary
 
-    def _by_kind(self) -> dict[str, list[dict[str, Any]]]:
+    def _results_by_type(self) -> dict[str, list[dict[str, Any]]]:
         return {"segm": self.results(), "bbox": self.box_results()}
 
     def _evaluate(self, found: list[dict[str, Any]], kind: str) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             truth = _coco_from(self.coco.dataset, self._ground_truth_class)
-            # loadRes looks at the first result to learn their kind, so it fails where there is none.
+            # loadRes inspects the first result to find out the type, so it fails if there is none.
             empty = {**self.coco.dataset, "annotations": []}
             detections = truth.loadRes(found) if found else _coco_from(empty, self._ground_truth_class)
             evaluation = self._evaluation_class(truth, detections, kind)
@@ -153,18 +154,18 @@ class CocoEvaluator:
             evaluation.summarize()
         return evaluation
 
-    def _ordered(self) -> Iterable[dict[str, Any]]:
+    def _in_file_order(self) -> Iterable[dict[str, Any]]:
         return (entry for image_id in self.coco.imgs for entry in self.predictions.get(image_id, ()))
 
-    def _entries(self, image_id: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _to_coco(self, image_id: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         masks = encode_rle(result["masks"]) if isinstance(result["masks"], Tensor) else result["masks"]
         labels, scores, boxes = (result[key].tolist() for key in ("labels", "scores", "boxes"))
         entries = []
         for label, score, (x0, y0, x1, y1), mask in zip(labels, scores, boxes, masks, strict=True):
             if not 0 <= label < len(self.category_ids):
                 raise InputError(
-                    f"label {label} of image {image_id} has no category: the annotation file gives "
-                    f"{len(self.category_ids)} classes; evaluate a model with the classes of the file"
+                    f"label {label} of image {image_id} has no category: the annotation file has "
+                    f"{len(self.category_ids)} classes; evaluate a model with the same classes"
                 )
             entries.append(
                 {
@@ -180,11 +181,11 @@ class CocoEvaluator:
     def _require_known(self, image_ids: Iterable[int]) -> None:
         unknown = sorted({int(image) for image in image_ids} - self.file_image_ids)
         if unknown:
-            raise InputError(f"image id {unknown[0]} is not in the annotation file; evaluate the images that it lists")
+            raise InputError(f"image id {unknown[0]} is not in the annotation file; evaluate only images that are")
 
 
 def format_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The summary as text for people: figures in percent, "-" where there is no ground truth."""
+    """The summary as a text table: figures in percent, "-" without ground truth."""
     lines = ["".join(f"{title:>11}" for title in ("", "mask", "box"))]
     lines += [_row(figure, summary["segm"][figure], summary["bbox"][figure], 11) for figure in FIGURES]
     classes = summary.get("per_class", {})
@@ -196,12 +197,16 @@ def format_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _row(title: str, mask: float, box: float, width: int) -> str:
-    figures = ("-" if value < 0 else f"{100 * value:.1f}" for value in (mask, box))
-    return f"{title:>{width}}" + "".join(f"{figure:>11}" for figure in figures)
+    return f"{title:>{width}}{percent(mask):>11}{percent(box):>11}"
+
+
+def percent(value: float) -> str:
+    """AP or AR, a fraction, as it is printed: "37.5"; "-" for the -1 that means no ground truth."""
+    return "-" if value < 0 else f"{100 * value:.1f}"
 
 
 def _backend_classes(backend: str) -> tuple[type, type]:
-    """(ground truth, evaluation): `COCO` and `COCOeval` of pycocotools, or what stands for them."""
+    """The classes (ground truth, evaluation): `COCO` and `COCOeval` of pycocotools, or their counterparts."""
     if backend not in BACKENDS:
         raise InputError(f"unknown evaluation backend {backend}; choose one of {', '.join(BACKENDS)}")
     if backend == "pycocotools":
@@ -214,7 +219,8 @@ def _backend_classes(backend: str) -> tuple[type, type]:
 
 
 def _class_aps(evaluation: Any) -> dict[int, float]:
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU threshold, recall, class) at any area, 100 each
+    """Category id -> AP, a fraction of 1; -1 without ground truth."""
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class]; all areas, 100 per image
     aps = {}
     for index, category in enumerate(evaluation.params.catIds):
         values = precision[:, :, index]
@@ -223,24 +229,24 @@ def _class_aps(evaluation: Any) -> dict[int, float]:
     return aps
 
 
-def _private_copy(coco: COCO, image_ids: set[int]) -> COCO:
+def _copy_ground_truth(coco: COCO, image_ids: set[int]) -> COCO:
+    """A copy for some images, with the keys that pycocotools requires."""
     annotations = [
-        _complete(coco, annotation)
+        _with_required_keys(coco, annotation)
         for annotation in coco.dataset.get("annotations", [])
         if annotation["image_id"] in image_ids
     ]
     if any(annotation["id"] == 0 for annotation in annotations):
-        warnings.warn(
-            "annotation id 0: pycocotools takes it for 'no match' and counts that instance as missed; "
-            "number annotations from 1",
-            stacklevel=3,
+        LOG.warning(
+            "annotation id 0: pycocotools mistakes it for 'no match' and counts that instance as missed; number "
+            "annotations from 1"
         )
     images = [image for image in coco.dataset["images"] if image["id"] in image_ids]
     return _coco_from({"images": images, "annotations": annotations, "categories": coco.dataset["categories"]})
 
 
-def _complete(coco: COCO, annotation: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with the keys that pycocotools requires and home-made files often lack."""
+def _with_required_keys(coco: COCO, annotation: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an annotation with the keys that pycocotools requires and hand-made files often lack."""
     complete = {"iscrowd": 0, **annotation}
     if "area" not in complete or "bbox" not in complete:
         rle = coco.annToRLE(complete)

@@ -1,4 +1,4 @@
-"""The one way to evaluate: predict this process's share, join all shares, compute the figures."""
+"""The evaluation loop: predict this rank's share, merge all shares, compute the summary."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from solov2 import distributed
 
 
 class LaunchAndCollect(Protocol):
-    """What `solov2.predict.Predictor` and `solov2.evaluation.oracle.Oracle` have in common."""
+    """The interface shared by `solov2.predict.Predictor` and `solov2.evaluation.oracle.Oracle`."""
 
     def launch(self, batch: dict[str, Any]) -> None:
-        """Start on a batch."""
+        """Start computing a batch."""
 
     def collect(self) -> list[dict[str, Any]]:
-        """Results of the oldest batch, one per image."""
+        """The results of the oldest launched batch, one per image."""
 
 
 def evaluate(
@@ -30,25 +30,25 @@ def evaluate(
     progress: int | None = None,
     per_class: bool = False,
 ) -> dict[str, Any]:
-    """Predict every batch, join the predictions of all processes, and compute the figures.
+    """Predict every batch, merge the predictions of all ranks, and compute the summary.
 
     Args:
-        predictor: makes one result per image.
-        loader: batches of this process's share of the images.
+        predictor: returns one result per image.
+        loader: batches of this rank's share of the images.
         evaluator: has update(image_ids, results), predictions, merge(shares) and summarize(per_class=).
-        overlap: make the results of one batch, RLE included, in a thread while the network computes the next; two
-            batches are then in memory. For accelerators: on a CPU both would want the same cores.
-        progress: batches of the loader, to show a bar on a terminal; None shows none.
+        overlap: post-process and encode one batch in a thread while the network computes the next, with two batches in
+            memory. For accelerators: on a CPU both would compete for the same cores.
+        progress: number of batches in the loader, to show a progress bar on a terminal; None shows none.
         per_class: add the AP of each class.
 
     Returns:
-        The evaluator's summary of all images, the same on every process; rank 0's evaluator holds all predictions.
+        The evaluator's summary over all images, the same on every rank; rank 0's evaluator then holds all predictions.
     """
 
     def collect(image_ids: list[int]) -> None:
         evaluator.update(image_ids, predictor.collect())
 
-    disable = True if progress is None else None  # None: only where stderr is a terminal
+    disable = True if progress is None else None  # None: only if stderr is a terminal
     batches = tqdm(loader, total=progress, desc="evaluating", unit="batch", leave=False, disable=disable)
     with ThreadPoolExecutor(max_workers=1) as background:
         pending: Future[None] | None = None

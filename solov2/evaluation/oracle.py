@@ -1,4 +1,4 @@
-"""The network that answers exactly what it was trained to answer: how much AP the targets themselves allow."""
+"""An oracle that predicts its training targets exactly: the AP that the targets themselves allow."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from solov2.models.postprocess import postprocess
 from solov2.settings import PostprocessSettings
 
-LOGIT = 20.0  # sigmoid(20) is 1 in float32, so scores are 1 and masks are the targets
+LOGIT = 20.0  # sigmoid(20) is 1 in float32, so scores are 1 and masks equal the targets
 
 
 class Oracle:
-    """Predicts the training targets of a batch, as if a network had: `launch` and `collect` as of a `Predictor`.
+    """Predicts the training targets of a batch as a perfect network would; used like a `solov2.predict.Predictor`.
 
     Args:
         grid_sizes: S of each level.
         num_classes: C.
-        settings: of post-processing.
+        settings: post-processing settings.
     """
 
     def __init__(self, grid_sizes: Sequence[int], num_classes: int, settings: PostprocessSettings) -> None:
@@ -29,11 +29,11 @@ class Oracle:
         self._launched: deque[dict[str, Any]] = deque()
 
     def launch(self, batch: dict[str, Any]) -> None:
-        """Take a batch with `targets`."""
+        """Accept a batch with `targets`."""
         self._launched.append(batch)
 
     def collect(self) -> list[dict[str, Any]]:
-        """Results of the oldest batch, with RLE masks."""
+        """The results of the oldest launched batch, with RLE masks."""
         batch = self._launched.popleft()
         sizes, original_sizes = batch["sizes"], batch["original_sizes"]
         raw = oracle_raw(
@@ -47,14 +47,13 @@ def oracle_raw(
 ) -> dict[str, Any]:
     """Encode training targets as the raw output of a perfect network.
 
-    Each instance gets one hot cell: the first, so the one on the finest level, whose category is its own. (A later
-    instance overwrites the category of a shared cell; the finest level has the lowest bar in the area filter.) An
-    instance without such a cell is lost. The mask features have one channel per instance of an image, and the kernel
-    of its cell selects that channel.
+    Each instance gets one positive cell: the first that it does not lose to a later instance, so one on the finest
+    possible level, where the area filter has its lowest threshold. An instance without such a cell is lost. The mask
+    features have one channel per instance of an image, and the kernel of its cell selects that channel.
 
-    Post-processing and evaluating this gives a bound of the method, whatever the network: masks at stride 4, instances
-    that share their cells, the area filter, matrix NMS and the final resize are all that is lost. It is what training
-    would reach with zero loss. A low figure says that grids, scale ranges or input size do not suit the data.
+    The AP of this output is an upper bound for any network, reached in training at zero loss: AP is lost only to masks
+    at stride 4, shared cells, the area filter, matrix NMS and the final resize. If it is low, the grids, scale ranges
+    or input size do not suit the data.
 
     Args:
         targets: `category` int64 [B, sum S^2] with background = num_classes; `positives` int64 [P, 3] of (image, cell
@@ -65,16 +64,19 @@ def oracle_raw(
 
     Returns:
         `category_logits`: list of [B,C,S,S]; `kernels`: list of [B,E,S,S]; `mask_features`: [B,E,H/4,W/4], with E the
-        largest number of instances found in an image (at least 1). float32, on the targets' device.
+        maximum number of instances that got a cell in an image (at least 1). float32, on the targets' device.
+
+    Raises:
+        ValueError: the targets do not fit the batch size and the grids.
     """
     category, masks = targets["category"], targets["masks"]
     num_cells = sum(size * size for size in grid_sizes)
     if category.shape != (batch_size, num_cells):
         raise ValueError(
-            f"category has shape {tuple(category.shape)}, but batch size and grids make {(batch_size, num_cells)}"
+            f"category has shape {tuple(category.shape)}, but batch_size and grid_sizes give {(batch_size, num_cells)}"
         )
-    instance, place = _own_cells(targets["positives"], len(masks), batch_size * num_cells, num_cells)
-    image, cell = place // num_cells, place % num_cells  # ascending in `image`: instances are numbered image by image
+    instance, flat = _own_cells(targets["positives"], len(masks), batch_size * num_cells, num_cells)
+    image, cell = flat // num_cells, flat % num_cells  # ascending in `image`: instances are numbered image by image
     channel = torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)
     channels = int(channel.max()) + 1 if len(channel) else 1
 
@@ -91,14 +93,14 @@ def oracle_raw(
     }
 
 
-def _own_cells(positives: Tensor, num_instances: int, num_places: int, num_cells: int) -> tuple[Tensor, Tensor]:
-    """Instances that own a cell, ascending, and the first such place (image * cells per image + cell) of each."""
+def _own_cells(positives: Tensor, num_instances: int, num_flat: int, num_cells: int) -> tuple[Tensor, Tensor]:
+    """Instances that own a cell, ascending, and for each its first own cell, as image * num_cells + cell."""
     image, cell, instance = positives.unbind(1)
-    place = image * num_cells + cell
-    owner = place.new_full((num_places,), -1).scatter_reduce(0, place, instance, "amax")
-    owned = owner[place] == instance
-    first = place.new_full((num_instances,), num_places).scatter_reduce(0, instance[owned], place[owned], "amin")
-    found = (first < num_places).nonzero().flatten()
+    flat = image * num_cells + cell
+    owner = flat.new_full((num_flat,), -1).scatter_reduce(0, flat, instance, "amax")
+    owned = owner[flat] == instance
+    first = flat.new_full((num_instances,), num_flat).scatter_reduce(0, instance[owned], flat[owned], "amin")
+    found = (first < num_flat).nonzero().flatten()
     return found, first[found]
 
 

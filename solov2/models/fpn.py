@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class FPN(nn.Module):
-    """C2..C5 -> P2..P6: lateral 1x1, nearest top-down path, output 3x3, all with bias and without norm or activation.
+    """C2..C5 -> P2..P6: 1x1 lateral convolutions, nearest-neighbor top-down path, 3x3 output convolutions.
 
-    Weights start Xavier uniform, biases zero.
+    The convolutions have a bias and neither norm nor activation. Initialization: Xavier uniform weights, zero biases.
 
     Args:
-        in_channels: of C2..C5.
-        channels: D, of every level of the pyramid.
+        in_channels: channels of C2..C5.
+        channels: D, channels of every pyramid level.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
@@ -33,5 +33,5 @@ class FPN(nn.Module):
             coarse = F.interpolate(levels[i], size=levels[i - 1].shape[-2:], mode="nearest")  # [B, D, 2 h, 2 w]
             levels[i - 1] = levels[i - 1] + coarse  # [B, D, 2 h, 2 w]
         pyramid = [output(level) for output, level in zip(self.output, levels, strict=True)]  # [B, D, H / s, W / s]
-        p6 = pyramid[-1][..., ::2, ::2]  # [B, D, H / 64, W / 64]: the reference's max pooling of size 1 and stride 2
+        p6 = pyramid[-1][..., ::2, ::2]  # [B, D, H / 64, W / 64], the reference's max pooling: kernel 1, stride 2
         return [*pyramid, p6]

@@ -1,4 +1,4 @@
-"""The SOLOv2 head: category and mask kernel of every grid cell (Wang et al. 2020, section 2.1.1 and figure 2b)."""
+"""The SOLOv2 head: category logits and a mask kernel per grid cell (Wang et al. 2020, section 2.1.1, figure 2b)."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from solov2.models.layers import ConvNormReLU
 from solov2.ops.coords import coordinate_channels
 
 
-def on_each_level(conv: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
-    """One convolution on every level, list of [B, D, S, S] -> list of [B, D', S, S]."""
+def convolve_each_level(conv: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
+    """Apply one convolution to every level: list of [B, D, S, S] -> list of [B, D', S, S]."""
     return [conv(level) for level in levels]
 
 
 class SOLOv2Head(nn.Module):
-    """P2..P6 -> category logits and a dynamic kernel of every grid cell; the levels share all weights.
+    """P2..P6 -> category logits and a dynamic kernel per grid cell; all levels share the weights.
 
-    Letters of the shapes: B images, D channels of the pyramid, T of the towers, C classes, E numbers of a kernel, S
-    cells along each side of a level's grid.
+    Shape letters: B images, D pyramid channels, T tower channels, C classes, E values per kernel, S grid cells per side
+    of a level.
 
     Args:
         in_channels: D.
-        tower_channels, tower_depth: T, and the number of 3x3 steps of each of the two towers.
+        tower_channels, tower_depth: T, and the number of 3x3 convolutions in each of the two towers.
         num_classes: C, foreground classes only.
-        kernel_channels: E, the numbers of one dynamic 1x1 kernel, which has no bias.
+        kernel_channels: E, values of one dynamic 1x1 kernel, which has no bias.
         grid_sizes: S of each of the five levels.
         norm: "group" (reference) or "batch".
-        deformable_convs: how many convolutions of each tower are deformable, counted from its end.
+        deformable_convs: number of deformable convolutions at the end of each tower.
         modulated: DCNv2 if true, DCNv1 if false.
     """
 
-    # `solov2.models.optimize` gives a head another function that computes the same.
-    convolve: Callable[[nn.Module, Sequence[Tensor]], list[Tensor]] = staticmethod(on_each_level)
+    # `solov2.models.optimize.use_winograd` replaces it with a faster function that computes the same.
+    convolve: Callable[[nn.Module, Sequence[Tensor]], list[Tensor]] = staticmethod(convolve_each_level)
 
     def __init__(
         self,
@@ -72,29 +72,29 @@ class SOLOv2Head(nn.Module):
         self.kernel_tower = tower(in_channels + 2)
         self.category_predictor = nn.Conv2d(tower_channels, num_classes, 3, padding=1)
         self.kernel_predictor = nn.Conv2d(tower_channels, kernel_channels, 3, padding=1)
-        # Every class starts at probability 0.01.
-        for conv, start in ((self.category_predictor, -math.log(99)), (self.kernel_predictor, 0.0)):
+        # Every class starts with probability 0.01.
+        for conv, initial_bias in ((self.category_predictor, -math.log(99)), (self.kernel_predictor, 0.0)):
             weight, bias = conv.parameters()
             nn.init.normal_(weight, std=0.01)
-            nn.init.constant_(bias, start)
+            nn.init.constant_(bias, initial_bias)
 
     def forward(self, pyramid: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """[P2..P6] -> (category logits: list of [B, C, S, S], kernels: list of [B, E, S, S])."""
-        levels = even_strides(pyramid)  # five of [B, D, H / s, W / s], s = 8, 8, 16, 32, 32
+        levels = resample_outer_levels(pyramid)  # five of [B, D, H / s, W / s], s = 8, 8, 16, 32, 32
         grids = [resize(x, (S, S)) for x, S in zip(levels, self.grid_sizes, strict=True)]  # [B, D, S, S]
-        # Equal objects in two places share a class but not a mask: only the kernel branch sees coordinates (3.1.2).
+        # Equal objects in two places share their class but not their mask: only kernels see coordinates (3.1.2).
         coordinates = [grid_coordinates(x, S) for x, S in zip(levels, self.grid_sizes)]  # [B, 2, S, S]
-        located_grids = [torch.cat(pair, dim=1) for pair in zip(grids, coordinates)]  # [B, D + 2, S, S]
+        kernel_inputs = [torch.cat(pair, dim=1) for pair in zip(grids, coordinates)]  # [B, D + 2, S, S]
 
         features = apply_tower(self.category_tower, grids, self.convolve)  # [B, T, S, S]
         category_logits = self.convolve(self.category_predictor, features)  # [B, C, S, S]
-        features = apply_tower(self.kernel_tower, located_grids, self.convolve)  # [B, T, S, S]
+        features = apply_tower(self.kernel_tower, kernel_inputs, self.convolve)  # [B, T, S, S]
         kernels = self.convolve(self.kernel_predictor, features)  # [B, E, S, S]
         return category_logits, kernels
 
 
-def even_strides(pyramid: Sequence[Tensor]) -> list[Tensor]:
-    """P2 halved and P6 enlarged to the size of P5, as in the authors' code; the paper does not mention it."""
+def resample_outer_levels(pyramid: Sequence[Tensor]) -> list[Tensor]:
+    """Halve P2 and enlarge P6 to the size of P5, as in the authors' code; the paper does not mention it."""
     p2, p3, p4, p5, p6 = pyramid  # [B, D, H / s, W / s], s = 4, 8, 16, 32, 64
     p2 = F.interpolate(p2, scale_factor=0.5, mode="bilinear", align_corners=False)  # [B, D, H / 8, W / 8]
     p6 = resize(p6, p5.shape[-2:])  # [B, D, H / 32, W / 32]
@@ -102,17 +102,17 @@ def even_strides(pyramid: Sequence[Tensor]) -> list[Tensor]:
 
 
 def grid_coordinates(level: Tensor, size: int) -> Tensor:
-    """Coordinates of a level [B, D, H, W], x then y, on its grid: [B, 2, S, S].
+    """Coordinate channels (x, then y) of a level [B, D, H, W], resized to its grid: [B, 2, S, S].
 
-    The reference appends them to the level and resizes both together; a resize works per channel, so this is the same
-    without the copy.
+    The reference appends them to the level and resizes both together; resizing works per channel, so this gives the
+    same result without the copy.
     """
     coordinates = coordinate_channels(*level.shape[-2:], dtype=level.dtype, device=level.device)  # [1, 2, H, W]
     return resize(coordinates, (size, size)).expand(level.shape[0], -1, -1, -1)  # [B, 2, S, S]
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, without aligned corners and antialiasing: [B, D, H, W] -> [B, D, *size]."""
+    """Bilinear resize without aligned corners or antialiasing: [B, D, H, W] -> [B, D, *size]."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
@@ -121,10 +121,10 @@ def apply_tower(
     levels: Sequence[Tensor],
     convolve: Callable[[nn.Module, Sequence[Tensor]], list[Tensor]] = SOLOv2Head.convolve,
 ) -> list[Tensor]:
-    """A tower of `ConvNormReLU` steps on every level: list of [B, D, S, S] -> list of [B, T, S, S].
+    """Apply a tower of `ConvNormReLU` steps to every level: list of [B, D, S, S] -> list of [B, T, S, S].
 
-    Group norm works per level, as in the reference. Batch norm in training takes its statistics over the cells of all
-    levels together: one set per level would leave running statistics that belong to none of them.
+    Group norm works per level, as in the reference. In training, batch norm computes its statistics over the cells of
+    all levels together: per-level statistics would leave running statistics that match none of the levels.
     """
     for step in tower:
         assert isinstance(step, ConvNormReLU)

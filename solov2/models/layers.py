@@ -1,4 +1,4 @@
-"""Building blocks shared by backbone, heads and mask branch."""
+"""Building blocks shared by the backbone, the head and the mask branch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torchvision.ops import deform_conv2d
 
 
 class DeformConv2d(nn.Module):
-    """Deformable convolution with its own offset branch: DCNv2 (modulated) or DCNv1, one deformable group.
+    """Deformable convolution that predicts its own offsets: DCNv2 (modulated) or DCNv1, one deformable group.
 
-    `conv_offset` predicts 3 k k numbers per position, in three equal parts o1, o2, m: the offsets are cat(o1, o2), read
-    as (dy, dx) per tap, and sigmoid(m) modulates the taps. DCNv1 has the first 2 k k only. Zero offsets at the start.
+    `conv_offset` predicts 3 k k values per position in three equal parts o1, o2, m: the offsets are cat(o1, o2), read
+    as (dy, dx) per tap, and sigmoid(m) modulates the taps. DCNv1 has only the first 2 k k. Offsets start at zero.
     Source: Zhu et al. 2019 (arXiv 1811.11168), layout of mmcv's ModulatedDeformConv2dPack.
     """
 
@@ -33,31 +33,34 @@ class DeformConv2d(nn.Module):
         super().__init__()
         self.stride, self.padding, self.modulated = stride, padding, modulated
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
-        self.register_parameter("bias", None)  # takes a batch norm that is folded in
+        self.register_parameter("bias", None)  # set when a batch norm is folded in
         offset_channels = (3 if modulated else 2) * kernel_size**2
         self.conv_offset = nn.Conv2d(in_channels, offset_channels, kernel_size, stride, padding)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform weight within 1 / sqrt(fan_in), zero offset branch."""
+        """Initialize the weight uniformly within +-1 / sqrt(fan_in) and the offset branch to zero."""
         bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.weight, -bound, bound)
         for parameter in self.conv_offset.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in the dtype of `x` (of autocast, if it is on).
+        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in the dtype of `x` (of autocast, if enabled).
 
         `weight` and `bias` replace the layer's own.
+
+        Raises:
+            RuntimeError: deterministic algorithms are enabled and gradients are needed on an accelerator.
         """
         if torch.are_deterministic_algorithms_enabled() and x.device.type != "cpu" and torch.is_grad_enabled():
-            # torchvision adds its gradients in any order and does not tell torch so.
+            # torchvision sums its gradients in arbitrary order without reporting that to torch.
             raise RuntimeError(f"deformable convolutions have no deterministic backward pass on {x.device.type}")
         weight = self.weight if weight is None else weight
         bias = self.bias if bias is None else bias
         offsets = self.conv_offset(x)  # [B, 3 k k, H', W'], DCNv1: [B, 2 k k, H', W']
         result_dtype = offsets.dtype
-        # deform_conv2d has no half-precision kernels on a CPU, and sampling positions need more than 8 bits anyway.
+        # deform_conv2d has no half-precision CPU kernels, and sampling positions need more than bf16's 8 bits anyway.
         wide = torch.promote_types(result_dtype, torch.float32)
         offsets = offsets.to(wide)
         mask = None
@@ -80,9 +83,9 @@ class DeformConv2d(nn.Module):
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)), [B, C, H, W] -> [B, C', H', W'].
 
-    A batch norm with fixed statistics is a scale and a shift per channel. In training it therefore goes into the
-    convolution's weight and bias: the same function and gradients, one pass over memory less in each direction,
-    and the activation between the two need not be kept. In evaluation the plain form stays, which rounds as the
+    A batch norm with fixed statistics is a scale and a shift per channel. In training it is therefore folded into the
+    convolution's weight and bias: function and gradients are the same, each direction saves one pass over memory, and
+    the activation between the two need not be kept. Evaluation applies them one after the other, which rounds as the
     reference does; `SOLOv2.optimize` folds permanently.
     """
     if not isinstance(norm, nn.BatchNorm2d) or norm.training or not conv.training:
@@ -101,7 +104,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     """GroupNorm with 32 groups ("group", the reference) or BatchNorm2d ("batch").
 
     Raises:
-        ValueError: unknown kind.
+        ValueError: `kind` is neither "group" nor "batch".
     """
     if kind == "group":
         return nn.GroupNorm(32, channels)
@@ -111,7 +114,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
 
 class ConvNormReLU(nn.Sequential):
-    """Convolution without bias, norm, ReLU: one step of a tower or the mask branch. [B, C, H, W] -> [B, C', H, W]."""
+    """Bias-free convolution, norm, ReLU: a step of a tower or of the mask branch. [B, C, H, W] -> [B, C', H, W]."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The unified mask feature (Wang et al. 2020, section 2.1.2 and figure 5)."""
+"""The unified mask feature branch (Wang et al. 2020, section 2.1.2 and figure 5)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from solov2.ops.coords import coordinate_channels
 
 
 class MaskFeatureHead(nn.Module):
-    """P2..P5 -> one map at stride 4 that every dynamic kernel is applied to.
+    """P2..P5 -> one feature map at stride 4, to which every dynamic kernel is applied.
 
-    P2 passes one step of conv 3x3, norm, ReLU; P3, P4, P5 pass one, two, three, each followed by bilinear x2. The four
-    results are summed and a 1x1 step makes the features, which are therefore never negative.
+    P2 passes through one step of 3x3 convolution, norm and ReLU; P3, P4 and P5 through one, two and three steps, each
+    followed by bilinear 2x upsampling. The four results are summed, and a 1x1 step turns the sum into the features,
+    which are never negative because of its ReLU.
 
-    Letters of the shapes: B images, D channels of the pyramid, M of the hidden maps, E of the mask features.
+    Shape letters: B images, D pyramid channels, M hidden channels, E mask feature channels.
 
     Args:
         in_channels, hidden_channels, out_channels: D, M, E.
         norm: "group" (reference) or "batch".
-        deformable: all convolutions are, the 1x1 included.
+        deformable: make all convolutions deformable, including the 1x1.
         modulated: DCNv2 if true, DCNv1 if false.
     """
 
@@ -53,7 +54,7 @@ class MaskFeatureHead(nn.Module):
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """[P2, P3, P4, P5] -> mask features [B, E, H / 4, W / 4]."""
         p2, p3, p4, p5 = pyramid  # [B, D, H / s, W / s], s = 4, 8, 16, 32
-        # Kernels depend on the position, so features must as well (section 3.1.2); P5, the deepest level, brings it in.
+        # Kernels depend on position, so the features must too (section 3.1.2); coordinates enter at the coarsest level.
         coordinates = coordinate_channels(*p5.shape[-2:], dtype=p5.dtype, device=p5.device)  # [1, 2, H / 32, W / 32]
         p5 = torch.cat([p5, coordinates.expand(p5.shape[0], -1, -1, -1)], dim=1)  # [B, D + 2, H / 32, W / 32]
 

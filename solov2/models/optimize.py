@@ -1,4 +1,4 @@
-"""A model made faster from outside: norms folded into convolutions, channels last, Winograd convolutions."""
+"""Faster forms of a model: norms folded into convolutions, channels-last memory, Winograd convolutions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from solov2.models.head import SOLOv2Head
 from solov2.models.layers import DeformConv2d
-from solov2.models.winograd import WinogradConv2d, on_every_level
+from solov2.models.winograd import WinogradConv2d, convolve_levels_jointly
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,12 +19,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) -> Model:
     """A copy of a SOLOv2 that computes the same function faster and can no longer be trained.
 
-    Batch norms with fixed statistics go into the convolutions before them, memory is laid out channels last, and on a
-    CPU in float32 the 3x3 convolutions with stride 1 become `WinogradConv2d`.
+    Batch norms are folded into the convolutions before them, memory is laid out channels last, and on a CPU in float32
+    the 3x3 convolutions with stride 1 become `WinogradConv2d`.
 
     Args:
-        model: in evaluation mode or not; it is left as it is.
-        dtype: float32, or bfloat16 for processors that multiply it faster.
+        model: in training or evaluation mode; left unchanged.
+        dtype: float32, or bfloat16 for devices that are faster with it.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norms(model)
@@ -40,22 +40,22 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) 
 
 
 def use_winograd(model: nn.Module) -> None:
-    """Let every convolution of a model that gains from it compute by F(4x4, 3x3), in place; parameters and names stay.
+    """Turn every convolution that gains from it into a `WinogradConv2d`, in place; parameters and their names stay.
 
-    A head convolves all its levels in one product, since the maps of the coarse ones are too small to gain alone.
+    A head then convolves all its levels in one product, since the maps of coarse levels are too small to gain alone.
     """
     for parent in list(model.modules()):
         for name, conv in list(parent.named_children()):
-            if WinogradConv2d.pays_for(conv) and not isinstance(conv, WinogradConv2d):
-                setattr(parent, name, WinogradConv2d.of(conv))
+            if WinogradConv2d.is_suitable(conv) and not isinstance(conv, WinogradConv2d):
+                setattr(parent, name, WinogradConv2d.from_conv(conv))
         if isinstance(parent, SOLOv2Head):
-            parent.convolve = on_every_level
+            parent.convolve = convolve_levels_jointly
 
 
 def fold_batch_norms(model: nn.Module) -> None:
-    """Put every batch norm that follows a convolution into its weight and bias, in place; evaluation mode only.
+    """Fold every batch norm into the weight and bias of the convolution before it, in place; evaluation mode only.
 
-    Pairs are found by the names of this package: convN and bnN of a residual block, conv and norm of a
+    Pairs are found by this package's module names: convN and bnN of a residual block, conv and norm of a
     `ConvNormReLU`, and the two modules of a shortcut.
     """
     for parent in list(model.modules()):

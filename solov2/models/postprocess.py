@@ -1,6 +1,6 @@
 """Raw outputs -> instances (Wang et al. 2020, sections 2.1.3, 2.1.4, 2.2; steps and thresholds are mmdetection's).
 
-Points NMS, category threshold, masks, score, Matrix NMS, score threshold, masks at the original size.
+Steps: points NMS, category threshold, masks, mask scores, Matrix NMS, score threshold, masks at the original size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from solov2.ops.matrix_nms import matrix_nms
 from solov2.ops.resample import MaskResampler
 from solov2.settings import PostprocessSettings
 
-CELLS_AT_ONCE = 512  # kernels whose masks exist together: of all 3872 cells, 800 x 1344 pixels, they would fill 1 GB
-PIXELS_AT_ONCE = 2048  # of a mask, on a CPU: their probabilities stay in its cache from product to sum
+CELL_CHUNK = 512  # cells whose masks exist together; those of all 3872 cells at 800 x 1344 pixels would fill 1 GB
+PIXEL_CHUNK = 2048  # mask pixels per product on a CPU: their probabilities stay in its cache until they are summed
 
 
 @dataclass
 class Candidates:
     """(cell, class) pairs of one image, sorted by descending score.
 
-    scores float32 [n] (float64 from a float64 network), labels int64 [n], cells int64 [n] (index into the concatenated
+    scores float32 [n] (float64 for a float64 network), labels int64 [n], cells int64 [n] (index into the concatenated
     levels), masks bool [n, h, w] at stride 4.
     """
 
@@ -45,11 +45,11 @@ def postprocess(
     *,
     mask_format: str = "bool",
 ) -> list[dict[str, Any]]:
-    """Instances of every image of a batch.
+    """Find the instances in every image of a batch.
 
     Args:
         raw: category_logits, kernels (lists over levels of [B, C, S, S], [B, E, S, S]) and mask_features [B, E, h, w],
-            with h = H / 4 and w = W / 4. Half-precision types are computed in float32, also under autocast.
+            with h = H / 4 and w = W / 4. Half-precision inputs are computed in float32, even under autocast.
         sizes: int64 [B, 2], (height, width) of each image inside the padded input, in input pixels.
         original_sizes: int64 [B, 2], (height, width) of the masks to return.
         settings: thresholds and limits.
@@ -57,7 +57,7 @@ def postprocess(
 
     Returns:
         Per image: scores float32 [N] descending, labels int64 [N], masks, boxes float32 [N, 4] (x1, y1, x2, y2 of the
-        mask, maximum exclusive; zeros for an empty mask). N = 0 keeps shapes, dtypes and device.
+        mask, maximum exclusive; zeros for an empty mask). Shapes, dtypes and device also hold for N = 0.
 
     Raises:
         ValueError: unknown mask_format.
@@ -68,7 +68,7 @@ def postprocess(
     with torch.autocast(raw["mask_features"].device.type, enabled=False):
         with span("candidates"):
             scores, kernels, area_thresholds = flatten_raw(raw, settings)  # [B, cells, C], [B, cells, E], [cells]
-        for i, (size, original_size) in enumerate(zip(_pairs(sizes), _pairs(original_sizes), strict=True)):
+        for i, (size, original_size) in enumerate(zip(_size_pairs(sizes), _size_pairs(original_sizes), strict=True)):
             features = widen(raw["mask_features"][i])  # [E, h, w]
             with span("candidates"):
                 candidates = select_candidates(scores[i], kernels[i], features, area_thresholds, settings)  # n
@@ -83,11 +83,11 @@ def postprocess(
 
 
 def flatten_raw(raw: dict[str, Any], settings: PostprocessSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels of a batch joined, cells row-major: what `select_candidates` takes per image.
+    """Concatenate the levels of a batch, cells in row-major order: the inputs of `select_candidates` per image.
 
     Returns:
-        category scores after points NMS [B, cells, C] (float32 for half-precision types), kernels [B, cells, E], area
-        thresholds float32 [cells].
+        category scores after points NMS [B, cells, C] (float32 for half-precision inputs), kernels [B, cells, E], area
+        thresholds float32 [cells] in pixels.
     """
     logits = raw["category_logits"]  # [B, C, S, S]
     category_scores = [flatten_level(suppress_neighbors(widen(level).sigmoid())) for level in logits]  # [B, S * S, C]
@@ -100,7 +100,7 @@ def flatten_raw(raw: dict[str, Any], settings: PostprocessSettings) -> tuple[Ten
 
 
 def widen(x: Tensor) -> Tensor:
-    """Half-precision types as float32; float32 and float64 as they are."""
+    """Promote half precision to float32; float32 and float64 stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -110,10 +110,10 @@ def flatten_level(level: Tensor) -> Tensor:
 
 
 def suppress_neighbors(scores: Tensor) -> Tensor:
-    """Points NMS: keep a score that is not below its upper, left and upper-left neighbor of the same class, else 0.
+    """Points NMS: zero a score that is below its upper, left or upper-left neighbor of the same class.
 
-    Adjacent cells tend to predict the same object, and one of them is enough: dropping the others here saves their
-    masks. As in the authors' code; the paper does not mention it.
+    Adjacent cells tend to predict the same object, and one of them is enough: dropping the others here saves computing
+    their masks. As in the authors' code; the paper does not mention it.
 
     [B, C, S, S] -> [B, C, S, S]; ties survive.
     """
@@ -127,7 +127,7 @@ def apply_kernels(kernels: Tensor, features: Tensor) -> Tensor:
 
 
 def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary masks of some cells and the mean probability inside each, which is SOLO's "maskness".
+    """Binary masks of the given cells and the mean probability inside each (SOLO's "maskness").
 
     Chunked by pixels on a CPU, so that full probability maps are never materialized.
 
@@ -141,7 +141,7 @@ def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Te
     """
     size, features = features.shape[1:], features.flatten(1)  # [E, h * w]
     kernels = kernels.to(features.dtype)
-    pixels = PIXELS_AT_ONCE if features.device.type == "cpu" else max(1, features.shape[1])
+    pixels = PIXEL_CHUNK if features.device.type == "cpu" else max(1, features.shape[1])
     masks = torch.empty(len(kernels), features.shape[1], dtype=torch.bool, device=features.device)  # [n, h * w]
     areas, totals = features.new_zeros(2, len(kernels))  # [n] each
     for part, mask in zip(features.split(pixels, dim=1), masks.split(pixels, dim=1)):
@@ -157,9 +157,9 @@ def select_candidates(
 ) -> Candidates:
     """The best `max_candidates` (cell, class) pairs of one image, scored by category score times mean mask probability.
 
-    The reference makes the masks of all pairs at once. A score never exceeds its category score, so going through the
-    cells from the best category score down and stopping once enough candidates lie above the next one gives the same
-    result, with one mask per cell and bounded memory.
+    The reference computes the masks of all pairs at once. A pair never scores above its category score, so visiting the
+    cells in descending order of category score, and stopping once enough candidates score above the next cell's, gives
+    the same result with one mask per cell and bounded memory.
 
     Args:
         category_scores: [cells, C] after points NMS.
@@ -172,17 +172,17 @@ def select_candidates(
     pair_scores = category_scores[pair_cells, pair_labels]  # [pairs]
     best = category_scores.amax(1) if category_scores.numel() else category_scores.new_zeros(len(category_scores))
     cells = (best > settings.category_threshold).nonzero()[:, 0]
-    cells = cells[best[cells].argsort(descending=True, stable=True)]  # cells with a pair, best first
+    cells = cells[best[cells].argsort(descending=True, stable=True)]  # cells above the threshold, best first
     limit = settings.max_candidates if settings.max_candidates > 0 else len(pair_cells)
 
-    slot_of_cell = torch.full_like(best, -1, dtype=torch.int64)  # [cells], where a cell's mask lies in the chunk
+    slot_of_cell = torch.full_like(best, -1, dtype=torch.int64)  # [cells], index of a cell's mask in the chunk
     found = Candidates(
         pair_scores[:0],
         pair_labels[:0],
         pair_cells[:0],
         torch.zeros(0, *features.shape[1:], dtype=torch.bool, device=features.device),
     )
-    for chunk in cells.split(CELLS_AT_ONCE):
+    for chunk in cells.split(CELL_CHUNK):
         if 0 < limit == len(found.scores) and found.scores[-1] >= best[chunk[0]]:
             break
         masks, areas, maskness = score_masks(kernels[chunk], features, settings.mask_threshold)  # [m, h, w], [m], [m]
@@ -192,7 +192,7 @@ def select_candidates(
         slots = slot_of_cell[pair_cells]  # [pairs], -1 outside the chunk
         usable = ((slots >= 0) & (maskness[slots] > 0)).nonzero()[:, 0]  # pairs of the chunk with a mask
         slots = slots[usable]
-        found = _best(
+        found = _keep_best(
             limit,
             found,
             Candidates(pair_scores[usable] * maskness[slots], pair_labels[usable], pair_cells[usable], masks),
@@ -201,8 +201,8 @@ def select_candidates(
     return found
 
 
-def _best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Candidates:
-    """The `limit` best of both; `new.masks` holds one mask per cell and `slots` says which belongs to which pair."""
+def _keep_best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Candidates:
+    """The `limit` best of both; `new.masks` holds one mask per cell, and `slots` the index of each pair's mask."""
     scores = torch.cat([found.scores, new.scores])
     order = scores.argsort(descending=True, stable=True)[:limit]  # [n]
     old_count = len(found.scores)
@@ -216,7 +216,7 @@ def _best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Cand
 
 
 def suppress(candidates: Candidates, settings: PostprocessSettings) -> Candidates:
-    """Matrix NMS (section 2.2), then the final score threshold and the limit per image."""
+    """Matrix NMS (section 2.2), then the final score threshold and the maximum per image."""
     scores = matrix_nms(
         candidates.masks, candidates.labels, candidates.scores, kernel=settings.nms_kernel, sigma=settings.nms_sigma
     )  # [n], decayed and no longer in descending order
@@ -240,14 +240,14 @@ def final_masks(
 
     Probabilities are resized bilinearly to the padded input, cropped to the image, resized bilinearly to the original
     size (both without aligned corners) and compared with the threshold; scores are not recomputed. `MaskResampler`
-    computes this only where a pixel can be set; an RLE is made without ever holding a full plane.
+    computes this only where a pixel can be set; RLEs are made without materializing full-size masks.
 
     Args:
         cells: int64 [N].
         kernels: [cells, E].
         features: [E, h, w].
-        size, original_size: (height, width) of the image in the input and as wanted.
-        threshold: on the resized probability.
+        size, original_size: (height, width) of the image inside the padded input, and of the masks to return.
+        threshold: a pixel is set where its resized probability is above it.
         mask_format: "bool" or "rle".
 
     Returns:
@@ -256,9 +256,9 @@ def final_masks(
     resampler = MaskResampler(
         features.shape[-2:], size, original_size, threshold, dtype=features.dtype, device=features.device
     )
-    resample = resampler.run_lengths if mask_format == "rle" else resampler.planes
+    resample = resampler.to_rles if mask_format == "rle" else resampler.to_masks
     parts = []
-    for chunk in cells.split(CELLS_AT_ONCE) if len(cells) else [cells]:
+    for chunk in cells.split(CELL_CHUNK) if len(cells) else [cells]:
         soft = apply_kernels(kernels[chunk], features)  # [m, h * w]
         parts.append(resample(soft.view(len(chunk), *features.shape[-2:])))
     if len(parts) == 1:
@@ -267,6 +267,6 @@ def final_masks(
     return sum(masks, []) if mask_format == "rle" else torch.cat(masks), torch.cat(boxes)
 
 
-def _pairs(sizes: Tensor | Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def _size_pairs(sizes: Tensor | Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
     return [(int(height), int(width)) for height, width in rows]

@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 4 planes, H / stride, W / stride]."""
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, width, H, W], strided with stride_in_1x1
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, width, H, W], strided if stride_in_1x1
         out = self.relu(conv_norm(self.conv2, self.bn2, out))  # [B, width, H / stride, W / stride]
         out = conv_norm(self.conv3, self.bn3, out)  # [B, 4 planes, H / stride, W / stride]
         shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
@@ -98,14 +98,14 @@ class ResNet(nn.Module):
         name: a key of `ARCHITECTURES`.
         width: channels of the stem; C2 has `width` (basic blocks) or 4 `width` channels, doubling per stage.
         frozen_stages: 0 trains everything, 1 freezes the stem and layer1 (the reference), n also layer2..layer n.
-        frozen_batch_norm: running statistics are used and kept also in training, as in the reference, since batches of
-            large images are too small for their own; the affine of unfrozen stages trains.
-        deformable: every 3x3 of layer2..layer4 is deformable (bottleneck networks only).
+        frozen_batch_norm: use the running statistics in training too and never update them, as in the reference, since
+            batches of large images are too small for their own; scale and shift of unfrozen stages are trained.
+        deformable: make every 3x3 of layer2..layer4 deformable (bottleneck networks only).
         modulated: DCNv2 if true, DCNv1 if false.
-        stride_in_1x1: stride on the first 1x1 of a bottleneck, as in MSRA's (detectron2's) weights.
+        stride_in_1x1: put a bottleneck's stride on its first 1x1, as in MSRA's (detectron2's) weights.
 
     Raises:
-        ValueError: unknown name, or deformable basic blocks.
+        ValueError: unknown name, or `deformable` or `stride_in_1x1` for basic blocks.
     """
 
     layer1: nn.Sequential
@@ -129,7 +129,7 @@ class ResNet(nn.Module):
             raise ValueError(f"backbone must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
         block, depths, groups, group_width = ARCHITECTURES[name]
         if block is BasicBlock and (deformable or stride_in_1x1):
-            raise ValueError(f"{name} has basic blocks: neither deformable stages nor stride_in_1x1 exist for them")
+            raise ValueError(f"{name} has basic blocks, which support neither deformable stages nor stride_in_1x1")
         self.frozen_stages, self.frozen_batch_norm = frozen_stages, frozen_batch_norm
         self.out_channels = [width * 2**i * block.expansion for i in range(4)]
 
@@ -140,9 +140,9 @@ class ResNet(nn.Module):
         in_channels = width
         for i, depth in enumerate(depths):
             planes, blocks = width * 2**i, []
-            kind: dict[str, Any] = {}  # of a bottleneck alone
+            options: dict[str, Any] = {}  # bottlenecks only
             if block is Bottleneck:
-                kind = {
+                options = {
                     "groups": groups,
                     "group_width": group_width,
                     "deformable": deformable and i > 0,
@@ -150,7 +150,7 @@ class ResNet(nn.Module):
                     "stride_in_1x1": stride_in_1x1,
                 }
             for j in range(depth):
-                blocks.append(block(in_channels, planes, stride=2 if i and not j else 1, **kind))
+                blocks.append(block(in_channels, planes, stride=2 if i and not j else 1, **options))
                 in_channels = planes * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self._initialize()
@@ -167,7 +167,7 @@ class ResNet(nn.Module):
         return [self.conv1, self.bn1, *stages] if self.frozen_stages else []
 
     def train(self, mode: bool = True) -> ResNet:
-        """Training mode, except that batch norms with fixed statistics stay in evaluation mode."""
+        """Set the mode, but keep batch norms with fixed statistics in evaluation mode."""
         super().train(mode)
         fixed = [self] if self.frozen_batch_norm else self._frozen_modules()
         for part in fixed:

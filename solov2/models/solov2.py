@@ -1,4 +1,4 @@
-"""SOLOv2: backbone, FPN, head, mask feature head; and the way from images to instances."""
+"""The SOLOv2 model: backbone, FPN, head and mask feature head, with everything from image files to instances."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class SOLOv2(nn.Module):
 
     Args:
         backbone, fpn, head, mask_feature_head: the four parts.
-        class_names: one name per class, label i is class_names[i]. `category_ids`, an attribute, holds the id of each
-            label in annotation files; label + 1 unless `build_model` knows better.
+        class_names: one name per class; label i is class_names[i]. The attribute `category_ids` holds each label's id
+            in annotation files: label + 1, unless `build_model` sets COCO's ids or those of the weights file.
         settings: post-processing thresholds and limits.
-        pixel_mean, pixel_std: per channel, in gray levels, in the order of `channel_order`.
+        pixel_mean, pixel_std: per channel in `channel_order`, in gray levels (0..255).
         channel_order: "rgb", or "bgr" for weights trained on BGR input (AdelaiDet).
-        input_scale: (long edge at most, short edge at most) that `preprocess` resizes to.
+        input_scale: (maximum long edge, maximum short edge) in pixels, to which `preprocess` resizes.
     """
 
     divisor = 32  # images are padded to multiples of the coarsest backbone stride
@@ -71,17 +71,17 @@ class SOLOv2(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         return self.pixel_mean.device
 
     @property
     def num_classes(self) -> int:
-        """C: labels are 0..C-1."""
+        """Number of classes C; labels are 0..C-1."""
         return len(self.class_names)
 
     @property
     def grid_sizes(self) -> tuple[int, ...]:
-        """S of each level, finest first."""
+        """Grid size S of each level, finest first."""
         return self.head.grid_sizes
 
     def forward(self, images: Tensor) -> dict[str, Any]:
@@ -95,14 +95,14 @@ class SOLOv2(nn.Module):
             mask_features: [B, E, H / 4, W / 4].
 
         Raises:
-            InputError: images of another shape.
+            InputError: images of another shape, or H or W not a multiple of 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or any(side % self.divisor for side in images.shape[2:]):
             raise InputError(
-                f"the network takes images [B, 3, H, W] with H and W multiples of {self.divisor}, not "
-                f"{list(images.shape)}; SOLOv2.preprocess pads them"
+                f"the network takes images of shape [B, 3, H, W] with H and W multiples of {self.divisor}, not "
+                f"{list(images.shape)}; use SOLOv2.preprocess to pad images"
             )
-        images = images.to(self.backbone.conv1.weight.dtype)  # of a model that `optimize` cast
+        images = images.to(self.backbone.conv1.weight.dtype)  # differs where `optimize` cast the model
         with span("backbone"):
             stages = self.backbone(images)
         with span("FPN"):
@@ -117,9 +117,9 @@ class SOLOv2(nn.Module):
         """A faster copy for inference, see `solov2.models.optimize.optimize_for_inference`.
 
         Args:
-            precision: "float32", or "bf16" where the device multiplies it faster.
-            compile: also let `torch.compile` make one graph of the forward pass, once per input size (on a CPU this
-                needs a C++ compiler). Sizes beyond `torch._dynamo.config.recompile_limit` (8) run as they are.
+            precision: "float32", or "bf16" where the device is faster with it.
+            compile: also compile the forward pass with `torch.compile`, once per input size (on a CPU this needs a C++
+                compiler). Beyond `torch._dynamo.config.recompile_limit` (8) sizes, further ones run uncompiled.
 
         Raises:
             ValueError: unknown precision.
@@ -128,13 +128,13 @@ class SOLOv2(nn.Module):
             raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
         model = optimize_for_inference(self, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         if compile:
-            model.compile(dynamic=False)  # with fullgraph, torch makes the ninth size an error
+            model.compile(dynamic=False)  # not fullgraph, with which the ninth size is an error
         return model
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] RGB -> float [B, 3, H, W], normalized and zero outside `sizes` (int64 [B, 2], h and w).
 
-        Runs on the device of `pixels` without synchronizing with the host.
+        Runs on the device of `pixels` without synchronizing with the host; the channels come out in `channel_order`.
         """
         if self.channel_order == "bgr":
             pixels = pixels.flip(1)
@@ -156,16 +156,16 @@ class SOLOv2(nn.Module):
             int64 [B, 2].
 
         Raises:
-            ValueError: no image, or one that cannot be read or is of another dtype, shape or range; the sentence says
-                which.
-            TypeError: an object of another type.
+            ValueError: no images, or an image that cannot be read or has an unsupported dtype, shape or value range;
+                the message says which.
+            TypeError: an image of an unsupported type.
         """
         batch = self.load_batch(images)
         sizes, original_sizes = batch["sizes"].to(self.device), batch["original_sizes"].to(self.device)
         return self.normalize(batch["pixels"].to(self.device), sizes), sizes, original_sizes
 
     def load_batch(self, images: Iterable[ImageLike] | ImageLike) -> dict[str, Tensor]:
-        """Load images, resize them to `input_scale` and pad them: a batch on the host, as `Predictor` takes it.
+        """Load images, resize them to `input_scale` and pad them: a batch on the host for `Predictor.launch`.
 
         Args:
             images: what `predict` takes.
@@ -174,7 +174,7 @@ class SOLOv2(nn.Module):
             pixels uint8 [B, 3, H, W] in RGB, sizes int64 [B, 2] before padding, original_sizes int64 [B, 2].
 
         Raises:
-            ValueError, TypeError: as of `preprocess`.
+            ValueError, TypeError: as in `preprocess`.
         """
         images = _as_list(images)
         if not images:
@@ -209,9 +209,9 @@ class SOLOv2(nn.Module):
 
         Args:
             raw: what `forward` returned.
-            sizes, original_sizes: int64 [B, 2], (h, w) in the input before padding, and as wanted.
+            sizes, original_sizes: int64 [B, 2], (h, w) of each image before padding, and of the masks to return.
             mask_format: "bool" or "rle".
-            settings: fields of `PostprocessSettings` to change for this call, e.g. score_threshold, max_instances.
+            settings: fields of `PostprocessSettings` to override for this call, e.g. score_threshold, max_instances.
         """
         return postprocess(raw, sizes, original_sizes, replace(self.settings, **settings), mask_format=mask_format)
 
@@ -227,24 +227,25 @@ class SOLOv2(nn.Module):
         """Segment the instances of each image.
 
         Args:
-            images: paths (turned upright by their EXIF), PIL images (taken as they are: `PIL.ImageOps.exif_transpose`
-                turns them), arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or gray [H, W], tensors [3, H, W] in RGB
-                or gray [1, H, W], both uint8 or float in 0..1; may be mixed. One image counts as a list of one.
-            score_threshold: minimum final score; default the model's own (0.05).
-            max_instances: maximum number of instances per image, 0 for all; default the model's own (100).
-            batch_size: images per forward pass. Images of one batch share its padding, which shifts the grids a little:
-                1 gives the published behavior.
-            mask_format: "bool" for planes; "rle" for COCO's RLE, which never make the planes (100 masks of a
-                12-megapixel photograph are 1.2 GB).
+            images: paths (EXIF orientation applied), PIL images (EXIF orientation ignored; call
+                `PIL.ImageOps.exif_transpose` first), arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or gray [H, W],
+                tensors [3, H, W] in RGB or gray [1, H, W]. Arrays and tensors are uint8, or float in 0..1. Kinds may be
+                mixed; a single image counts as a list of one.
+            score_threshold: minimum final score; by default the model's own (0.05).
+            max_instances: maximum number of instances per image, 0 for all; by default the model's own (100).
+            batch_size: images per forward pass. The images of a batch are padded to a common size, which shifts the
+                grids slightly: 1 gives the published behavior.
+            mask_format: "bool" for full-size masks; "rle" for COCO RLEs, made without them (100 full-size masks of a
+                12-megapixel image take 1.2 GB).
 
         Returns:
-            Per image: scores float [N] descending, labels int64 [N], masks bool [N, H, W] at the size of the image
-            given (or N RLE), boxes float32 [N, 4] x1, y1, x2, y2.
+            Per image: scores float [N] descending, labels int64 [N], masks bool [N, H, W] at the size of the input
+            image (or N RLEs), boxes float32 [N, 4] as x1, y1, x2, y2, maximum exclusive.
 
         Raises:
-            ValueError: an image that cannot be read or is of another dtype, shape or range, a batch size under 1, or
-                another mask_format.
-            TypeError: an object of another type.
+            ValueError: an image that cannot be read or has an unsupported dtype, shape or value range; batch_size
+                below 1; unknown mask_format.
+            TypeError: an image of an unsupported type.
         """
         images = _as_list(images)
         if batch_size < 1:
@@ -267,5 +268,5 @@ class SOLOv2(nn.Module):
 
 
 def _as_list(images: Iterable[ImageLike] | ImageLike) -> list[ImageLike]:
-    """One image as a list of one; a list, a tuple or a generator of images as a list."""
+    """Wrap a single image in a list; turn any other iterable of images into one."""
     return [images] if isinstance(images, (str, Path, PIL.Image.Image, np.ndarray, Tensor)) else list(images)

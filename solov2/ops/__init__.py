@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # `import solov2` loads it when it is first used, which a type checker cannot see
+if TYPE_CHECKING:  # imported on first use by `solov2.__getattr__`, which type checkers cannot follow
     from solov2.ops import matrix_nms as matrix_nms

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def coordinate_channels(height: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normalized pixel coordinates of a feature map, [1, 2, H, W]: x then y, both from -1 to 1 with the ends included.
+    """Normalized pixel coordinates of a feature map, [1, 2, H, W]: x, then y, both from -1 to 1 inclusive.
 
-    Computed in float32 and then cast, as the reference does, so that float64 runs agree with it.
+    Computed in float32 and then cast, as in the reference, so that float64 runs agree with it.
     """
     x = torch.linspace(-1, 1, width, dtype=torch.float32, device=device).expand(height, width)
     y = torch.linspace(-1, 1, height, dtype=torch.float32, device=device)[:, None].expand(height, width)

@@ -1,7 +1,7 @@
-"""Binary masks: boxes, centers of mass, and the three ways in which COCO writes a segmentation.
+"""Binary masks: boxes, centers of mass, and the three encodings of a COCO segmentation.
 
-A COCO segmentation is a list of polygons [x0, y0, x1, y1, ...], or {"size": [h, w], "counts": ...} with run lengths as
-a list (uncompressed) or as a string (compressed). Runs go down the columns and start with background.
+A COCO segmentation is a list of polygons [x0, y0, x1, y1, ...], or an RLE {"size": [h, w], "counts": ...} with run
+lengths as a list (uncompressed) or a string (compressed). Runs go down the columns and start with background.
 """
 
 from __future__ import annotations
@@ -17,59 +17,59 @@ from torch import Tensor
 
 from solov2.errors import InputError
 
-FARTHEST = 16  # image sides; a polygon with a point beyond is a mistake, not an object at the border
+MAX_DISTANCE = 16  # image sides; a polygon with a point beyond is a mistake, not an object at the border
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
     """Tight boxes of bool or uint8 masks [N, h, w]: float32 [N, 4] as x1, y1, x2, y2, maximum exclusive.
 
-    A mask without a pixel has the box 0, 0, 0, 0.
+    An empty mask has the box 0, 0, 0, 0.
     """
     if masks.numel() == 0:
         return torch.zeros(len(masks), 4, device=masks.device)
-    masks = masks.view(torch.uint8)  # which is reduced several times faster than bool
-    if masks.device.type == "cpu":  # numpy starts sooner: a small mask takes half of torch's time, a large one no more
-        spans = [_span(masks.numpy().max(axis) > 0) for axis in (1, 2)]
+    masks = masks.view(torch.uint8)  # reduced several times faster than bool
+    if masks.device.type == "cpu":  # numpy has less overhead: half of torch's time for small masks, the same for large
+        spans = [_first_and_last_numpy(masks.numpy().max(axis) > 0) for axis in (1, 2)]
         return torch.from_numpy(np.concatenate(spans).T[:, [0, 2, 1, 3]].astype(np.float32, order="C"))
     x1, x2 = _first_and_last(masks.amax(1))
     y1, y2 = _first_and_last(masks.amax(2))
     return torch.stack((x1, y1, x2, y2), dim=1).float()
 
 
-def _span(occupied: np.ndarray) -> np.ndarray:
-    """`_first_and_last` of bool [N, n] on the host, as [2, N]."""
+def _first_and_last_numpy(occupied: np.ndarray) -> np.ndarray:
+    """`_first_and_last` of bool [N, n] in numpy, as [2, N]."""
     last = occupied.shape[1] - occupied[:, ::-1].argmax(1)
     return np.stack((occupied.argmax(1), last * occupied.any(1)))
 
 
 def _first_and_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one past the last true index of each row of [N, n]; 0 and 0 for a row without any."""
+    """First true index and one past the last of each row of [N, n]; 0 and 0 for an all-false row."""
     flags = (occupied > 0).to(torch.uint8)
     return flags.argmax(1), (flags.shape[1] - flags.flip(1).argmax(1)) * flags.amax(1)
 
 
 def centers_of_mass(masks: Tensor, extents: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Centers of uint8 masks of 0 and 1 [N, h, w]: (y, x, area), in pixel indices (no half pixel added).
+    """Centers of mass of uint8 masks of 0 and 1 [N, h, w]: (y, x, area), in pixel indices (no half pixel added).
 
-    Sums are integers and divided once in float32, as in mmdetection, because the cell of an instance depends on the
+    Integer sums are divided once in float32, as in mmdetection, because the grid cell of an instance can depend on the
     last bit. An empty mask has the center 0, 0.
 
     Args:
         masks: uint8 [N, h, w].
-        extents: int64 [N, 4] as x1, y1, x2, y2, maximum exclusive: outside of them the masks are known to be 0, so only
-            what lies inside is read. None looks everywhere.
+        extents: int64 [N, 4] as x1, y1, x2, y2, maximum exclusive: boxes outside of which the masks are known to be 0,
+            so that only their inside is read. None reads everything.
 
     Returns:
-        y, x: float32 [N]; area: int64 [N], pixels.
+        y, x: float32 [N]; area: int64 [N], in pixels.
     """
     height, width = masks.shape[1:]
     everywhere = [[0, 0, width, height]] * len(masks)
     sums = []
-    # numpy sums bytes ten times faster than torch, and fastest into the narrowest type that holds the count.
-    count = np.uint16 if max(height, width) < 2**16 else np.int64
+    # numpy sums bytes ten times faster than torch, and fastest in the narrowest type that holds the sum.
+    sum_dtype = np.uint16 if max(height, width) < 2**16 else np.int64
     for mask, (x1, y1, x2, y2) in zip(masks.cpu().numpy(), everywhere if extents is None else extents.tolist()):
         window = mask[y1:y2, x1:x2]
-        per_row, per_column = (window.sum(axis=axis, dtype=count).astype(np.int64) for axis in (1, 0))
+        per_row, per_column = (window.sum(axis=axis, dtype=sum_dtype).astype(np.int64) for axis in (1, 0))
         sums.append((per_row @ np.arange(y1, y2), per_column @ np.arange(x1, x2), per_row.sum()))
     y, x, area = torch.tensor(sums, dtype=torch.int64, device=masks.device).reshape(-1, 3).unbind(1)
     pixels = area.clamp(min=1).float()
@@ -77,8 +77,8 @@ def centers_of_mass(masks: Tensor, extents: Tensor | None = None) -> tuple[Tenso
 
 
 def encode_rle(masks: Tensor) -> list[dict[str, Any]]:
-    """Bool or uint8 masks [N, h, w] as compressed RLE, `counts` a str so that the result can go into JSON."""
-    # pycocotools reads down the columns: handing it memory in that order saves its own, slower transposition.
+    """Encode bool or uint8 masks [N, h, w] as compressed RLEs; `counts` is a str, so that JSON can hold it."""
+    # pycocotools reads down the columns: passing memory in that order avoids its own, slower transposition.
     columns = masks.to(torch.uint8).mT.contiguous().cpu().numpy()  # [N, w, h]
     rles = coco_mask.encode(columns.transpose(2, 1, 0)) if len(columns) else []
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
@@ -87,11 +87,11 @@ def encode_rle(masks: Tensor) -> list[dict[str, Any]]:
 def rle_from_columns(
     mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]
 ) -> tuple[dict[str, Any], tuple[float, float, float, float]]:
-    """Run lengths of an image whose set pixels all lie in a window.
+    """RLE of a mask whose set pixels all lie in a window.
 
     Args:
-        mask: the window, bool [columns, rows]: transposed, as COCO's run lengths go down the columns.
-        corner: (row, column) of its first pixel in the image.
+        mask: the window, bool [columns, rows]: transposed, since COCO's runs go down the columns.
+        corner: (row, column) of the window's first pixel in the image.
         size: (h, w) of the image.
 
     Returns:
@@ -99,43 +99,47 @@ def rle_from_columns(
         pixel is set).
     """
     (row, column), (height, width) = corner, size
-    padded = np.zeros((mask.shape[0], mask.shape[1] + 1), dtype=np.int8)  # a run may not pass from column to column
+    padded = np.zeros((mask.shape[0], mask.shape[1] + 1), dtype=np.int8)  # ends every run with its column
     padded[:, :-1] = mask
     steps = np.diff(padded.ravel(), prepend=np.int8(0))
     starts, ends = (np.flatnonzero(steps == step) for step in (1, -1))
     if len(starts) == 0:
-        return {"size": [height, width], "counts": _compress([height * width], size)}, (0.0, 0.0, 0.0, 0.0)
+        return {"size": [height, width], "counts": _compress_counts([height * width], size)}, (0.0, 0.0, 0.0, 0.0)
     columns, first_rows = np.divmod(starts, padded.shape[1])
     last_rows = ends - columns * padded.shape[1]
     x1, y1 = float(column + columns[0]), float(row + first_rows.min())
     x2, y2 = float(column + columns[-1] + 1), float(row + last_rows.max())
     begin = (columns + column) * height + first_rows + row
     end = (columns + column) * height + last_rows + row
-    apart = begin[1:] != end[:-1]  # runs that meet at the end of a column are one
+    apart = begin[1:] != end[:-1]  # False where a run goes on in the next column: the two are merged
     begin, end = begin[np.append(True, apart)], end[np.append(apart, True)]
     borders = np.stack((begin, end), axis=1).ravel()
     counts = np.diff(borders, prepend=0).tolist()
     if end[-1] < height * width:
         counts.append(int(height * width - end[-1]))
-    return {"size": [height, width], "counts": _compress(counts, size)}, (x1, y1, x2, y2)
+    return {"size": [height, width], "counts": _compress_counts(counts, size)}, (x1, y1, x2, y2)
 
 
-def _compress(counts: list[int], size: tuple[int, int]) -> str:
+def _compress_counts(counts: list[int], size: tuple[int, int]) -> str:
     return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"].decode("ascii")
 
 
 def decode_rle(rle: dict[str, Any]) -> Tensor:
-    """One RLE, compressed or not, as uint8 [h, w]. InputError where the counts do not fit the size."""
+    """Decode one RLE, compressed or not, to uint8 [h, w]. Raises InputError if the counts do not fit the size."""
     return segmentation_to_mask(rle, tuple(rle["size"]))
 
 
 def polygons_to_mask(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
-    """The union of polygons [x0, y0, x1, y1, ...] as uint8 [h, w], by COCO's own rasteriser."""
+    """Rasterize the union of polygons [x0, y0, x1, y1, ...] to uint8 [h, w], with COCO's own rasterizer."""
     return segmentation_to_mask(list(polygons), size)
 
 
 def segmentation_to_mask(segmentation: list | dict[str, Any], size: tuple[int, int]) -> Tensor:
-    """One COCO segmentation of an image of `size` (h, w), whichever of the three kinds, as uint8 [h, w]."""
+    """Decode one COCO segmentation, of any kind, of an image of `size` (h, w) to uint8 [h, w].
+
+    Raises:
+        InputError: as in `check_segmentation`.
+    """
     check_segmentation(segmentation, size)
     masks, _ = segmentations_to_masks([segmentation], size)
     return masks[0]
@@ -144,26 +148,26 @@ def segmentation_to_mask(segmentation: list | dict[str, Any], size: tuple[int, i
 def segmentations_to_masks(
     segmentations: Sequence[list | dict[str, Any]], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """COCO segmentations of one image of `size` (h, w) as masks, and the part of the image that each one covers.
+    """Decode the COCO segmentations of one image of `size` (h, w) to masks and their tight boxes.
 
-    They must have passed `check_segmentation`: what does not fit ends in an exception without a helpful sentence.
+    They must have passed `check_segmentation`: errors raised here have no helpful message.
 
     Returns:
-        masks: uint8 [N, h, w], a view of column-major memory, in which the runs lie: resizing reads it as it is.
-        extents: int64 [N, 4], tight boxes x1, y1, x2, y2, maximum exclusive; zeros for a mask without a pixel.
+        masks: uint8 [N, h, w], a view of column-major memory, the order of the runs, which resizing reads as it is.
+        extents: int64 [N, 4], tight boxes x1, y1, x2, y2, maximum exclusive; zeros for an empty mask.
     """
-    # Only the columns of an object are written: decoding whole planes, most of them background, costs five times more.
+    # Write only the columns of an object: decoding full masks, mostly background, takes five times as long.
     columns = np.zeros((len(segmentations), size[1], size[0]), dtype=np.uint8)
-    extents = [_draw(lengths, plane) for lengths, plane in zip(_all_runs(segmentations, size), columns)]
+    extents = [_draw_runs(lengths, plane) for lengths, plane in zip(_all_run_lengths(segmentations, size), columns)]
     return torch.from_numpy(columns).mT, torch.tensor(extents, dtype=torch.int64).reshape(-1, 4)
 
 
-def _draw(lengths: np.ndarray, columns: np.ndarray) -> tuple[int, int, int, int]:
-    """Write the runs of ones into zeros, uint8 [w, h]; returns their tight box x1, y1, x2, y2."""
+def _draw_runs(lengths: np.ndarray, columns: np.ndarray) -> tuple[int, int, int, int]:
+    """Draw the runs of ones into `columns`, uint8 zeros [w, h], and return their tight box x1, y1, x2, y2."""
     if not lengths[1::2].any():
         return 0, 0, 0, 0
     height, ends = columns.shape[1], lengths.cumsum()
-    last = len(ends) // 2 * 2  # runs up to the last one of ones
+    last = len(ends) // 2 * 2  # number of runs up to the last run of ones
     left, right = int(ends[0]) // height, -(-int(ends[last - 1]) // height)
     inside = np.concatenate(([ends[0] - left * height], lengths[1:last], [right * height - ends[last - 1]]))
     window = np.repeat((np.arange(last + 1) & 1).astype(np.uint8), inside).reshape(-1, height)
@@ -174,12 +178,12 @@ def _draw(lengths: np.ndarray, columns: np.ndarray) -> tuple[int, int, int, int]
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
-    """Structural check of one COCO segmentation of an image of `size` (h, w), without rasterising.
+    """Check the structure of one COCO segmentation of an image of `size` (h, w), without rasterizing it.
 
-    Polygons of fewer than three points are ignored beside proper ones (as in detectron2), never alone.
+    Polygons of fewer than three points are ignored next to valid ones (as in detectron2), but an error on their own.
 
     Raises:
-        InputError: the sentence says what is wrong; the caller puts the annotation in front.
+        InputError: the message says what is wrong; the caller prepends the annotation.
     """
     if isinstance(segmentation, dict):
         _check_rle(segmentation, size)
@@ -193,49 +197,51 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
         except (TypeError, OverflowError):
             raise InputError("a polygon must be a list of numbers x0, y0, x1, y1, ...") from None
         if not finite or len(polygon) % 2:
-            raise InputError("a polygon must have an even count of finite numbers x0, y0, x1, y1, ...")
-        # The rasteriser's memory grows with the length of an edge, and its integers overflow.
-        if largest > FARTHEST * max(size):
-            raise InputError(f"a polygon has a point {largest:g} pixels away from an image of {size[1]} x {size[0]}")
+            raise InputError("a polygon must have an even number of finite coordinates x0, y0, x1, y1, ...")
+        # The rasterizer's memory use grows with the length of an edge, and its integers overflow.
+        if largest > MAX_DISTANCE * max(size):
+            raise InputError(
+                f"a polygon coordinate of magnitude {largest:g} is far outside an image of {size[1]} x {size[0]} pixels"
+            )
     if max(map(len, segmentation)) < 6:
-        raise InputError("a polygon needs three points, that is at least 6 numbers (four numbers are not a box here)")
+        raise InputError("a polygon needs at least three points, so 6 numbers (four numbers are not read as a box)")
 
 
 def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
     counts = rle.get("counts")
     if rle.get("size") not in (list(size), tuple(size)):
-        raise InputError(f"the RLE has the size {rle.get('size')}, its image has [h, w] = {list(size)}")
+        raise InputError(f"the RLE has size {rle.get('size')}, but its image has [h, w] = {list(size)}")
     if not isinstance(counts, (list, str, bytes)):
-        raise InputError("the RLE has no counts, a list of run lengths or a compressed string")
+        raise InputError("the RLE has no counts; they must be a list of run lengths or a compressed string")
     if isinstance(counts, list) and any(isinstance(length, (float, str, bool)) for length in counts):
-        raise InputError("the counts of the RLE are not run lengths, which are integers")
+        raise InputError("the counts of the RLE must be integer run lengths")
     try:
-        lengths = np.asarray(counts, dtype=np.int64) if isinstance(counts, list) else _run_lengths([counts])[0]
+        lengths = np.asarray(counts, dtype=np.int64) if isinstance(counts, list) else _decode_counts([counts])[0]
     except (ValueError, TypeError, OverflowError):
-        raise InputError("the counts of the RLE are not run lengths") from None
-    area = size[0] * size[1]  # each length is looked at before their sum, which could overflow
+        raise InputError("the counts of the RLE are not valid run lengths") from None
+    area = size[0] * size[1]  # each length is checked before their sum, which could overflow
     if lengths.ndim != 1 or not (0 <= lengths).all() or not (lengths <= area).all() or lengths.sum() != area:
         raise InputError(f"the counts of the RLE do not add up to its size {list(size)}")
 
 
-def _all_runs(segmentations: Sequence[list | dict[str, Any]], size: tuple[int, int]) -> list[np.ndarray]:
-    """Run lengths, int64, of segmentations of any of the three kinds."""
+def _all_run_lengths(segmentations: Sequence[list | dict[str, Any]], size: tuple[int, int]) -> list[np.ndarray]:
+    """int64 run lengths of segmentations of any of the three kinds."""
     counts = []
     for segmentation in segmentations:
         if isinstance(segmentation, list):
             polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
             segmentation = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
         counts.append(segmentation["counts"])
-    compressed = iter(_run_lengths([entry for entry in counts if not isinstance(entry, list)]))
+    compressed = iter(_decode_counts([entry for entry in counts if not isinstance(entry, list)]))
     return [np.asarray(entry, dtype=np.int64) if isinstance(entry, list) else next(compressed) for entry in counts]
 
 
-def _run_lengths(counts: Sequence[str | bytes]) -> list[np.ndarray]:
-    """Run lengths, int64, of compressed RLEs, unpacked all at once.
+def _decode_counts(counts: Sequence[str | bytes]) -> list[np.ndarray]:
+    """Decode compressed RLE counts to int64 run lengths, all in one pass.
 
-    Each length is written in groups of five bits, lowest first, one character (48 + bits) per group; bit 5 says that
-    more follow, bit 4 of the last group is the sign. From the fourth length on the difference to the one two before
-    is stored.
+    Each length is written in groups of five bits, lowest first, one character (48 + bits) per group; bit 5 marks that
+    more groups follow, and bit 4 of the last group is the sign. From the fourth length on, the difference to the length
+    two before is stored.
     """
     parts = [part.encode("ascii") if isinstance(part, str) else part for part in counts]
     if not parts:
@@ -259,7 +265,7 @@ def _run_lengths(counts: Sequence[str | bytes]) -> list[np.ndarray]:
 
 
 def segmentation_to_rle(segmentation: list | dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """One COCO segmentation, which has passed `check_segmentation`, as compressed RLE of an image of `size` (h, w)."""
+    """Convert a COCO segmentation that has passed `check_segmentation` to compressed RLE of `size` (h, w)."""
     height, width = size
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]

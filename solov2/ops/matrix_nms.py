@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE = 32  # pixels; few masks touch a tile of this size, and enough to keep a matrix product busy
-VALUES_AT_ONCE = 2**20  # of the masks of one class as float32: they stay in the processor's cache
+TILE = 32  # pixels; small enough that few masks touch a tile, large enough for an efficient matrix product
+CHUNK_VALUES = 2**20  # mask values of one class per product, as float32: they stay in the CPU's cache
 
 
 def matrix_nms(
@@ -16,14 +16,14 @@ def matrix_nms(
 
     decay_j = min_i f(iou_ij) / f(max_k iou_ki) over the higher-scored i of j's class, with f(iou) = exp(-sigma iou^2)
     (gaussian) or 1 - iou (linear). A suppressor that is itself an exact duplicate (f = 0 in the linear kernel, 0/0 in
-    the formula) is left out: the first of the duplicates already gives 0.
+    the formula) is ignored: the first of the duplicates already gives 0.
 
     Args:
         masks: bool [N, h, w] (or [N, pixels], which is slower on a CPU), sorted by descending score.
         labels: int64 [N].
         scores: float [N], descending.
         kernel: "gaussian" or "linear".
-        sigma: of the gaussian kernel.
+        sigma: of the gaussian kernel, see above.
 
     Returns:
         Decayed scores, [N], in input order and never above the input.
@@ -42,10 +42,10 @@ def matrix_nms(
 def decay_scores(
     intersections: Tensor, labels: Tensor, scores: Tensor, *, kernel: str = "gaussian", sigma: float = 2.0
 ) -> Tensor:
-    """The decay of `matrix_nms` where the pixels that masks share are known; shapes do not depend on values.
+    """The decay of `matrix_nms` for given intersections; no shape depends on a value.
 
     Args:
-        intersections: [..., N, N] pixels, the areas in the diagonal.
+        intersections: [..., N, N] in pixels, the areas on the diagonal.
         labels: int64 [..., N].
         scores: float [..., N], descending.
         kernel, sigma: as in `matrix_nms`.
@@ -57,21 +57,21 @@ def decay_scores(
     area = intersections.diagonal(dim1=-2, dim2=-1)
     iou = intersections / (area[..., :, None] + area[..., None, :] - intersections).clamp(min=1)
     iou = torch.where(labels[..., :, None] == labels[..., None, :], iou, 0).triu(1)  # [i, j]: i suppresses j
-    compensation = iou.amax(-2)[..., :, None]  # of suppressor i by those above it
+    compensation = iou.amax(-2)[..., :, None]  # [..., N, 1], highest IoU of suppressor i with a mask above it
     if kernel == "gaussian":
         decay = torch.exp(-sigma * (iou**2 - compensation**2))
     else:
         decay = torch.where(compensation < 1, (1 - iou) / (1 - compensation), torch.ones_like(iou))
-    # Pairs that do not count have iou 0, hence decay f(0) / f(compensation) >= 1.
+    # Pairs that do not count have IoU 0, hence a decay f(0) / f(compensation) >= 1, which the clamp makes 1.
     return (scores * decay.amin(-2).clamp(max=1)).to(scores.dtype)
 
 
 def _intersections(masks: Tensor, labels: Tensor) -> Tensor:
-    """Pixels that each two of the bool masks [N, h, w] share: float32 [N, N], areas in the diagonal.
+    """Pairwise intersections of bool masks [N, h, w], in pixels: float32 [N, N], areas on the diagonal.
 
-    Some pairs of different classes may be left at 0. 0 and 1 are exact in float32, and so are the sums below 2^24
-    pixels. An accelerator multiplies all masks with all masks faster than it could be told what to leave out; a CPU
-    goes tile by tile with the masks that touch the tile, or class by class where that leaves less to multiply.
+    Pairs of different classes may be left at 0. 0 and 1 are exact in float32, and so are sums below 2^24 pixels. An
+    accelerator multiplies all pairs faster than it could select some; a CPU works tile by tile on the masks that touch
+    the tile, or class by class where that is less work.
     """
     with torch.autocast(masks.device.type, enabled=False):
         if masks.device.type != "cpu":
@@ -84,7 +84,7 @@ def _intersections(masks: Tensor, labels: Tensor) -> Tensor:
             groups = [
                 (own, part)
                 for own in order.split(counts.tolist())
-                for part in masks.flatten(1).split(max(1, VALUES_AT_ONCE // len(own)), dim=1)
+                for part in masks.flatten(1).split(max(1, CHUNK_VALUES // len(own)), dim=1)
             ]
         shared = torch.zeros(len(masks), len(masks))
         for members, part in groups:

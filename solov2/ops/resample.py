@@ -1,8 +1,8 @@
-"""Mask probabilities -> binary masks at the size of the photograph, computed only where a pixel can be set.
+"""Mask probabilities -> binary masks at the original image size, computed only where a pixel can be set.
 
-The reference interpolates every probability map twice as a whole: to the padded input, of which the image's corner is
-kept, and from there to the photograph. Both steps are linear and separable, so together they are one small matrix per
-axis, of at most three neighboring source pixels per target pixel; and since a target pixel is a convex combination of
+The reference interpolates every full probability map twice: to the padded input, which is then cropped to the image,
+and from there to the original size. Both steps are linear and separable, so together they are one small matrix per
+axis, with at most three neighboring source pixels per target pixel; and since a target pixel is a convex combination of
 its sources, it can exceed the threshold only where one of them does.
 """
 
@@ -17,62 +17,62 @@ from torch import Tensor
 
 from solov2.ops.masks import masks_to_boxes, rle_from_columns
 
-BAND = 64  # target rows computed at once: so few that each band needs few source rows
-COLUMNS = 256  # target columns computed at once, for the same reason
+ROW_CHUNK = 64  # target rows computed together: few, so that they need few source rows
+COLUMN_CHUNK = 256  # target columns computed together, for the same reason
 STRIDE = 4  # of the mask features
 
 
 class Axis:
-    """The two interpolations along one axis as a matrix [target, source], zero but for three neighbors per row.
+    """Both interpolations along one axis as a matrix [target, source] with at most three nonzero neighbors per row.
 
     Args:
-        source: cells of the mask features.
-        inside: pixels of the image inside the padded input (STRIDE times `source`).
-        target: pixels of the photograph.
+        source: pixels of the mask features.
+        inside: pixels of the image inside the padded input, which has STRIDE times `source`.
+        target: pixels of the original image.
         dtype, device: of the probabilities.
     """
 
     def __init__(self, source: int, inside: int, target: int, dtype: torch.dtype, device: torch.device) -> None:
-        near, far, far_share = _neighbors(target, inside, dtype)  # photograph -> input
-        low, high, high_share = _neighbors(STRIDE * source, source, dtype)  # input -> mask features
+        near, far, far_weight = _neighbors(target, inside, dtype)  # original image -> input
+        low, high, high_weight = _neighbors(STRIDE * source, source, dtype)  # input -> mask features
         matrix = np.zeros((target, source))
         rows = np.arange(target)
-        for pixel, share in ((near, 1 - far_share), (far, far_share)):
-            np.add.at(matrix, (rows, low[pixel]), share * (1 - high_share[pixel]))
-            np.add.at(matrix, (rows, high[pixel]), share * high_share[pixel])
+        for pixel, weight in ((near, 1 - far_weight), (far, far_weight)):
+            np.add.at(matrix, (rows, low[pixel]), weight * (1 - high_weight[pixel]))
+            np.add.at(matrix, (rows, high[pixel]), weight * high_weight[pixel])
         self.matrix = torch.from_numpy(matrix).to(device, dtype)
         self.first, self.last = low[near], high[far]  # outermost sources of each target pixel, both ascending
 
-    def targets_of(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of target pixels that any source pixel in [start, stop) contributes to."""
+    def target_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The range [begin, end) of target pixels to which the source pixels in [start, stop) contribute."""
         begin = int(np.searchsorted(self.last, start))
         return begin, max(begin, int(np.searchsorted(self.first, stop)))
 
-    def sources_of(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of source pixels that contribute to the target pixels in [start, stop), which is not empty."""
+    def source_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The range [begin, end) of source pixels that contribute to target pixels in [start, stop), start < stop."""
         return int(self.first[start]), int(self.last[stop - 1]) + 1
 
 
 def _neighbors(target: int, source: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bilinear interpolation without aligned corners: both neighbors of each target pixel, and the second's share.
+    """Bilinear interpolation without aligned corners: both neighbors of each target pixel, and the second's weight.
 
     Positions are rounded as `torch.nn.functional.interpolate` rounds them: in float32, scale times position minus half
-    in one step. At the far end of a photograph that is a ten thousandth of a pixel away from the exact position.
+    in one step. At the far end of a large image this differs from the exact position by a ten-thousandth of a pixel.
     """
-    wanted = np.float64 if dtype == torch.float64 else np.float32
-    scale = float(wanted(source) / wanted(target))
-    position = np.maximum((scale * (np.arange(target) + 0.5) - 0.5).astype(wanted), 0)
+    float_type = np.float64 if dtype == torch.float64 else np.float32
+    scale = float(float_type(source) / float_type(target))
+    position = np.maximum((scale * (np.arange(target) + 0.5) - 0.5).astype(float_type), 0)
     near = np.minimum(position.astype(np.int64), source - 1)
-    return near, np.minimum(near + 1, source - 1), (position - near).astype(wanted)
+    return near, np.minimum(near + 1, source - 1), (position - near).astype(float_type)
 
 
 class MaskResampler:
-    """Brings mask probabilities of one image to the size of its photograph and cuts them at a threshold.
+    """Resizes the mask probabilities of one image to its original size and thresholds them.
 
     Args:
         feature_size: (h, w) of the probability maps, at stride 4 of the padded input.
         size: (height, width) of the image inside the padded input.
-        original_size: (height, width) of the photograph.
+        original_size: (height, width) of the masks to return.
         threshold: a pixel is set where its probability is above it.
         dtype, device: of the probabilities.
     """
@@ -92,10 +92,10 @@ class MaskResampler:
             Axis(*sizes, dtype, device) for sizes in zip(feature_size, size, original_size, strict=True)
         )
 
-    def planes(self, soft: Tensor) -> tuple[Tensor, Tensor]:
+    def to_masks(self, soft: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities [n, h, w] -> (masks bool [n, H, W], their tight boxes float32 [n, 4])."""
         size = len(soft), *self.original_size
-        if soft.device.type == "cpu":  # numpy's zeros take no memory until something is written into them
+        if soft.device.type == "cpu":  # np.zeros takes no memory until it is written to
             masks = torch.from_numpy(np.zeros(size, dtype=bool))
         else:
             masks = torch.zeros(size, dtype=torch.bool, device=soft.device)
@@ -107,12 +107,12 @@ class MaskResampler:
             box.copy_(_box(mask[top:bottom, left:right], top, left))
         return masks, boxes
 
-    def run_lengths(self, soft: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
-        """Probabilities [n, h, w] -> (compressed COCO run lengths, tight boxes float32 [n, 4]), without full planes."""
+    def to_rles(self, soft: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+        """Probabilities [n, h, w] -> (n compressed COCO RLEs, tight boxes float32 [n, 4]), without full-size masks."""
         rles, boxes = [], torch.zeros(len(soft), 4)
         for i, (plane, window) in enumerate(zip(soft, self._windows(soft))):
             top, bottom, left, right = window
-            mask = np.zeros((right - left, bottom - top), dtype=bool)  # columns first, as COCO counts
+            mask = np.zeros((right - left, bottom - top), dtype=bool)  # columns first, the order of COCO's runs
             for start, stop, _, _, values in self._bands(plane, window):
                 mask[:, start - top : stop - top] = (values > self.threshold).T.cpu().numpy()
             rle, box = rle_from_columns(mask, (top, left), self.original_size)
@@ -121,36 +121,37 @@ class MaskResampler:
         return rles, boxes.to(soft.device)
 
     def _windows(self, soft: Tensor) -> list[tuple[int, int, int, int]]:
-        """(top, bottom, left, right) of the photograph's pixels that may be set, per map; all zeros where none may."""
+        """Per map (top, bottom, left, right) of the target pixels that may be set; all zeros where none may."""
         windows = []
         for left, top, right, bottom in masks_to_boxes(soft > self.threshold).long().tolist():
             if right == left:
                 windows.append((0, 0, 0, 0))
             else:
-                windows.append((*self.rows.targets_of(top, bottom), *self.columns.targets_of(left, right)))
+                windows.append((*self.rows.target_range(top, bottom), *self.columns.target_range(left, right)))
         return windows
 
     def _bands(self, plane: Tensor, window: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int, Tensor]]:
-        """(top, bottom, left, right, probabilities) of a window, some rows at a time."""
+        """(top, bottom, left, right, probabilities) of a window, a band of rows at a time."""
         top, bottom, left, right = window
         if top == bottom or left == right:
             return
-        first_row, last_row = self.rows.sources_of(top, bottom)
-        wide = plane.new_empty(last_row - first_row, right - left)
-        for start in range(left, right, COLUMNS):
-            stop = min(start + COLUMNS, right)
-            begin, end = self.columns.sources_of(start, stop)
+        first_row, last_row = self.rows.source_range(top, bottom)
+        resized = plane.new_empty(last_row - first_row, right - left)
+        for start in range(left, right, COLUMN_CHUNK):
+            stop = min(start + COLUMN_CHUNK, right)
+            begin, end = self.columns.source_range(start, stop)
             weights = self.columns.matrix[start:stop, begin:end]
-            torch.mm(plane[first_row:last_row, begin:end], weights.T, out=wide[:, start - left : stop - left])
-        band = BAND if plane.device.type == "cpu" else bottom - top  # each band is a wait for an accelerator
+            torch.mm(plane[first_row:last_row, begin:end], weights.T, out=resized[:, start - left : stop - left])
+        # One band on an accelerator, where each one makes the host wait.
+        band = ROW_CHUNK if plane.device.type == "cpu" else bottom - top
         for start in range(top, bottom, band):
             stop = min(start + band, bottom)
-            begin, end = self.rows.sources_of(start, stop)
+            begin, end = self.rows.source_range(start, stop)
             weights = self.rows.matrix[start:stop, begin:end]
-            yield start, stop, left, right, weights @ wide[begin - first_row : end - first_row]
+            yield start, stop, left, right, weights @ resized[begin - first_row : end - first_row]
 
 
 def _box(window: Tensor, top: int, left: int) -> Tensor:
-    """Tight box of the pixels set in a window that starts at (top, left); zeros where none is."""
+    """Tight box of the set pixels of a window that starts at (top, left); zeros if none is set."""
     (box,) = masks_to_boxes(window[None])
     return torch.where(box[2] > 0, box + box.new_tensor([left, top, left, top]), box)

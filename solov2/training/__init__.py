@@ -1,1 +1,1 @@
-"""Training: one step, the epochs, the run, and what survives its end."""
+"""Training: one optimizer step, the epochs, the run folder, checkpoints and resuming."""

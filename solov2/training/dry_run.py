@@ -1,11 +1,11 @@
-"""What a training run would do, without doing it: `train --dry-run`.
+"""`train --dry-run`: report what a training run would do.
 
-Nothing is written, downloaded or generated, and no other process is started.
+Nothing is written, downloaded or generated, and no process is started.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,31 +18,31 @@ from solov2.data.build import require_data, training_dataset, training_loader, w
 from solov2.data.categories import default_class_names
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import TrainBatchSampler
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.resize import padded_size, resized_size
 from solov2.training.plan import Plan, announcement, config_text
 
-BATCHES = 4  # of the first epoch that are read
-PHOTOGRAPH = (480, 640)  # (height, width) in pixels of the usual COCO image
-INSTANCES = 8  # per image, assumed for the memory of the losses
-CELLS = 9  # positive cells per instance, the most that one level gives
-STATES = {"sgd": 1, "adamw": 2}  # tensors per trainable parameter that the optimizer keeps
+NUM_BATCHES = 4  # read from the first epoch
+TYPICAL_SIZE = (480, 640)  # (height, width) of most COCO images, in pixels
+INSTANCES_PER_IMAGE = 8  # assumed for the memory of the losses
+CELLS_PER_INSTANCE = 9  # positive cells, the maximum for one level
+STATE_TENSORS = {"sgd": 1, "adamw": 2}  # that the optimizer keeps per trainable parameter
 
 Rate = tuple[str, str, float]  # step, epoch, learning rate
 
 
-def describe(config: Config, *, device: torch.device, processes: int, splits: Sequence[str]) -> None:
-    """Print the recipe section by section, each as soon as it is known.
+def describe(config: Config, *, device: torch.device, processes: int, splits: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the sections of the report as lists of lines, each as soon as it is ready.
 
     Args:
-        config: resolved; the class count is taken from the training annotations where they exist.
-        device: what would be trained on.
-        processes: how many would train together; this one is seen as the first of them.
-        splits: "train", and "val" where the run would evaluate.
+        config: resolved configuration; the number of classes is taken from the training annotations if they exist.
+        device: the device to train on.
+        processes: number of processes that would train together; the report is that of rank 0.
+        splits: "train", and "val" if the run would evaluate.
 
     Raises:
-        InputError: a data set that is there but broken, or a configuration that makes no network or no step.
+        InputError: the dataset exists but is broken or too small for one step, or the model settings are invalid.
     """
     missing = missing_data(config.data, splits)
     dataset = training_dataset(config.data) if missing_data(config.data, ("train",)) is None else None
@@ -54,15 +54,15 @@ def describe(config: Config, *, device: torch.device, processes: int, splits: Se
         images, batches = len(dataset), len(_loader(config, dataset, processes)[1])
     plan = Plan.of(config.train, images=images, batches=batches, processes=processes)
 
-    _print(config_text(config).splitlines())
-    _print([*summary(config, plan, model, images=images, device=device), *([missing] if missing else [])])
-    _print(rate_lines(config.train, plan))
-    _print(photograph_lines(config.data) if dataset is None else batch_lines(config, dataset, processes))
-    _print(memory_lines(config, model, device))
+    yield config_text(config).splitlines()
+    yield [*summary(config, plan, model, images=images, device=device), *([missing] if missing else [])]
+    yield rate_lines(config.train, plan)
+    yield typical_size_lines(config.data) if dataset is None else batch_lines(config, dataset, processes)
+    yield memory_lines(config, model, device)
 
 
 def missing_data(data: DataConfig, splits: Sequence[str]) -> str | None:
-    """Which file of the splits does not exist and what to do about it, in one line; None where all are there."""
+    """One line that names a missing file of the splits and says what to do; None if no file is missing."""
     try:
         require_data(data, splits=splits)
     except InputError as error:
@@ -73,17 +73,17 @@ def missing_data(data: DataConfig, splits: Sequence[str]) -> str | None:
 
 
 def empty_model(config: ModelConfig) -> SOLOv2:
-    """The network without storage.
+    """The model on the meta device, that is, without storage.
 
     Raises:
-        InputError: values that no network can be made of.
+        InputError: invalid model settings.
     """
     with torch.device("meta"):
         return construct(config, default_class_names(config.num_classes))
 
 
 def summary(config: Config, plan: Plan, model: nn.Module, *, images: int | None, device: torch.device) -> list[str]:
-    """Parameters, images, steps, batch and learning rate, in the words of a real run."""
+    """The lines that announce a real run (`plan.announcement`), and the number of trainable parameters."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in _trainable(model))
     lines = announcement(config, plan, parameters=total, images=images, device=device)
@@ -91,10 +91,10 @@ def summary(config: Config, plan: Plan, model: nn.Module, *, images: int | None,
 
 
 def learning_rates(train: TrainConfig, plan: Plan) -> list[Rate]:
-    """The learning rate in the steps where something happens: in the warm-up, around each decay, in the last step.
+    """The learning rate at the start, middle and end of the warm-up, around each decay, and in the last step.
 
-    A cosine has its quarters instead of decays. Steps and epochs count from 1, as in the log. Without the number of
-    steps per epoch only what does not depend on it: the warm-up by step, and the decays of a step schedule by epoch.
+    For a cosine schedule, each quarter of the run replaces the decays. Steps and epochs count from 1, as in the log. If
+    the number of steps per epoch is unknown, the warm-up is listed by step and the decays of a step schedule by epoch.
     """
     if not plan.steps_per_epoch:
         return _rates_by_epoch(plan)
@@ -119,16 +119,19 @@ def rate_lines(train: TrainConfig, plan: Plan) -> list[str]:
     if plan.steps_per_epoch:
         return lines
     if train.schedule == "cosine":
-        return [*lines, "the cosine that follows depends on the steps per epoch, which are unknown without the data"]
-    return [*lines, "steps per epoch are unknown without the data; the warm-up is taken to end before the first decay"]
+        return [*lines, "the cosine after the warm-up depends on the steps per epoch, unknown without the data"]
+    return [
+        *lines,
+        "steps per epoch are unknown without the data; the warm-up is assumed to end before the first decay",
+    ]
 
 
 def first_batches(config: Config, dataset: CocoInstances, processes: int) -> list[tuple[int, int, int, int, int]]:
-    """(padded height, padded width, images, instances, positive cells) of the first process's first batches."""
+    """(padded height, padded width, images, instances, positive cells) of rank 0's first batches."""
     loader, sampler = _loader(config, dataset, processes)
     sampler.set_epoch(0)
     rows = []
-    for _, batch in zip(range(BATCHES), loader):
+    for _, batch in zip(range(NUM_BATCHES), loader):
         targets = batch["targets"]
         positive = int((targets["category"] < config.model.num_classes).sum())
         rows.append((*batch["pixels"].shape[2:], len(batch["image_ids"]), len(targets["masks"]), positive))
@@ -144,37 +147,35 @@ def batch_lines(config: Config, dataset: CocoInstances, processes: int) -> list[
     return _table(("batch", "height x width", "images", "instances", "positive cells"), rows)
 
 
-def photograph_sizes(data: DataConfig) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
-    """(short edge, landscape size, portrait size): padded (h, w) of a 640 x 480 photograph at every training scale."""
+def typical_sizes(data: DataConfig) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
+    """(short edge, landscape size, portrait size): padded (h, w) of a 640 x 480 image at every training scale."""
 
     def padded(size: tuple[int, int], short: int) -> tuple[int, int]:
         return padded_size(resized_size(size, long=data.train_long_edge, short=short))
 
-    return [(short, padded(PHOTOGRAPH, short), padded(PHOTOGRAPH[::-1], short)) for short in data.train_scales]
+    return [(short, padded(TYPICAL_SIZE, short), padded(TYPICAL_SIZE[::-1], short)) for short in data.train_scales]
 
 
-def photograph_lines(data: DataConfig) -> list[str]:
-    """`photograph_sizes` as a table."""
-    rows = [
-        (str(short), *(f"{height} x {width}" for height, width in sizes)) for short, *sizes in photograph_sizes(data)
-    ]
-    title = f"padded height x width of a {PHOTOGRAPH[1]} x {PHOTOGRAPH[0]} photograph:"
+def typical_size_lines(data: DataConfig) -> list[str]:
+    """`typical_sizes` as a table."""
+    rows = [(str(short), *(f"{height} x {width}" for height, width in sizes)) for short, *sizes in typical_sizes(data)]
+    title = f"padded height x width of a {TYPICAL_SIZE[1]} x {TYPICAL_SIZE[0]} image:"
     return [title, *_table(("scale", "landscape", "portrait"), rows)]
 
 
-def largest_size(config: Config) -> tuple[int, int]:
-    """Largest padded (h, w) of a training batch; a batch of landscape images, where the two differ."""
+def max_padded_size(config: Config) -> tuple[int, int]:
+    """Maximum padded (h, w) of a training batch, for landscape images."""
     long = config.data.train_long_edge
     short = min(long, max(config.data.train_scales))
-    # Turned images may share a batch with those that were not.
+    # A batch may mix images that were rotated by 90 degrees with images that were not.
     return padded_size((long if config.data.dihedral and config.train.batch_size > 1 else short, long))
 
 
 def memory_lines(config: Config, model: nn.Module, device: torch.device) -> list[str]:
-    """Memory of one training step at `largest_size`; the activations are counted by `saved_activation_bytes`."""
-    train, size = config.train, largest_size(config)
+    """Estimated memory of one training step at `max_padded_size`; see `saved_activation_bytes` for activations."""
+    train, size = config.train, max_padded_size(config)
     trainable = _bytes(_trainable(model))
-    states = STATES[train.optimizer] if train.optimizer != "sgd" or train.momentum else 0
+    states = STATE_TENSORS[train.optimizer] if train.optimizer != "sgd" or train.momentum else 0
     parts = {
         "parameters and buffers": _bytes([*model.parameters(), *model.buffers()]),
         "gradients": trainable,
@@ -182,33 +183,33 @@ def memory_lines(config: Config, model: nn.Module, device: torch.device) -> list
     }
     try:
         activations = estimate_activation_bytes(config, size, device)
-        counted = _mebibytes(activations)
-    except Exception as error:  # whatever this torch cannot do without data, the rest of the recipe stays of use
+        amount = _mebibytes(activations)
+    except Exception as error:  # fake tensors may not support an operation; the rest of the report is still useful
         activations = None
-        counted = f"not counted ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        amount = f"not counted ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     total = sum(parts.values()) + (activations or 0)
     rows = [(name, _mebibytes(count)) for name, count in parts.items()]
-    rows += [("activations kept for backward", counted)]
+    rows += [("activations saved for backward", amount)]
     rows += [("total" if activations is not None else "total without activations", _mebibytes(total))]
     width = max(len(name) for name, _ in rows)
-    images = f"{train.batch_size} image{'s' if train.batch_size > 1 else ''}"
+    images = count(train.batch_size, "image")
     return [
-        f"memory of a training step at the largest size, {images} of {size[0]} x {size[1]}, {train.precision}, per "
+        f"memory of a training step at the maximum size, {images} of {size[0]} x {size[1]}, {train.precision}, per "
         "process:",
         *(f"{name:<{width}}  {value}" for name, value in rows),
-        f"counted with {INSTANCES} instances of {CELLS} positive cells in every image; the batch, workspaces and "
-        "temporary tensors come on top, while the first gradients of a step appear only as activations go",
+        f"assumes {INSTANCES_PER_IMAGE} instances of {CELLS_PER_INSTANCE} positive cells per image; the batch, "
+        "workspaces and temporary tensors add to the total, but gradients appear only as activations are freed",
     ]
 
 
 def estimate_activation_bytes(config: Config, size: tuple[int, int], device: torch.device) -> int:
-    """`saved_activation_bytes` without computing or allocating anything.
+    """Run `saved_activation_bytes` on fake tensors: nothing is computed or allocated.
 
-    Fake tensors carry the type of the device that they stand for, which autocast asks for; those of the meta device do
-    not. Their module is not public, so it is imported where a failure can be told.
+    Fake tensors report the type of the device they stand for, which autocast needs; meta tensors do not. Their module
+    is private to torch, so it is imported here, where the caller can report a failure.
 
     Raises:
-        Exception: of any kind, where this torch cannot do it.
+        Exception: of any kind, if this version of torch does not support it.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -217,61 +218,66 @@ def estimate_activation_bytes(config: Config, size: tuple[int, int], device: tor
 
 
 def saved_activation_bytes(config: Config, size: tuple[int, int], device: torch.device) -> int:
-    """Bytes of the storages that forward pass and losses of one batch keep for backward, each counted once.
+    """Bytes of the storages that the forward pass and the losses of one batch save for backward, each counted once.
 
-    Parameters and buffers do not count; their copies in the types of mixed precision do.
+    Parameters and buffers are not counted; their copies in a lower precision are.
 
     Args:
-        config: model, batch size, precision and layout.
+        config: model, batch size, precision and memory format.
         size: padded (height, width) in pixels.
-        device: where; it decides which tensors the kernels keep.
+        device: determines which tensors the kernels save.
     """
     train = config.train
     with device:
         model = construct(config.model, default_class_names(config.model.num_classes)).train()
         pixels = torch.zeros(train.batch_size, 3, *size, dtype=torch.uint8)
         sizes = torch.tensor([size] * train.batch_size)
-        targets = assumed_targets(config.model, train.batch_size, size)
-    own = {id_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}  # tensors, not only numbers: a freed storage's identity would be given to another
+        targets = synthetic_targets(config.model, train.batch_size, size)
+    own = {storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}  # keeps the tensors alive, because the id of a freed storage is reused
 
-    def keep(tensor: Tensor) -> None:
-        if id_of(tensor) not in own:
-            kept.setdefault(id_of(tensor), tensor.detach())
+    def save(tensor: Tensor) -> None:
+        if storage_id(tensor) not in own:
+            saved.setdefault(storage_id(tensor), tensor.detach())
 
     compute = build_compute(config, device)
     criterion = build_criterion(config.model, mask_weight=train.mask_weight)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):  # there is no backward
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved):  # backward never runs
         images = compute.images(model, {"pixels": pixels, "sizes": sizes})
         with compute.autocast():
             raw = model(images)
         criterion(raw, targets)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def assumed_targets(config: ModelConfig, images: int, size: tuple[int, int]) -> dict[str, object]:
-    """Targets (solov2/targets.py) of `INSTANCES` instances of `CELLS` positive cells in every image, on the current
-    device; as to their number and size, not their content.
+def synthetic_targets(config: ModelConfig, images: int, size: tuple[int, int]) -> dict[str, object]:
+    """Targets (see solov2/targets.py) with realistic shapes but meaningless values, on the current device.
+
+    Every image has `INSTANCES_PER_IMAGE` instances with `CELLS_PER_INSTANCE` positive cells each.
     """
     cells = sum(side * side for side in config.grid_sizes)
-    pairs = torch.arange(images * INSTANCES * CELLS)
+    instances = images * INSTANCES_PER_IMAGE
+    positives_per_image = INSTANCES_PER_IMAGE * CELLS_PER_INSTANCE
+    positives = torch.arange(images * positives_per_image)
     return {
         "category": torch.full((images, cells), config.num_classes),
-        "positives": torch.stack([pairs // (INSTANCES * CELLS), pairs % cells, pairs // CELLS], dim=1),
-        "masks": torch.zeros(images * INSTANCES, size[0] // 4, size[1] // 4, dtype=torch.uint8),
-        "positives_per_image": [INSTANCES * CELLS] * images,
-        "instances_per_image": [INSTANCES] * images,
+        "positives": torch.stack(
+            [positives // positives_per_image, positives % cells, positives // CELLS_PER_INSTANCE], dim=1
+        ),
+        "masks": torch.zeros(instances, size[0] // 4, size[1] // 4, dtype=torch.uint8),
+        "positives_per_image": [positives_per_image] * images,
+        "instances_per_image": [INSTANCES_PER_IMAGE] * images,
     }
 
 
-def id_of(tensor: Tensor) -> int:
-    """Identity of a tensor's storage, which views share."""
+def storage_id(tensor: Tensor) -> int:
+    """Identity of a tensor's storage, which its views share."""
     return tensor.untyped_storage()._cdata
 
 
 def _rates_by_epoch(plan: Plan) -> list[Rate]:
     train = plan.train
-    # Any epoch that is no shorter than the warm-up gives the same rates.
+    # Every epoch length that is at least the warm-up gives the same rates.
     plan = replace(plan, steps_per_epoch=max(1, train.warmup_steps))
     rows = [(str(step + 1), "1" if step == 0 else "?", plan.rate(step)) for step in _warmup_steps(train)]
     if train.schedule == "cosine":
@@ -285,13 +291,13 @@ def _rates_by_epoch(plan: Plan) -> list[Rate]:
 
 
 def _warmup_steps(train: TrainConfig) -> list[int]:
-    """First, middle and last step of the warm-up, counted from 0; the first step where there is none."""
+    """First, middle and last step of the warm-up, counted from 0; only the first step if there is no warm-up."""
     last = max(0, train.warmup_steps - 1)
     return sorted({0, last // 2, last})
 
 
 def _loader(config: Config, dataset: CocoInstances, processes: int) -> tuple[DataLoader, TrainBatchSampler]:
-    """The first process's loader and sampler of a run of `processes`, loading in this process."""
+    """Rank 0's loader and sampler in a run with this many processes; it loads without workers."""
     config = replace(config, data=replace(config.data, workers=0))
     return training_loader(config, dataset, build_assigner(config.model), processes=processes)
 
@@ -309,11 +315,6 @@ def _mebibytes(count: int) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Right-aligned columns, two blanks between them."""
+    """Right-aligned columns, separated by two spaces."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in (head, *rows)]
-
-
-def _print(lines: Iterable[str]) -> None:
-    """A section and the empty line after it."""
-    print("\n".join(lines), end="\n\n", flush=True)

@@ -1,4 +1,4 @@
-"""The machine, the versions and the commit that a run or a figure belongs to."""
+"""The machine, versions and commit behind a run or a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from solov2.distributed import world_size
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, CPU, load, threads, processes, versions and commit, as JSON has them."""
+    """Device, CPU, load, threads, processes, versions and commit, as values for JSON."""
     name = cpu_name()
     if device.type != "cpu":
         properties = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)(device)
@@ -26,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": name,
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # else Windows
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # Windows has no load average
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "system": platform.platform(),
@@ -49,7 +49,7 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that the package lies in, with "+" where files differ from it; None outside of one."""
+    """Commit of the checkout that contains the package, with "+" if files differ from it; None outside a checkout."""
     checkout = Path(version.__file__).resolve().parents[1]
     if not (checkout / ".git").exists():
         return None

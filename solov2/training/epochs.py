@@ -1,4 +1,4 @@
-"""The epochs of a run: training, averaging, saving, evaluating, and stopping when told to."""
+"""The training loop: epochs of optimizer steps, weight averaging, checkpoints, evaluation, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from solov2.data.coco import CocoInstances
 from solov2.data.loader import TrainBatchSampler
 from solov2.data.watch import watched
 from solov2.errors import InputError, RunFailed
-from solov2.evaluation.coco import CocoEvaluator, format_table
+from solov2.evaluation.coco import CocoEvaluator, format_table, percent
 from solov2.evaluation.loop import evaluate
 from solov2.evaluation.picture import draw_predictions
 from solov2.losses import SOLOv2Criterion
@@ -34,12 +34,12 @@ from solov2.training.step import grouped, repeat_forward, take_step, unwrap
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimizer step that was taken."""
+    """A completed optimizer step."""
 
-    of_epoch: int  # steps done of the epoch
-    of_run: int  # steps done of the run
+    epoch_step: int  # completed steps of the epoch
+    global_step: int  # completed steps of the run
     figures: dict[str, float] | None = None  # every `log_every` steps: mean losses, images_per_second, learning_rate
-    seconds_left: float = 0.0  # of the run, known with the figures
+    seconds_left: float = 0.0  # until the end of the run; set together with the figures
 
 
 def train_one_epoch(
@@ -55,21 +55,21 @@ def train_one_epoch(
     epoch: int,
     first_step: int = 0,
 ) -> Iterator[StepDone]:
-    """One pass over the loader, or what is left of it; the caller acts after each step.
+    """Train for one epoch, or for the rest of it; yields after each step.
 
-    Between batch and optimizer step nothing waits for the device; losses are read every `plan.train.log_every` steps.
+    Nothing between batch and optimizer step waits for the device; losses are read every `plan.train.log_every` steps.
 
     Args:
         model: SOLOv2, possibly in DistributedDataParallel, on its device.
         criterion: (raw, targets, num_positives) -> dict of losses.
-        loader: batches with targets (DESIGN: pixels, sizes, targets), the first of them of step `first_step`.
+        loader: batches (dict with "pixels", "sizes", "image_ids", "targets"), starting with those of `first_step`.
         optimizer: its learning rate is set before each step.
-        scaler: of `Compute.scaler`.
-        compute: device, precision and layout.
+        scaler: from `Compute.scaler`.
+        compute: device, precision and memory format.
         plan: steps, learning rates, accumulation and clipping.
-        guard: watches whether the steps are finite.
+        guard: detects non-finite steps.
         epoch: 0-based; its first global step is epoch * plan.steps_per_epoch.
-        first_step: steps of this epoch that are already done.
+        first_step: number of completed steps of this epoch.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite, and the guard does not skip such steps.
@@ -80,18 +80,20 @@ def train_one_epoch(
         step = epoch * plan.steps_per_epoch + i
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
-        losses, wrong = take_step(model, criterion, batches, optimizer, scaler, compute, clip_norm=plan.train.clip_norm)
-        guard.watch(step, wrong, batches)
+        losses, status = take_step(
+            model, criterion, batches, optimizer, scaler, compute, clip_norm=plan.train.clip_norm
+        )
+        guard.watch(step, status, batches)
         meter.add(losses, images=sum(len(batch["image_ids"]) for batch in batches))
-        reads = (step + 1) % plan.train.log_every == 0 or i == plan.steps_per_epoch - 1
-        failure = guard.failure(now=reads)
+        read_now = (step + 1) % plan.train.log_every == 0 or i == plan.steps_per_epoch - 1
+        failure = guard.failure(now=read_now)
         if failure is not None:
             repeat = functools.partial(repeat_forward, model, criterion, failure[1], compute)
             raise guard.explain(*failure, first_nonfinite(unwrap(model), repeat))
-        if not reads:
+        if not read_now:
             yield StepDone(i + 1, step + 1)
             continue
-        figures, step_seconds = meter.read()  # the only read of the device in the loop, with the guard's
+        figures, step_seconds = meter.read()  # apart from the guard, the only place that waits for the device
         figures["learning_rate"] = optimizer.param_groups[0]["lr"]
         yield StepDone(i + 1, step + 1, figures, (plan.total_steps - step - 1) * step_seconds)
 
@@ -99,17 +101,21 @@ def train_one_epoch(
 def train_epochs(
     run: Run, loader: DataLoader, sampler: TrainBatchSampler, validation: CocoInstances | None
 ) -> dict[str, Any] | None:
-    """All steps and evaluations that are left; returns the summary of the last evaluation."""
+    """Run all remaining steps and evaluations; returns the summary of the last evaluation, None if there was none."""
     train = run.config.train
     criterion = build_criterion(run.config.model, mask_weight=train.mask_weight)
     model = wrap(run.model, run.compute.device)
     guard = NonFiniteGuard(run.folder, skip=train.nonfinite == "skip", file_name=run.dataset.file_name)
-    summary = None
+    summary: dict[str, Any] | None = None
+    means: dict[str, float | None] = {}  # of the last trained epoch
     with StopSignal(train.stall_seconds, run.folder) as stop, stop.report_unresponsive_ranks():
         while True:
-            fresh = run.evaluated < run.epoch or run.epoch == train.epochs
-            if validation is not None and fresh and _is_due(run, train.evaluate_every):
+            unevaluated = run.evaluated < run.epoch or run.epoch == train.epochs
+            evaluation = ""
+            if validation is not None and unevaluated and _is_due(run, train.evaluate_every):
                 summary = _evaluate(run, validation, stop)
+                evaluation = _ap_text(summary)
+            run.logger.show_epoch(run.epoch, train.epochs, means, evaluation)
             if run.epoch == train.epochs:
                 return summary
             sampler.set_epoch(run.epoch, first_batch=run.step * train.accumulate)
@@ -117,7 +123,7 @@ def train_epochs(
             steps = train_one_epoch(
                 model,
                 criterion,
-                _saving_where_they_fail(run, watched(loader, run.dataset)),
+                _save_on_failure(run, watched(loader, run.dataset)),
                 run.optimizer,
                 run.scaler,
                 run.compute,
@@ -128,31 +134,31 @@ def train_epochs(
             )
             for done in steps:
                 _after_step(run, done, stop, guard)
-            run.logger.end_epoch()
             run.epoch, run.step = run.epoch + 1, 0
+            means = run.logger.end_epoch(run.epoch, images_per_step=run.plan.global_batch)
             distributed.broadcast_buffers(run.model)
-            if run.average is not None:  # it follows the running statistics of this process's own images
+            if run.average is not None:  # its running statistics differ between ranks, too
                 distributed.broadcast_buffers(run.average.module)
-            # Always before an evaluation, which may be told to stop.
-            evaluates = validation is not None and _is_due(run, train.evaluate_every)
-            if _is_due(run, train.checkpoint_every) or evaluates or _is_save_step(run):
+            # A signal may stop the evaluation, so always save before it.
+            evaluates_next = validation is not None and _is_due(run, train.evaluate_every)
+            if _is_due(run, train.checkpoint_every) or evaluates_next or _is_save_step(run):
                 run.save()
 
 
 def _after_step(run: Run, done: StepDone, stop: StopSignal, guard: NonFiniteGuard) -> None:
-    """Log, average the weights, save where it is time, and end the run where it was told to."""
+    """Log, update the weight average, save if it is due, and stop the run after a signal."""
     run.logger.advance()
     if done.figures is not None:
         run.logger.train(
-            done.of_run,
+            done.global_step,
             epoch=run.epoch + 1,
             total_steps=run.plan.total_steps,
             seconds_left=done.seconds_left,
             skipped=guard.skipped,
             **done.figures,
         )
-        _warn_if_stuck(run, done.of_run, done.figures["loss_mask"])
-    run.step = done.of_epoch
+        _warn_if_stuck(run, done.global_step, done.figures["loss_mask"])
+    run.step = done.epoch_step
     if run.average is not None:
         run.average.update(run.model)
     signal_number = stop.poll()
@@ -163,7 +169,7 @@ def _after_step(run: Run, done: StepDone, stop: StopSignal, guard: NonFiniteGuar
 
 
 def _warn_if_stuck(run: Run, step: int, loss_mask: float) -> None:
-    """Once, when the warm-up lies as far back as it was long."""
+    """Warn once, after twice the length of the warm-up, if the mask loss has not fallen."""
     if run.mask_loss_checked or step < 2 * run.config.train.warmup_steps:
         return
     run.mask_loss_checked = True
@@ -173,7 +179,7 @@ def _warn_if_stuck(run: Run, step: int, loss_mask: float) -> None:
 
 
 def _is_due(run: Run, every: int) -> bool:
-    """Whether something that happens every so many epochs, and after the last, happens now."""
+    """Whether something that happens every `every` epochs, and after the last one, is due now."""
     return run.epoch == run.config.train.epochs or (run.epoch > 0 and run.epoch % every == 0)
 
 
@@ -182,17 +188,17 @@ def _is_save_step(run: Run) -> bool:
     return every > 0 and run.global_step % every == 0
 
 
-def _saving_where_they_fail(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The batches; an image that cannot be read or a loader that is gone costs none of the steps done.
+def _save_on_failure(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the batches; save a checkpoint if an image cannot be read or a worker dies.
 
-    Of several processes one cannot save by itself: the others wait for it in the middle of the next step.
+    Only with a single process: one of several ranks cannot save alone, since the others wait for it inside a step.
     """
     try:
         yield from batches
     except (InputError, OSError, RunFailed):
         if distributed.world_size() == 1 and run.global_step:
             run.save()
-            run.logger.say(f"saved step {run.global_step} before the run fails; go on with --resume")
+            run.logger.print(f"saved step {run.global_step} before the run fails; continue with --resume")
         raise
 
 
@@ -200,35 +206,38 @@ def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str
     loader = validation_loader(run.config, validation, device=run.compute.device)
     summary = evaluate(
         Predictor(run.evaluated_model, run.compute),
-        stop.until_signaled(watched(loader, validation)),  # the checkpoint before it is already written
+        stop.until_signaled(watched(loader, validation)),  # a checkpoint was saved before
         CocoEvaluator(validation.coco, validation.category_ids),
         overlap=run.compute.device.type != "cpu",
         progress=len(loader) if distributed.is_main() else None,
     )
     run.evaluated = run.epoch
-    run.logger.write("evaluation", run.epoch, **flat_figures(summary))
-    run.logger.say(f"epoch {run.epoch}: mask AP {summary['segm']['AP']:.3f}, box AP {summary['bbox']['AP']:.3f}")
+    run.logger.write("evaluation", run.epoch, **flatten_summary(summary))
     if summary["segm"]["AP"] > run.best:
         run.best = summary["segm"]["AP"]
         run.save_best()
     return summary
 
 
-def flat_figures(summary: dict[str, Any]) -> dict[str, float]:
-    """{"segm_AP": ..., "bbox_AP50": ...} of an evaluator's summary."""
+def flatten_summary(summary: dict[str, Any]) -> dict[str, float]:
+    """An evaluator's summary as {"segm_AP": ..., "bbox_AP50": ..., ...}."""
     return {f"{kind}_{name}": value for kind in ("segm", "bbox") for name, value in summary[kind].items()}
 
 
+def _ap_text(summary: dict[str, Any]) -> str:
+    return f"mask AP {percent(summary['segm']['AP'])}  box AP {percent(summary['bbox']['AP'])}"
+
+
 def show_summary(run: Run, validation: CocoInstances, summary: dict[str, Any]) -> None:
-    """The table of the last evaluation and a picture."""
+    """Print the table of the last evaluation and save predictions.png."""
     train, path = run.config.train, run.folder / "predictions.png"
-    run.logger.say(format_table(summary))
+    run.logger.print(format_table(summary))
     if distributed.is_main():
         picture = draw_predictions(
             run.evaluated_model, validation, count=train.picture_images, score_threshold=train.picture_score
         )
         picture.save(path)
-    run.logger.say(
-        f"mask AP {summary['segm']['AP']:.3f}, AP50 {summary['segm']['AP50']:.3f}; "
+    run.logger.print(
+        f"mask AP {percent(summary['segm']['AP'])}, AP50 {percent(summary['segm']['AP50'])}; "
         f"predictions beside ground truth in {path}"
     )

@@ -1,12 +1,12 @@
-"""The folder of a run: whether it may be written to, who holds it, its checkpoints, and which one a start resumes."""
+"""The run folder: whether a run may write to it, its lock, its checkpoints, and which of them to resume from."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,31 +15,32 @@ from solov2.checkpoint import Checkpoint
 from solov2.errors import InputError
 from solov2.weights import read_checkpoint
 
-LAUNCH = ".launch"  # file that the writing run locks; it holds the name of the launch that opened the folder
+LOG = logging.getLogger(__name__)
+LOCK_FILE = ".launch"  # locked by the run that writes to the folder; contains the name of its launch
 
 
 def check_folder(folder: Path, resume: bool | str | Path, overwrite: bool) -> Checkpoint | None:
-    """The checkpoint to go on with; refuses to touch another run's folder. Nothing is written yet.
+    """Check that a run may use the folder, and return the checkpoint to resume from, if any. Writes nothing.
 
     Args:
-        folder: of the run.
-        resume: False, a file, or True for the newest checkpoint of the folder that can be read; those that cannot are
-            reported. A worker that torchrun restarts resumes by itself, or starts where there is no checkpoint yet.
-        overwrite: replace what the folder holds.
+        folder: run folder.
+        resume: False, a file, or True for the newest readable checkpoint of the folder; newer ones that cannot be read
+            are logged. A worker restarted by torchrun resumes by itself, or starts if there is no checkpoint yet.
+        overwrite: whether the contents of the folder may be replaced.
 
     Raises:
-        InputError: nothing to resume, or the folder belongs to something else.
+        InputError: there is nothing to resume, or the folder is not free.
     """
-    again = started_again(folder)
-    if resume is True or again:
-        checkpoint, refused = newest_loadable(folder)
+    restart = is_restart(folder)
+    if resume is True or restart:
+        checkpoint, unreadable = newest_loadable(folder)
         if distributed.launched_rank() == 0:
-            for reason in refused:
-                print(f"warning: passed over: {reason}", file=sys.stderr)
+            for reason in unreadable:
+                LOG.warning("checkpoint skipped: %s", reason)
         if checkpoint is not None:
             return checkpoint
-        if not again:
-            raise InputError(f"nothing to resume: {folder} holds no checkpoint that can be read")
+        if not restart:
+            raise InputError(f"nothing to resume: {folder} contains no readable checkpoint")
         return read_checkpoint(resume) if resume and resume is not True else None
     if resume is False:
         _check_free(folder, overwrite)
@@ -52,60 +53,60 @@ def check_folder(folder: Path, resume: bool | str | Path, overwrite: bool) -> Ch
     return read_checkpoint(path)
 
 
-def started_again(folder: Path) -> bool:
-    """Whether torchrun has started the workers of the run in this folder again.
+def is_restart(folder: Path) -> bool:
+    """Whether torchrun has restarted the workers of the run in this folder.
 
-    What an earlier launch left there does not count: the first start may have been refused for it.
+    A folder that an earlier launch left behind does not count: the first start may have failed because of it.
     """
     if not distributed.restarted():
         return False
     try:
-        return (folder / LAUNCH).read_text() == distributed.launch_name()
+        return (folder / LOCK_FILE).read_text() == distributed.launch_name()
     except OSError:
         return False
 
 
-def check_agreement(found: object, place: str | Path) -> None:
-    """Whether all processes, which call it together, found the same in a place.
+def check_ranks_agree(found: object, place: str | Path) -> None:
+    """Check that all ranks found the same in `place`; all of them call this together.
 
     Raises:
         InputError: several hosts do not share the folder, or one could not read the newest file.
     """
-    others = distributed.all_gather_objects(found)
-    if any(other != others[0] for other in others):
+    values = distributed.all_gather_objects(found)
+    if any(value != values[0] for value in values):
         raise InputError(
-            f"the processes find different checkpoints in {place}: {', '.join(map(str, others))}; all hosts need the "
+            f"the processes find different checkpoints in {place}: {', '.join(map(str, values))}; all hosts need the "
             "same run folder"
         )
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"run folder {folder} is a file; name another with --output")
+        raise InputError(f"run folder {folder} is a file; choose another with --output")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK):
-        raise InputError(f"no permission to write to {existing}; name another run folder with --output")
-    if not folder.exists() or all(path.name == LAUNCH for path in folder.iterdir()):
+        raise InputError(f"no permission to write to {existing}; choose another run folder with --output")
+    if not folder.exists() or all(path.name == LOCK_FILE for path in folder.iterdir()):
         return
     if not overwrite:
         raise InputError(
-            f"run folder {folder} already holds files; go on with --resume, replace them with --overwrite, "
-            "or name another folder with --output"
+            f"run folder {folder} is not empty; continue the run with --resume, replace it with --overwrite, "
+            "or choose another folder with --output"
         )
     if not (folder / "log.jsonl").exists():
-        raise InputError(f"{folder} is not a run folder (it has no log.jsonl), so --overwrite leaves it alone")
+        raise InputError(f"{folder} is not a run folder (it has no log.jsonl), so --overwrite does not replace it")
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, *, emptied: bool) -> Iterator[None]:
-    """Make the run folder; within it no other run can open it. All processes enter together.
+def run_folder(folder: Path, *, clear: bool) -> Iterator[None]:
+    """Create the run folder and lock it, so that no other run can write to it. All ranks enter together.
 
     Args:
-        folder: of the run.
-        emptied: remove what it holds.
+        folder: run folder.
+        clear: delete its contents.
 
     Raises:
-        InputError: another run is writing to it, or it cannot be written.
+        InputError: another run is writing to it, or there is no permission to write.
     """
     if not distributed.is_main():
         distributed.barrier()
@@ -113,18 +114,18 @@ def run_folder(folder: Path, *, emptied: bool) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LAUNCH, "a")  # noqa: SIM115 (held until the run ends)
+        file = open(folder / LOCK_FILE, "a")  # noqa: SIM115 (open until the run ends)
     except OSError as error:
         raise InputError(
-            f"cannot write to run folder {folder}: {error.strerror}; name another with --output"
+            f"cannot write to run folder {folder}: {error.strerror}; choose another with --output"
         ) from error
     with file:
         _lock(file.fileno(), folder)
-        if emptied:
+        if clear:
             for path in folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path.name != LAUNCH:
+                elif path.name != LOCK_FILE:
                     path.unlink()
         file.truncate(0)
         file.write(distributed.launch_name())
@@ -134,24 +135,24 @@ def run_folder(folder: Path, *, emptied: bool) -> Iterator[None]:
 
 
 def _lock(file: int, folder: Path) -> None:
-    """The kernel drops the lock with the process, however it ends; loading processes do not inherit it."""
+    """Lock the file; the kernel releases the lock when the process ends, and DataLoader workers do not inherit it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise InputError(
-            f"another run is writing to {folder}; wait for its end, or name another folder with --output"
+            f"another run is writing to {folder}; wait until it ends, or choose another folder with --output"
         ) from error
-    except OSError:  # a file system without locks
+    except OSError:  # the file system does not support locks
         pass
 
 
 def save_step(folder: str | Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `step_XXXXXXXX.pth` of a run, make `last.pth` the same file, and drop all but the newest `keep`.
+    """Write `step_XXXXXXXX.pth`, link `last.pth` to it, and delete all but the newest `keep` step files.
 
-    At every moment `last.pth` is whole, and so are the files before it.
+    Both are complete at all times. `last.pth` is a copy if the file system has no hard links.
 
     Raises:
-        OSError: disk full, no permission; nothing that was there is lost.
+        OSError: disk full or no permission; existing checkpoints stay as they are.
     """
     folder = Path(folder)
     path = folder / step_file(step)
@@ -161,7 +162,7 @@ def save_step(folder: str | Path, step: int, checkpoint: Checkpoint, *, keep: in
     try:
         try:
             os.link(path, link)
-        except OSError:  # a file system without links
+        except OSError:  # the file system does not support hard links
             shutil.copyfile(path, link)
         os.replace(link, folder / "last.pth")
     finally:
@@ -172,37 +173,37 @@ def save_step(folder: str | Path, step: int, checkpoint: Checkpoint, *, keep: in
 
 
 def step_file(step: int) -> str:
-    """Name of the checkpoint of a step."""
+    """File name of the checkpoint of a step."""
     return f"step_{step:08d}.pth"
 
 
 def step_checkpoints(folder: str | Path) -> list[Path]:
-    """`step_XXXXXXXX.pth` of a run folder, newest first."""
+    """The files `step_XXXXXXXX.pth` of a run folder, newest first."""
     return sorted(Path(folder).glob("step_" + "[0-9]" * 8 + ".pth"), reverse=True)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files of savings that were killed half-way."""
+def remove_partial_files(folder: str | Path) -> None:
+    """Delete temporary files left by a process that was killed while it wrote a checkpoint."""
     for path in Path(folder).glob(".*.pth.*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """`last.pth` of a run folder, else its newest step's, or None."""
+    """`last.pth` of a run folder, or else its newest step file; None if it has neither."""
     paths = [Path(folder) / "last.pth", *step_checkpoints(folder)]
     return next((path for path in paths if path.is_file()), None)
 
 
 def newest_loadable(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run folder that can be read, and a sentence for each newer one that cannot."""
-    refused: list[str] = []
+    """The newest readable checkpoint of a run folder (or None), and an error message for each newer unreadable one."""
+    unreadable: list[str] = []
     last, steps = Path(folder) / "last.pth", step_checkpoints(folder)
-    # A run that was killed between its step's file and `last.pth` leaves the one before it there.
+    # A run that was killed after writing a step file but before replacing `last.pth` leaves the previous one there.
     is_behind = bool(steps) and last.is_file() and not last.samefile(steps[0])
     for path in [*steps, last] if is_behind else [last, *steps]:
         if path.is_file():
             try:
-                return read_checkpoint(path), refused
+                return read_checkpoint(path), unreadable
             except InputError as error:
-                refused.append(str(error))
-    return None, refused
+                unreadable.append(str(error))
+    return None, unreadable

@@ -1,23 +1,27 @@
-"""The log of a run: one JSON object per line for machines, a progress bar or plain lines for people."""
+"""The log of a run: JSON lines in `log.jsonl`, and a progress bar or plain lines on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+LOG = logging.getLogger(__name__)
+LOSSES = ("loss", "loss_category", "loss_mask")
+
 
 class Meter:
-    """Losses and throughput of the steps since the last reading; losses stay on the device until then."""
+    """Mean losses and throughput since the last `read`; losses stay on the device until then."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -28,15 +32,15 @@ class Meter:
         self._images, self._started = 0, time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], *, images: int) -> None:
-        """One optimizer step: its losses (scalars on any device) and how many images this process saw in it."""
+        """Add an optimizer step: its losses (scalars on any device) and the number of images in this process."""
         self._losses.append(losses)
         self._images += images
 
     def read(self) -> tuple[dict[str, float], float]:
-        """Figures of the steps since the last reading, and seconds per step.
+        """Figures of the steps since the last call, and seconds per step. Waits for the device.
 
-        The figures are the mean losses, their sum as "loss", and images_per_second of all processes. Losses that are
-        not finite are left out of the means. Waits for the device.
+        The figures are the mean losses, their sum as "loss", and images_per_second over all processes. The means
+        exclude non-finite losses.
         """
         names = list(self._losses[0])
         values = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
@@ -49,22 +53,55 @@ class Meter:
         return figures, seconds / steps
 
 
+class EpochMeter:
+    """Mean losses and throughput of an epoch, or of the part of it since the last resume."""
+
+    def __init__(self, first_step: int) -> None:
+        """`first_step` is the number of steps of the run completed so far."""
+        self.first_step = self.step = first_step
+        self.learning_rate = 0.0
+        self._started = time.perf_counter()
+        self._sums, self._counts = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(LOSSES, 0)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the mean losses of the steps since the last call, up to the global `step`; ignores non-finite ones."""
+        for name in LOSSES:
+            if math.isfinite(values[name]):
+                self._sums[name] += (step - self.step) * values[name]
+                self._counts[name] += step - self.step
+        self.step, self.learning_rate = step, values["learning_rate"]
+
+    def read(self, images_per_step: int) -> dict[str, float | None]:
+        """The mean losses (None if none was finite), images_per_second, learning_rate and seconds."""
+        seconds = time.perf_counter() - self._started
+        means = {name: self._sums[name] / count if count else None for name, count in self._counts.items()}
+        rate = images_per_step * (self.step - self.first_step) / seconds
+        return {**means, "images_per_second": rate, "learning_rate": self.learning_rate, "seconds": seconds}
+
+
 class RunLogger:
-    """Writes `log.jsonl` (and TensorBoard, by option) and shows progress; every method is silent unless `main`.
+    """Writes `log.jsonl` and, optionally, TensorBoard events, and shows progress. Does nothing unless `main`.
+
+    Until `close`, warnings of the logger `solov2` are also written to `log.jsonl`.
 
     Args:
-        folder: run folder, exists.
-        main: whether this process speaks.
+        folder: run folder; must exist.
+        main: whether this process writes and prints.
         tensorboard: also write event files (needs the extra `tensorboard`).
 
     Raises:
-        ImportError: tensorboard is wanted but not installed; the sentence names the extra.
+        ImportError: `tensorboard` is set but not installed; the message names the extra.
     """
 
     def __init__(self, folder: str | Path, *, main: bool, tensorboard: bool = False) -> None:
         self.main = main
-        self._file = open(Path(folder) / "log.jsonl", "a", encoding="utf-8") if main else None
+        path = Path(folder) / "log.jsonl"
+        self.earlier_seconds = start_durations(path) if main else []
+        self._file = _open_log(path) if main else None
+        self._warnings = _WarningRows(self)
+        logging.getLogger("solov2").addHandler(self._warnings)
         self._bar: tqdm | None = None
+        self._epoch: EpochMeter | None = None
         self._events = None
         if main and tensorboard:
             try:
@@ -73,20 +110,20 @@ class RunLogger:
                 raise ImportError("TensorBoard is not installed: pip install 'solov2[tensorboard]'") from error
             self._events = SummaryWriter(str(folder))
 
-    def say(self, text: str) -> None:
-        """Print a line for people."""
+    def print(self, text: str) -> None:
+        """Print a line on stdout."""
         if self.main:
-            with self._outliving_the_terminal():
+            with self._ignore_closed_terminal():
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
     def warn(self, text: str, step: int | None = None) -> None:
-        """A warning for people and machines."""
-        self.write("warning", step, text=text)
-        self.say(f"warning: {text}")
+        """Log a warning, which also goes to log.jsonl."""
+        if self.main:
+            LOG.warning(text, extra={"step": step})
 
     def write(self, kind: str, step: int | None = None, **values: Any) -> None:
-        """Append {"kind", "time", "step", **values} to log.jsonl; numbers go to TensorBoard too."""
+        """Append {"kind", "time", "step", **values} to log.jsonl; with a step, numbers also go to TensorBoard."""
         if self._file is None:
             return
         row = {"kind": kind, "time": round(time.time(), 3)} | ({} if step is None else {"step": step}) | values
@@ -98,50 +135,75 @@ class RunLogger:
                     self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def start_epoch(self, epoch: int, steps: int, *, done: int = 0) -> None:
-        """Open the progress bar of an epoch, on a terminal only; `done` of its steps were done before."""
+        """Start an epoch (1-based) with `done` of its `steps` completed, and on a terminal its progress bar."""
+        self._epoch = EpochMeter((epoch - 1) * steps + done)
         if self.main and sys.stderr.isatty():
             self._bar = tqdm(
                 total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False, dynamic_ncols=True
             )
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Advance the progress bar by one optimizer step."""
         if self._bar is not None:
-            with self._outliving_the_terminal():
+            with self._ignore_closed_terminal():
                 self._bar.update()
 
     def train(
         self, step: int, *, epoch: int, total_steps: int, seconds_left: float, skipped: int = 0, **values: float
     ) -> None:
-        """Figures of the last steps: into log.jsonl, and onto the bar or a plain line.
+        """Write the figures of the last steps to log.jsonl, and show them on the progress bar or as a line.
 
-        `skipped` is the number of steps so far that were not finite.
+        `skipped` is the number of non-finite steps so far.
         """
         if not self.main:
             return
+        if self._epoch is not None:
+            self._epoch.add(step, values)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.write("train", step, epoch=epoch, skipped=skipped, **finite)
-        text = (
-            f"loss {values['loss']:.3f} (category {values['loss_category']:.3f}, mask {values['loss_mask']:.3f})  "
-            f"{values['images_per_second']:.1f} images/s  lr {values['learning_rate']:.2e}  "
-            f"left {format_seconds(seconds_left)}{f'  skipped {skipped}' if skipped else ''}"
-        )
+        skips = f"  skipped {skipped}" if skipped else ""
+        text = f"{_figures_text(values)}  left {format_seconds(seconds_left)}{skips}"
         if self._bar is not None:
-            with self._outliving_the_terminal():
+            with self._ignore_closed_terminal():
                 self._bar.set_postfix_str(text)
         else:
-            self.say(f"epoch {epoch}  step {step}/{total_steps}  {text}")
+            self.print(f"epoch {epoch}  step {step}/{total_steps}  {text}")
 
-    def end_epoch(self) -> None:
-        """Close the bar of the epoch."""
+    def end_epoch(self, epoch: int, *, images_per_step: int) -> dict[str, float | None]:
+        """Close the progress bar, write the means of an epoch (1-based) to log.jsonl and return them.
+
+        Returns {} if no epoch was started.
+        """
+        self._close_bar()
+        if self._epoch is None:
+            return {}
+        figures, step = self._epoch.read(images_per_step), self._epoch.step
+        self._epoch = None
+        self.write("epoch", step, epoch=epoch, **figures)
+        return figures
+
+    def show_epoch(self, epoch: int, epochs: int, figures: Mapping[str, Any], evaluation: str) -> None:
+        """Print the summary line of an epoch.
+
+        Args:
+            epoch: 1-based.
+            epochs: number of epochs of the run.
+            figures: returned by `end_epoch`; empty for an epoch that ended before a resume.
+            evaluation: text with the AP of the epoch; empty if it was not evaluated.
+        """
+        means = [_figures_text(figures), f"in {format_seconds(figures['seconds'])}"] if figures else []
+        if means or evaluation:
+            self.print("  ".join([f"epoch {epoch}/{epochs}", *means, *([evaluation] if evaluation else [])]))
+
+    def _close_bar(self) -> None:
         if self._bar is not None:
-            with self._outliving_the_terminal():
+            with self._ignore_closed_terminal():
                 self._bar.close()
             self._bar = None
 
     @contextlib.contextmanager
-    def _outliving_the_terminal(self) -> Iterator[None]:
-        """A run goes on where nobody can read it: a closed terminal, a broken pipe. log.jsonl has it all."""
+    def _ignore_closed_terminal(self) -> Iterator[None]:
+        """Let the run continue if its terminal was closed or its pipe is broken; log.jsonl has everything."""
         try:
             yield
         except OSError:
@@ -149,11 +211,73 @@ class RunLogger:
 
     def close(self) -> None:
         """Close all files."""
-        self.end_epoch()
+        self._close_bar()
+        logging.getLogger("solov2").removeHandler(self._warnings)
         if self._file is not None:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+class _WarningRows(logging.Handler):
+    """Writes the warnings of the library to the log of a run."""
+
+    def __init__(self, logger: RunLogger) -> None:
+        super().__init__(logging.WARNING)
+        self.logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.logger.write("warning", getattr(record, "step", None), text=record.getMessage())
+
+
+def start_durations(path: Path) -> list[float]:
+    """Seconds that each earlier start of a run lasted, from its row "start" in log.jsonl to its last row.
+
+    Truncated lines, left by a process that was killed, are skipped.
+    """
+    durations: list[float] = []
+    first = 0.0
+    for row in _rows(path):
+        if row["kind"] == "start":
+            durations.append(0.0)
+            first = row["time"]
+        elif durations:
+            durations[-1] = max(durations[-1], row["time"] - first)
+    return durations
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "kind" in row and isinstance(row.get("time"), (int, float)):
+                yield row
+
+
+def _open_log(path: Path) -> TextIO:
+    """Open the log for appending; a truncated last line, left by a process that was killed, is ended first."""
+    truncated = False
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            file.seek(-1, 2)
+            truncated = file.read() != b"\n"
+    log = open(path, "a", encoding="utf-8")
+    if truncated:
+        log.write("\n")
+    return log
+
+
+def _figures_text(values: Mapping[str, Any]) -> str:
+    loss, category, mask = ("-" if values[name] is None else f"{values[name]:.3f}" for name in LOSSES)
+    return (
+        f"loss {loss} (category {category}, mask {mask})  {values['images_per_second']:.1f} images/s  "
+        f"lr {values['learning_rate']:.2e}"
+    )
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule (reference recipe: SGD, linear warm-up, step decay), average of the weights."""
+"""Optimizer, learning-rate schedule and weight average. Reference recipe: SGD, linear warm-up, step decay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from solov2.models.solov2 import SOLOv2
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norms: bool) -> list[dict[str, object]]:
-    """Trainable parameters; without `decay_norms`, vectors (norms, biases) form a second group free of weight decay."""
+    """Group the trainable parameters; without `decay_norms`, vectors (norms, biases) get no weight decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay_norms:
         return [{"params": trainable, "weight_decay": weight_decay}]
@@ -45,8 +45,11 @@ def build_optimizer(
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
-    """Zeros where there is no momentum yet: a first step that is left out on the device would keep what torch has
-    allocated without filling it (torch 2.14's fused SGD)."""
+    """Initialize missing momentum buffers with zeros.
+
+    torch 2.14's fused SGD allocates them without filling them, and a first step that is skipped on the device would
+    leave them so.
+    """
     for parameter in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -67,11 +70,11 @@ def learning_rate_factor(
     warmup_start: float,
     step_epochs: Sequence[int] = (),
 ) -> float:
-    """Factor of the learning rate, a pure function of the optimizer step (0-based), so that resuming needs no state.
+    """Factor of the learning rate: a pure function of the optimizer step (0-based), so resuming needs no state.
 
-    Linear warm-up from `warmup_start` reaches 1 in step `warmup_steps` - 1, as mmengine's LinearLR with end =
-    warmup_steps does. "step" multiplies by 0.1 after each epoch of `step_epochs`; "cosine" falls from 1 at the end of
-    the warm-up to 0 after the last step.
+    A linear warm-up from `warmup_start` reaches 1 at step `warmup_steps` - 1, like mmengine's LinearLR with end =
+    warmup_steps. "step" multiplies by 0.1 after each epoch in `step_epochs`; "cosine" falls from 1 at the end of the
+    warm-up to 0 after the last step.
 
     Raises:
         ValueError: unknown kind.
@@ -90,11 +93,11 @@ def learning_rate_factor(
 class WeightAverage:
     """Exponential moving average of weights and running statistics: after each step, a = decay a + (1 - decay) w.
 
-    The first step sets it to the weights. torch's AveragedModel computes the same, but moves its counter to the device
-    in every step, for which the host waits.
+    The first update copies the weights. torch's AveragedModel computes the same, but copies its counter to the device
+    in every step, which makes the host wait.
 
     Args:
-        model: what is averaged; its copy `module` holds the averages.
+        model: the model to average; `module`, a copy of it, holds the averages.
         decay: between 0 and 1.
     """
 
@@ -105,14 +108,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after a step; nothing waits for the device."""
+        """Update the average with the weights after a step, without waiting for the device."""
         averages, values = (list(itertools.chain(m.parameters(), m.buffers())) for m in (self.module, model))
         floating = [average.is_floating_point() for average in averages]
         if self.updates:
             self._average(
                 list(itertools.compress(averages, floating)), list(itertools.compress(values, floating)), self.updates
             )
-        for average, value, lerped in zip(averages, values, floating, strict=True):
-            if not (self.updates and lerped):  # counters of batches are not averaged
+        for average, value, averaged in zip(averages, values, floating, strict=True):
+            if not (self.updates and averaged):  # integers (num_batches_tracked) are copied
                 average.copy_(value)
         self.updates += 1

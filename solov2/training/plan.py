@@ -1,4 +1,4 @@
-"""How a recipe becomes optimizer steps: counts, learning rates, and the lines that announce a run."""
+"""Optimizer steps and learning rates of a run, and the lines that announce it."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ import torch
 import yaml
 
 from solov2.config import Config, TrainConfig
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 from solov2.training.optim import learning_rate_factor, scaled_learning_rate
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe on a number of processes."""
+    """A training recipe, applied to a dataset and a number of processes."""
 
     train: TrainConfig
     processes: int
-    steps_per_epoch: int  # 0 where the data set is not known
+    steps_per_epoch: int  # 0 if the dataset is unknown
 
     @classmethod
     def of(cls, train: TrainConfig, *, images: int | None, batches: int | None, processes: int) -> Plan:
-        """The plan for a data set.
+        """Build the plan for a dataset.
 
         Args:
             train: the recipe.
-            images: of the training set; only for the error.
-            batches: per epoch and process; None where the data set is not known.
-            processes: that train together.
+            images: number of training images, for the error message; None if the dataset is unknown.
+            batches: per epoch and process; None if the dataset is unknown.
+            processes: number of processes that train together.
 
         Raises:
-            InputError: the data set is too small for one step.
+            InputError: the dataset is too small for one step.
         """
         steps_per_epoch = (batches or 0) // train.accumulate
         if batches is not None and steps_per_epoch == 0:
             raise InputError(
-                f"{images} training images make {batches} batches, fewer than the "
-                f"{train.accumulate} that one optimizer step accumulates; lower the batch size"
+                f"{count(images or 0, 'training image')} give {count(batches, 'batch', 'batches')}, fewer than the "
+                f"{train.accumulate} that one optimizer step needs; lower the batch size"
             )
         return cls(train, processes, steps_per_epoch)
 
     @property
     def global_batch(self) -> int:
-        """Images per optimizer step, of all processes."""
+        """Images per optimizer step, over all processes."""
         return self.train.batch_size * self.processes * self.train.accumulate
 
     @property
     def learning_rate(self) -> float:
-        """The recipe's rate, scaled to the global batch."""
+        """The learning rate of the recipe, scaled to the global batch."""
         return scaled_learning_rate(self.train.learning_rate, self.global_batch, self.train.reference_batch_size)
 
     @property
@@ -71,18 +71,19 @@ class Plan:
 
 
 def announcement(config: Config, plan: Plan, *, parameters: int, images: int | None, device: torch.device) -> list[str]:
-    """The first two lines of a run; what is None is called unknown."""
+    """The first two lines of a run; `images` is None and the steps per epoch are 0 if the dataset is unknown."""
     train, processes = config.train, plan.processes
-    steps = plan.steps_per_epoch or "an unknown number of"
+    steps = count(plan.steps_per_epoch, "step") if plan.steps_per_epoch else "an unknown number of steps"
+    known_images = "an unknown number of training images" if images is None else count(images, "training image")
     return [
-        f"{config.name}: {parameters:,} parameters, {'an unknown number of' if images is None else images} training "
-        f"images, {processes} process{'es' if processes > 1 else ''} on {device.type}, {train.precision}",
-        f"{train.epochs} epochs of {steps} steps, {plan.global_batch} images per step ({train.batch_size} per "
-        f"process x {processes} x {train.accumulate} accumulated); learning rate {train.learning_rate:g} for "
-        f"{train.reference_batch_size} images, scaled to {plan.learning_rate:g}",
+        f"{config.name}: {parameters:,} parameters, {known_images}, {count(processes, 'process', 'processes')} on "
+        f"{device.type}, {train.precision}",
+        f"{count(train.epochs, 'epoch')} of {steps}, {count(plan.global_batch, 'image')} per step ({train.batch_size} "
+        f"per process x {processes} x {train.accumulate} accumulated); learning rate {train.learning_rate:g} for "
+        f"{count(train.reference_batch_size, 'image')}, scaled to {plan.learning_rate:g}",
     ]
 
 
 def config_text(config: Config) -> str:
-    """The configuration as YAML, as the run folder has it."""
+    """The configuration as YAML, as it is saved in the run folder."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Random generators of a run, and operations that give the same bits every time."""
+"""Random number generators of a run, and deterministic operations."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from solov2.errors import RunFailed
 
 
 @contextlib.contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """Within it, an operation that may give other bits the next time is an error.
+def determinism(enabled: bool) -> Iterator[None]:
+    """Raise inside the block if an operation may not give bit-identical results; does nothing unless `enabled`.
 
     Raises:
-        RunFailed: such an operation was used.
+        RunFailed: a nondeterministic operation was used.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first handle is made
-    deterministic: Any = torch.utils.deterministic  # a module whose property type checkers do not see
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first cuBLAS handle is created
+    deterministic: Any = torch.utils.deterministic  # type checkers do not see the property of this module
     before = deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
     torch.use_deterministic_algorithms(True)
@@ -32,14 +32,14 @@ def determinism(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RunFailed) or "deterministic" not in str(error):
             raise
-        raise RunFailed(f"--deterministic cannot be kept here: {str(error).partition('.')[0]}") from error
+        raise RunFailed(f"--deterministic is not possible: {str(error).partition('.')[0]}") from error
     finally:
         torch.use_deterministic_algorithms(False)
         deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of this process's generators, on the host and on its device."""
+    """States of this process's random number generators: "cpu", and "device" for an accelerator."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states["device"] = torch.get_device_module(device).get_rng_state(device)
@@ -47,7 +47,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and "device" in states:
         torch.get_device_module(device).set_rng_state(states["device"], device)

@@ -1,4 +1,4 @@
-"""A training run: what belongs together while it goes on, and its checkpoints."""
+"""The state of a training run, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from solov2.weights import weight_metadata
 
 @dataclass
 class Run:
-    """What belongs together while a run goes on, and where it is."""
+    """The objects of a training run and its progress."""
 
     config: Config
     folder: Path
@@ -43,35 +43,35 @@ class Run:
     dataset: CocoInstances
     annotations_sha256: str  # of the training set
     logger: RunLogger
-    epoch: int = 0  # epochs done
-    step: int = 0  # optimizer steps done of the epoch after them
-    evaluated: int = 0  # epochs done at the last evaluation
-    best: float = -1.0  # mask AP of the best evaluation so far
-    mask_loss_checked: bool = False  # whether the mask loss after the warm-up was looked at
+    epoch: int = 0  # completed epochs
+    step: int = 0  # completed optimizer steps of the next epoch
+    evaluated: int = 0  # completed epochs at the last evaluation
+    best: float = -1.0  # mask AP of the best evaluation so far, -1 before the first
+    mask_loss_checked: bool = False  # whether the check after the warm-up is done
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps done of the whole run."""
+        """Completed optimizer steps of the whole run."""
         return self.epoch * self.plan.steps_per_epoch + self.step
 
     @property
     def evaluated_model(self) -> SOLOv2:
-        """The averaged weights where there are some, else those in training."""
+        """The averaged model if the run keeps one, or else the one being trained."""
         return self.model if self.average is None else self.average.module
 
     def save(self) -> None:
-        """Write a checkpoint of the present step; all processes call it together."""
+        """Write a checkpoint of the current step; all ranks call this together."""
         checkpoint = self._checkpoint()
         if distributed.is_main():
-            with _naming_the_folder(self.folder):
+            with _explain_write_errors(self.folder):
                 save_step(self.folder, self.global_step, checkpoint, keep=self.config.train.keep_checkpoints)
         distributed.barrier()
 
     def save_best(self) -> None:
-        """Write `best.pth`; all processes call it together."""
+        """Write `best.pth`; all ranks call this together."""
         checkpoint = self._checkpoint()
         if distributed.is_main():
-            with _naming_the_folder(self.folder):
+            with _explain_write_errors(self.folder):
                 checkpoint.save(self.folder / "best.pth")
         distributed.barrier()
 
@@ -100,26 +100,26 @@ class Run:
 
 
 @contextlib.contextmanager
-def _naming_the_folder(folder: Path) -> Iterator[None]:
+def _explain_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"no checkpoint could be written to {folder} ({error.strerror or error}); those it holds are whole, "
-            "go on with --resume"
+            f"cannot write a checkpoint to {folder} ({error.strerror or error}); existing ones are intact, "
+            "continue with --resume"
         ) from error
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """DistributedDataParallel around the model where there are several processes."""
+    """Wrap the model in DistributedDataParallel if there are several processes."""
     if distributed.world_size() == 1:
         return model
-    # Buffers are broadcast once per epoch instead of in every step; the flag for it got a new name in torch 2.14.
+    # Buffers are broadcast once per epoch instead of in every step; torch 2.14 renamed the flag.
     flags = inspect.signature(DistributedDataParallel).parameters
     sync: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers": False}
-    # After its first step DDP sorts the gradients into other buckets, in which three processes and more add them up in
-    # another order; the first step after a resume would then round otherwise. Looking for unused parameters keeps the
-    # buckets, for a walk over the graph per step and a warning of torch that there are none.
+    # After its first step, DDP rebuilds its gradient buckets. Three or more ranks then add gradients in another order,
+    # so the first step after a resume would round differently. find_unused_parameters keeps the buckets, at the cost of
+    # a graph traversal per step and a warning from torch that there are no unused parameters.
     repeatable = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     return DistributedDataParallel(
         model,

@@ -18,7 +18,7 @@ from solov2.training.guard import FAILED, OVERFLOWED
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
+    """The model inside DistributedDataParallel, or the model itself if it is not wrapped."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -32,20 +32,20 @@ def take_step(
     *,
     clip_norm: float,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimizer step; where it is not finite, neither weights nor running statistics change.
+    """One optimizer step; if it is not finite, neither weights nor running statistics change.
 
     Args:
         model: SOLOv2, possibly in DistributedDataParallel, on its device.
         criterion: (raw, targets, num_positives) -> dict of losses.
-        batches: on the host, with targets; their gradients add up.
+        batches: on the host, with targets; their gradients are accumulated.
         optimizer: over the model's parameters.
-        scaler: of `Compute.scaler`.
-        compute: device, precision and layout.
-        clip_norm: L2 norm that the gradients are clipped to, 0 for none.
+        scaler: from `Compute.scaler`.
+        compute: device, precision and memory format.
+        clip_norm: maximum L2 norm of the gradients; 0 disables clipping.
 
     Returns:
-        (losses, what is wrong with the step in any process: 0, OVERFLOWED or FAILED), both on the device. A gradient
-        that overflows under fp16 is no failure yet, the scaler answers it with a smaller scale.
+        (losses, status), both on the device; the status is 0, OVERFLOWED or FAILED, the maximum over all ranks. An
+        overflowing fp16 gradient is not yet a failure: the scaler reduces its scale.
     """
     statistics = [
         buffer
@@ -72,10 +72,10 @@ def backward(
     scaler: torch.amp.GradScaler,
     compute: Compute,
 ) -> dict[str, Tensor]:
-    """Forward and backward of the batches of one optimizer step; gradients add up in the parameters.
+    """Forward and backward passes of one optimizer step; gradients are accumulated over its batches.
 
-    The losses are normalized by the positive cells of all batches, so that accumulation equals the large batch.
-    Processes exchange gradients once, in the last batch.
+    The losses are normalized by the positive cells of all batches, so that accumulation equals one large batch. Ranks
+    exchange gradients once, in the last batch.
 
     Returns:
         The losses of the step, detached, on the device.
@@ -95,7 +95,7 @@ def backward(
 def forward(
     model: nn.Module, criterion: SOLOv2Criterion, batch: dict[str, Any], num_positives: int | None, compute: Compute
 ) -> dict[str, Tensor]:
-    """Losses of a batch that is still on the host."""
+    """Losses of a batch on the host."""
     batch = compute.move(batch)
     images = compute.images(unwrap(model), batch)  # float32 [B, 3, H, W]
     with compute.autocast():
@@ -107,7 +107,7 @@ def forward(
 def repeat_forward(
     model: nn.Module, criterion: SOLOv2Criterion, batches: list[dict[str, Any]], compute: Compute
 ) -> dict[str, Tensor]:
-    """Losses of the batches of one step by "name of batch j", without an exchange between processes."""
+    """Losses of the batches of one step as {"NAME of batch J": loss}, without communication between ranks."""
     num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
     return {
         f"{name} of batch {j + 1}": loss
@@ -117,31 +117,31 @@ def repeat_forward(
 
 
 def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, clip_norm: float) -> Tensor:
-    """Clip, step, and drop the gradients; where their norm is not finite, weights stay as they are, on the device.
+    """Clip, step, and discard the gradients; if their norm is not finite, the device leaves the weights unchanged.
 
-    The norm is that of the exchanged gradients, so all processes decide alike. Returns it.
+    Returns the norm. It is that of the exchanged gradients, so all ranks make the same decision.
     """
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
     if clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
-    decides = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled()
-    if decides:  # a fused optimizer leaves out the step by what torch's own scaler would tell it
-        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # as torch's scaler sets it
+    skips_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled()
+    if skips_itself:  # a fused optimizer skips the step by the flag that torch's scaler would set
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     elif not scaler.is_enabled():
         for parameter in parameters:
             parameter.grad = torch.where(norm.isfinite(), parameter.grad, 0)
     scaler.step(optimizer)
     scaler.update()
-    if decides:
+    if skips_itself:
         del optimizer.found_inf  # type: ignore[attr-defined]
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 def grouped(batches: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Lists of `size` batches; a shorter rest is dropped, since a step of fewer images would weigh them more."""
+    """Lists of `size` batches; an incomplete last one is dropped, since its images would have more weight."""
     group: list[dict[str, Any]] = []
     for batch in batches:
         group.append(batch)
@@ -151,5 +151,5 @@ def grouped(batches: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[
 
 
 def count_positives(batches: list[dict[str, Any]], num_classes: int) -> int:
-    """Positive cells of host-side batches, at least 1."""
+    """Number of positive cells of batches on the host, at least 1."""
     return max(1, sum(int((batch["targets"]["category"] < num_classes).sum()) for batch in batches))

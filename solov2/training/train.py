@@ -1,13 +1,13 @@
-"""`solov2.train()`: what the train command runs."""
+"""`solov2.train()`, which the train command runs."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import multiprocessing
 import signal
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +32,12 @@ from solov2.data.categories import class_difference
 from solov2.data.coco import CocoInstances
 from solov2.data.watch import kill_children
 from solov2.data_check.quick import quick_check
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 from solov2.models.solov2 import SOLOv2
 from solov2.outputs import replace_file
 from solov2.training.environment import environment
-from solov2.training.epochs import flat_figures, show_summary, train_epochs
-from solov2.training.folder import check_agreement, check_folder, latest_checkpoint, run_folder, started_again
+from solov2.training.epochs import flatten_summary, show_summary, train_epochs
+from solov2.training.folder import check_folder, check_ranks_agree, is_restart, latest_checkpoint, run_folder
 from solov2.training.logger import RunLogger, format_seconds
 from solov2.training.optim import WeightAverage, build_optimizer
 from solov2.training.plan import Plan, announcement, config_text
@@ -45,18 +45,19 @@ from solov2.training.randomness import determinism
 from solov2.training.resume import check_resumable
 from solov2.training.resume import resume as resume_run
 from solov2.training.run import Run
-from solov2.training.signals import way_on
+from solov2.training.signals import stop_message
 from solov2.weights import apply_weight_metadata, find_checkpoint, load_pretrained_backbone
 
+LOG = logging.getLogger(__name__)
 DEFAULT_MODEL = "solov2_r50_fpn_1x"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: its folder, the checkpoints in it, and the figures of its last evaluation.
+    """The result of a run: its folder, its best and last checkpoints, and the metrics of its last evaluation.
 
-    `metrics` maps "segm_AP", "segm_AP50", ..., "bbox_AR100" to fractions of 1 (-1 without ground truth); empty where
-    nothing was evaluated.
+    `metrics` maps "segm_AP", "segm_AP50", ..., "bbox_AR100" to values in [0, 1] (-1 without ground truth); it is empty
+    if nothing was evaluated.
     """
 
     folder: Path
@@ -67,13 +68,13 @@ class TrainResult:
 
 @dataclass
 class Job:
-    """A run before it starts, with everything that could be checked without data or a device."""
+    """A run that has passed every check that needs neither data nor a device."""
 
     config: Config
     folder: Path
-    start_from: Checkpoint | None  # weights to fine-tune
-    go_on_with: Checkpoint | None  # a run to resume
-    empties_folder: bool = False
+    initial_weights: Checkpoint | None  # to fine-tune
+    resume_from: Checkpoint | None
+    clear_folder: bool = False
 
 
 def train(
@@ -88,30 +89,32 @@ def train(
     tensorboard: bool = False,
     **overrides: Any,
 ) -> TrainResult:
-    """Train a SOLOv2 and evaluate it. Under torchrun every process calls this, and they train together.
+    """Train and evaluate a SOLOv2 model. Under torchrun, every process calls this and they train together.
 
-    For the main thread, which hears signals and watches the loading processes.
+    Call it from the main thread, because it handles signals.
 
     Args:
-        name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default
+        name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default:
             solov2_r50_fpn_1x, or with `resume` the configuration of the checkpoint.
         data: a folder with annotations/, train2017/ and val2017/, or some of {"train_annotations", "train_images",
-            "val_annotations", "val_images"}; default what the configuration says.
-        weights: checkpoint of any family to start from, "official" for the published one; default ImageNet's backbone.
-        output: run folder, default runs/NAME.
-        resume: go on with the newest checkpoint of the run folder, or with a file; to the bit.
-        device: e.g. "cpu"; default the accelerator of this process, if there is one.
-        overwrite: replace the run that the folder holds.
-        tensorboard: write event files too (extra `tensorboard`).
+            "val_annotations", "val_images"}; default: from the configuration.
+        weights: checkpoint of any family to start from, or "official" for the published one; default: an ImageNet
+            backbone.
+        output: run folder; default: runs/NAME.
+        resume: True to resume from the newest readable checkpoint of the run folder, or a checkpoint file; the run
+            continues bit-identically.
+        device: e.g. "cpu"; default: the accelerator of this process, if there is one.
+        overwrite: replace the contents of the run folder.
+        tensorboard: also write event files (needs the extra `tensorboard`).
         overrides: fields of any section of the configuration, e.g. epochs=24, batch_size=4, num_classes=3.
 
     Returns:
-        The run folder, its checkpoints and the figures of the last evaluation.
+        The run folder, its checkpoints and the metrics of the last evaluation.
 
     Raises:
-        InputError: a mistake in what was asked for, or broken data; before anything is written where that can be seen.
-        RunFailed: a loss that is not finite, a process that hangs or dies; `solov2.training.signals.Stopped` after a
-            signal, with a checkpoint written.
+        InputError: an invalid argument or broken data; where possible, before anything is written.
+        RunFailed: a loss is not finite, or a process hangs or dies. Its subclass `solov2.training.signals.Stopped`: a
+            signal stopped the run, with a checkpoint written.
     """
     job = prepare_job(
         name_or_config,
@@ -123,7 +126,7 @@ def train(
         overrides=overrides,
     )
     chosen = select_device(device)
-    others = set(multiprocessing.active_children())
+    earlier_children = set(multiprocessing.active_children())
     try:
         with (
             distributed.process_group(chosen, timeout=job.config.train.stall_seconds),
@@ -131,9 +134,9 @@ def train(
         ):
             return _run_job(job, build_compute(job.config, chosen), tensorboard=tensorboard)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(way_on(signal.SIGINT, job.folder)) from error
+        raise KeyboardInterrupt(stop_message(signal.SIGINT, job.folder)) from error
     finally:
-        kill_children(but=others)
+        kill_children(exclude=earlier_children)
 
 
 def prepare_job(
@@ -147,57 +150,59 @@ def prepare_job(
     overrides: Mapping[str, Any] | None = None,
     writes: bool = True,
 ) -> Job:
-    """Everything about a run that can be checked before data are read and processes are started.
+    """Check everything about a run that can be checked before data is read and processes are started.
 
-    The arguments are those of `train`; `overrides` also takes "section.key". Without `writes` the run folder may belong
-    to anything.
+    The arguments are those of `train`; `overrides` also accepts keys of the form "section.key". With `writes` False (a
+    dry run) the run folder is not checked.
 
     Raises:
-        InputError: name, setting, run folder, weights or checkpoint is wrong.
+        InputError: the model name, a setting, the run folder, the weights or the checkpoint is invalid.
     """
 
-    def settled(config: Config) -> Config:
+    def override(config: Config) -> Config:
         return locate_data(override_config(config, overrides or {}), data, chosen=overrides or {})
 
     resume = False if resume is None else resume
-    config = settled(_load(name_or_config or DEFAULT_MODEL))
+    config = override(_load(name_or_config or DEFAULT_MODEL))
     folder = Path(output or f"runs/{config.name}")
     checkpoint = check_folder(folder, resume, overwrite) if writes or resume is not False else None
     if checkpoint is not None and name_or_config is None:
-        carried = checkpoint.configuration()
-        config = config if carried is None else settled(carried)
+        stored = checkpoint.configuration()
+        config = config if stored is None else override(stored)
     if checkpoint is not None:
         check_resumable(config, checkpoint)
-    start = find_checkpoint(weights, config) if checkpoint is None else None
-    fixed = checkpoint or start  # a resumed run keeps what the weights it started from had fixed
-    if fixed is not None:
-        config = replace(config, model=apply_weight_metadata(config.model, fixed))
-    # --overwrite belongs to the first start of a launch, and never takes the checkpoint it goes on with.
+    initial = find_checkpoint(weights, config) if checkpoint is None else None
+    source = checkpoint or initial  # a resumed run keeps the metadata of the weights it started from
+    if source is not None:
+        config = replace(config, model=apply_weight_metadata(config.model, source))
+    # --overwrite applies only to the first start of a launch, and never deletes the checkpoint to resume from.
     inside = checkpoint is not None and Path(checkpoint.source).parent.resolve() == folder.resolve()
-    return Job(config, folder, start, checkpoint, overwrite and not inside and not started_again(folder))
+    return Job(config, folder, initial, checkpoint, overwrite and not inside and not is_restart(folder))
 
 
 def splits_of(config: Config) -> tuple[str, ...]:
-    """The splits that a run reads: "train", and "val" where it evaluates."""
+    """The splits that a run reads: "train", and "val" if it evaluates."""
     return ("train", "val") if config.train.evaluate_every else ("train",)
 
 
-def _load(given: str | Path | Config) -> Config:
-    return given if isinstance(given, Config) else load_config(given)
+def _load(name_or_config: str | Path | Config) -> Config:
+    return name_or_config if isinstance(name_or_config, Config) else load_config(name_or_config)
 
 
 def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
     started = time.perf_counter()
-    checkpoint = job.go_on_with
-    check_agreement(None if checkpoint is None else Path(checkpoint.source).name, job.folder)
+    checkpoint = job.resume_from
+    check_ranks_agree(None if checkpoint is None else Path(checkpoint.source).name, job.folder)
     prepare_data(job.config, splits=splits_of(job.config))
     dataset = training_dataset(job.config.data)
     validation = _validation(job.config, dataset)
     config = with_classes(job.config, dataset)
     if config.model.num_classes != job.config.model.num_classes and distributed.is_main():
-        print(
-            f"{config.model.num_classes} classes, as the annotation file has (the configuration says "
-            f"{job.config.model.num_classes})"
+        LOG.info(
+            "%s, from %s (the configuration has %d)",
+            count(config.model.num_classes, "class", "classes"),
+            dataset.annotation_file,
+            job.config.model.num_classes,
         )
     torch.manual_seed(config.train.seed)
     model = prepare_for_training(_initial_model(config, dataset, job), config, compute)
@@ -213,7 +218,7 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
     processes = distributed.world_size()
     plan = Plan.of(config.train, images=len(dataset), batches=len(sampler), processes=processes)
     with (
-        run_folder(job.folder, emptied=job.empties_folder),
+        run_folder(job.folder, clear=job.clear_folder),
         contextlib.closing(RunLogger(job.folder, main=distributed.is_main(), tensorboard=tensorboard)) as logger,
     ):
         run = Run(
@@ -234,14 +239,17 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
             logger.warn(text)
         if checkpoint is not None:
             resume_run(run, checkpoint)
-        job.start_from = job.go_on_with = checkpoint = None  # as large as the model and its moments
+        job.initial_weights = job.resume_from = checkpoint = None  # free the memory of the weights and moments
         _write_config(run)
         summary = train_epochs(run, loader, sampler, validation)
-        logger.say(f"trained in {format_seconds(time.perf_counter() - started)}; checkpoint {job.folder / 'last.pth'}")
+        seconds = time.perf_counter() - started + sum(logger.earlier_seconds)
+        starts = 1 + len(logger.earlier_seconds)
+        over = f" over {starts} starts" if starts > 1 else ""
+        logger.print(f"trained in {format_seconds(seconds)}{over}; checkpoint {job.folder / 'last.pth'}")
         if summary is not None and validation is not None:
             show_summary(run, validation, summary)
         best = job.folder / "best.pth"
-        metrics = {} if summary is None else flat_figures(summary)
+        metrics = {} if summary is None else flatten_summary(summary)
         return TrainResult(job.folder, best if best.is_file() else None, latest_checkpoint(job.folder), metrics)
 
 
@@ -251,26 +259,28 @@ def _validation(config: Config, dataset: CocoInstances) -> CocoInstances | None:
     validation = validation_dataset(config.data)
     if validation.class_names != dataset.class_names:
         raise InputError(
-            f"{validation.annotation_file} has other categories than {dataset.annotation_file}: "
+            f"the categories of {validation.annotation_file} and {dataset.annotation_file} differ: "
             f"{class_difference(validation.class_names, dataset.class_names)}"
         )
     return validation
 
 
 def _initial_model(config: Config, dataset: CocoInstances, job: Job) -> SOLOv2:
-    start = job.start_from
-    if start is None:
+    weights = job.initial_weights
+    if weights is None:
         model = construct(config.model, dataset.class_names)
-        if job.go_on_with is None:
+        if job.resume_from is None:
             load_pretrained_backbone(model.backbone, config.model.backbone, config.train.pretrained_backbone)
         return model
-    model = build_model(config, weights=start, num_classes=config.model.num_classes)
-    names = start.class_names
+    model = build_model(config, weights=weights, num_classes=config.model.num_classes)
+    names = weights.class_names
     if names is not None and len(names) == len(dataset.class_names) and names != dataset.class_names:
-        warnings.warn(
-            f"{start.source} was trained on other classes than {dataset.annotation_file} has: "
-            f"{class_difference(names, dataset.class_names)}; as many, so the category layer is kept",
-            stacklevel=1,
+        LOG.warning(
+            "%s was trained on other classes than those of %s: %s; the number of classes is the same, so the category "
+            "layer is kept",
+            weights.source,
+            dataset.annotation_file,
+            class_difference(names, dataset.class_names),
         )
     model.class_names = dataset.class_names
     return model
@@ -291,7 +301,7 @@ def _announce(run: Run) -> None:
         **environment(device),
     )
     for line in announcement(config, plan, parameters=parameters, images=len(run.dataset), device=device):
-        run.logger.say(line)
+        run.logger.print(line)
 
 
 def _write_config(run: Run) -> None:
@@ -301,7 +311,7 @@ def _write_config(run: Run) -> None:
 
 
 def _file_sha256(path: Path) -> str:
-    """SHA-256 of a file, by which a log tells data sets apart."""
+    """SHA-256 of a file, so that the log identifies the dataset."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

@@ -1,1 +1,1 @@
-"""What several test modules and the scripts in tests/scripts share."""
+"""Helpers shared by test modules and the scripts in tests/scripts."""

@@ -1,4 +1,4 @@
-"""Annotation files and images of a few small pictures in COCO's layout, to be broken by tests."""
+"""Small COCO annotation files and images for tests to corrupt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-HEIGHT, WIDTH = 48, 64  # of the pictures
+HEIGHT, WIDTH = 48, 64  # of the images
 
 
 def rectangle(x: float, y: float, width: float, height: float) -> list[list[float]]:
@@ -32,7 +32,7 @@ def image_entry(number: int, name: str | None = None, width: int = WIDTH, height
 
 
 class CocoTree:
-    """A clean COCO tree of three small images; `content` is what a test changes before it writes it to `file`."""
+    """A valid COCO tree of three small images; tests change `content` before they write it to `file`."""
 
     def __init__(self, folder: Path) -> None:
         self.file, self.images = folder / "instances.json", folder / "images"
@@ -68,12 +68,12 @@ class CocoTree:
         (self.images / name).write_bytes(content)
 
     def rename(self, name: str) -> None:
-        """Let image 1 be the file of another name."""
+        """Change the file name of image 1."""
         self.image["file_name"] = name
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixel."""
+    """A PNG file that claims a size but holds no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""Run by torchrun in tests/test_distributed.py: twenty steps on fixed batches, then every rank saves what it has."""
+"""Run by torchrun in tests/test_distributed.py: twenty steps on fixed batches; then every rank saves its state."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def main(folder: str) -> None:
                 "state": model.state_dict(),
                 "buffers_before": before,
                 "gathered": distributed.all_gather_objects(rank),
-                "said": distributed.broadcast_object(f"from {rank}"),
+                "broadcast": distributed.broadcast_object(f"from {rank}"),
             },
             Path(folder) / f"rank{rank}.pth",
         )

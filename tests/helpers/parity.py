@@ -1,7 +1,7 @@
-"""What the parity tests share: the reference's numbers, and the rules that make its weights and inputs.
+"""Shared by the parity tests: the reference's numbers, and the rules that generate its weights and inputs.
 
-The reference is mmdetection 3.3.0 on a CPU. `tests/data/README.md` says which of its numbers are kept. Weights and
-inputs are not stored: every array is drawn from a generator that is seeded with the array's own name.
+The reference is mmdetection 3.3.0 on a CPU. `tests/data/README.md` lists the numbers that are kept. Weights and inputs
+are not stored: every array is drawn from a generator seeded with the array's name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODELS = {
     "solov2_light_r50_dcn": "solov2_light_r50_dcn_fpn_3x",
 }
 
-# our state-dict names -> mmdetection's; the way back is what solov2.convert does
+# our state-dict names -> mmdetection's; solov2.convert does the reverse
 TO_MMDET = (
     (r"^fpn\.lateral\.(\d)\.", r"neck.lateral_convs.\1.conv."),
     (r"^fpn\.output\.(\d)\.", r"neck.fpn_convs.\1.conv."),
@@ -60,7 +60,7 @@ TO_MMDET = (
 
 
 def load(name: str) -> Any:
-    """A file of numbers in tests/data; of an archive, its arrays by name."""
+    """Load a JSON file of tests/data, or the arrays of an archive by name."""
     path = DATA / name
     if path.suffix == ".npz":
         with np.load(path) as arrays:
@@ -68,11 +68,11 @@ def load(name: str) -> Any:
     return json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_text())
 
 
-# Read at import, which takes a few hundredths of a second; nobody changes them.
+# Read at import, which takes a few hundredths of a second; never modified.
 FORWARD = load("forward.json.gz")  # the reference's name of a configuration -> input, weights, outputs, instances
 BATCHES = {case["name"]: case for case in load("losses.json.gz")["cases"]}
 POSTPROCESS_CASES = {case["name"]: case for case in load("postprocess.json.gz")["cases"]}
-NMS_ARRAYS = load("matrix_nms.npz")  # "set.what" -> array
+NMS_ARRAYS = load("matrix_nms.npz")  # "set.field" -> array
 NMS_SETS = sorted({name.split(".")[0] for name in NMS_ARRAYS})
 
 
@@ -80,7 +80,7 @@ NMS_SETS = sorted({name.split(".")[0] for name in NMS_ARRAYS})
 
 
 def draw(tag: str, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal numbers that belong to a name, float64."""
+    """Standard normal values determined by a name, float64."""
     return np.random.RandomState(zlib.crc32(f"{tag}#{SEED}".encode())).standard_normal(tuple(shape))
 
 
@@ -92,15 +92,15 @@ def mmdet_name(name: str) -> str:
 
 
 def mmdet_shapes(model: SOLOv2) -> dict[str, tuple[int, ...]]:
-    """The state dict that mmdetection has for this network: name -> shape."""
+    """mmdetection's state dict for this network: name -> shape."""
     return {mmdet_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def mmdet_weights(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights under mmdetection's names, drawn in float64 and rounded to float32 once.
 
-    Convolutions have the variance gain / fan-in, norms lie around 1 (0.5 where a residual block ends), the rest is
-    small. `overrides` rescales some tensors so that activations stay of the order of 1.
+    Convolutions have variance gain / fan-in, norm weights lie around 1 (0.5 at the end of a residual block), the rest
+    is small. `overrides` rescales some tensors so that activations stay of the order of 1.
     """
     state = {}
     for name, shape in shapes.items():
@@ -137,9 +137,9 @@ def _ends_block(layer: str, names: Iterable[str]) -> bool:
 
 
 def reference_model(config: str, overrides: Mapping[str, Any]) -> SOLOv2:
-    """Our model with the reference's weights, float32, in evaluation mode; loaded by way of the converter.
+    """Our model with the reference's weights, float32, in evaluation mode; loaded through the converter.
 
-    It is built without storage, because drawing weights that are thrown away takes seconds.
+    It is built on the meta device, because initializing weights that are then replaced takes seconds.
     """
     with torch.device("meta"):
         model = build_model(MODELS[config], device="meta")
@@ -147,7 +147,7 @@ def reference_model(config: str, overrides: Mapping[str, Any]) -> SOLOv2:
     assert traits["family"] == "mmdet"
     model.load_state_dict(state, assign=True)
     settings = load_config(MODELS[config]).model
-    model.pixel_mean, model.pixel_std = (  # no part of a state dict, so still without storage
+    model.pixel_mean, model.pixel_std = (  # not in the state dict, so still on the meta device
         torch.tensor(values).view(1, 3, 1, 1) for values in (settings.pixel_mean, settings.pixel_std)
     )
     return model
@@ -166,7 +166,7 @@ def network_input(tag: str, shape: Sequence[int], valid: Sequence[Sequence[int]]
 
 
 def raw_outputs(tag: str, params: Mapping[str, Any], dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Any]:
-    """The raw dict of a made-up network: noise of given scales, smooth mask features, and single cells edited."""
+    """A synthetic raw dict: noise of given scales, smooth mask features, and edits of single cells."""
     batch, channels, (height, width) = params["batch"], params["kernel_channels"], params["feat"]
     logits, kernels = [], []
     for level, size in enumerate(GRIDS):
@@ -188,7 +188,7 @@ def raw_outputs(tag: str, params: Mapping[str, Any], dtype: torch.dtype, device:
 
 
 def _cosines(channels: int, height: int, width: int) -> np.ndarray:
-    """A cosine basis [channels, height, width], as of an image compressor."""
+    """A cosine basis [channels, height, width], as in image compression."""
     side = math.ceil(math.sqrt(channels))
     y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
     return np.stack(
@@ -236,7 +236,7 @@ def raw_tensors(raw: Mapping[str, Any]) -> list[Tensor]:
 
 
 def run_network(model: SOLOv2, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(every stored output under its name, the raw dict) of one forward pass."""
+    """One forward pass: (every stored output by name, the raw dict)."""
     outputs: dict[str, Tensor] = {}
 
     def keep(letter: str, levels: Sequence[Tensor]) -> None:
@@ -256,21 +256,21 @@ def run_network(model: SOLOv2, images: Tensor) -> tuple[dict[str, Tensor], dict[
 
 
 def sampled_outputs(config: str) -> dict[str, Tensor]:
-    """Values of every stored output of a network, float64; `FORWARD` has their strides."""
+    """Stored values of every output of a network, float64; `FORWARD` has their strides."""
     stored = FORWARD[config]["outputs"]
     values = torch.from_numpy(load("forward.npz")[config])
     return dict(zip(stored, values.split([entry["count"] for entry in stored.values()]), strict=True))
 
 
 def criterion_of(case: Mapping[str, Any]) -> SOLOv2Criterion:
-    """The losses of a stored batch."""
+    """The criterion for a stored batch."""
     return SOLOv2Criterion(num_classes=case["params"]["num_classes"])
 
 
 def stored_batch(
     case: Mapping[str, Any], dtype: torch.dtype, device: torch.device = CPU
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(raw outputs that record gradients, targets) of a stored batch."""
+    """(raw outputs that require gradients, targets) of a stored batch."""
     raw = raw_outputs(case["tag"], case["params"], dtype, device)
     for tensor in raw_tensors(raw):
         tensor.requires_grad_()
@@ -280,7 +280,7 @@ def stored_batch(
 
 
 def postprocess_settings(case: Mapping[str, Any]) -> PostprocessSettings:
-    """The settings of a stored case under our names; no limit is -1 there and 0 here."""
+    """The settings of a stored case under our names; "no limit" is -1 there and 0 here."""
     stored = case["test_cfg"]
     return PostprocessSettings(
         category_threshold=stored["score_thr"],
@@ -326,7 +326,7 @@ def stored_decay(name: str, kernel: str) -> Tensor:
 
 
 def assert_outputs(config: str, outputs: Mapping[str, Tensor], tolerance: float) -> None:
-    """Sampled values, relative to the standard deviation of their tensor; its mean and deviation if it is whole."""
+    """Compare sampled values relative to their tensor's standard deviation; for all images, also mean and deviation."""
     stored, values = FORWARD[config]["outputs"], sampled_outputs(config)
     assert outputs.keys() == stored.keys()
     for name, entry in stored.items():
@@ -344,8 +344,8 @@ def assert_same_instances(
 ) -> None:
     """Compare a result with a stored one.
 
-    Scores are compared rank by rank. Instances whose scores are closer than the tolerance may come in any order; apart
-    from that labels and boxes are equal and masks differ in at most `pixels` pixels.
+    Scores are compared rank by rank. Instances whose scores are within the tolerance may come in any order; otherwise
+    labels and boxes must be equal, and masks may differ in at most `pixels` pixels.
     """
     scores = torch.tensor(expected["scores"], dtype=torch.float64)
     assert len(result["scores"]) == len(scores) == len(expected["labels"])
@@ -357,7 +357,7 @@ def assert_same_instances(
     start = 0
     for end in range(1, len(scores) + 1):
         if end < len(scores) and scores[end - 1] - scores[end] <= 2 * score_tolerance:
-            continue  # a tie goes on
+            continue  # still the same tie
         rest = found[start:end]
         for rank in range(start, end):
             rest.remove(next((item for item in rest if _fits(item, expected, rank, pixels)), None))

@@ -1,4 +1,4 @@
-"""Networks that are small enough for a test, one for each way in which the published ones differ."""
+"""Networks small enough for tests, one for each way in which the published ones differ."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ VARIANTS = {
 
 
 def tiny_model(variant: str = "basic blocks", **changes: Any) -> SOLOv2:
-    """One of `VARIANTS` with random weights, always the same; `changes` are further fields of its configuration."""
+    """One of `VARIANTS` with fixed random weights; `changes` override more fields of its configuration."""
     name, own = VARIANTS[variant]
     torch.manual_seed(0)
     return build_model(name, **(TINY if name != "quickstart" else {}), **own, **changes)
 
 
 def lively(model: SOLOv2) -> SOLOv2:
-    """Larger predictor weights, so that a random network finds something."""
+    """Enlarge the predictor weights, so that a random network finds something."""
     with torch.no_grad():
         for part in (model.head.category_predictor, model.head.kernel_predictor):
             part.weight.mul_(30)
@@ -69,12 +69,12 @@ def tiny_targets(model: SOLOv2, counts: Sequence[int], size: tuple[int, int]) ->
 
 
 def save_content(path: Path, content: dict[str, Any]) -> None:
-    """A file of our own format with these entries and no others, right or wrong."""
+    """Write a file in our own format with exactly these entries, valid or not."""
     write_file(path, {"format": FORMAT, **content})
 
 
 def numbered(number: int) -> Checkpoint:
-    """A checkpoint that can be told from others, see `number_of`."""
+    """A checkpoint identified by a number, see `number_of`."""
     return Checkpoint("a test", {"number": torch.tensor(number)})
 
 

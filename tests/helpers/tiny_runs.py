@@ -1,4 +1,4 @@
-"""A training problem that takes seconds: the quickstart configuration at 64 pixels on a handful of shapes."""
+"""A training run that takes seconds: the quickstart configuration at 64 pixels on a handful of shapes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SETTINGS = (
 
 
 def tiny_config(*changes: str) -> Config:
-    """The configuration as an object."""
+    """The tiny configuration, with `changes` applied."""
     return load_config("quickstart", [*SETTINGS, *changes])
 
 
 def arguments(root: Path, output: Path, *more: str) -> list[str]:
-    """The command line of train.py for it; the data set at `root` is generated on first use."""
+    """The tiny run's command line for train.py; the dataset at `root` is generated on first use."""
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
     return ["quickstart", *settings, "--data-root", str(root), "--output", str(output), "--device", "cpu", *more]
 
@@ -34,7 +34,7 @@ def arguments(root: Path, output: Path, *more: str) -> list[str]:
 def random_batch(
     config: Config, *, seed: int, images: int = 2, instances: int = 3, size: int | tuple[int, int] = 64
 ) -> dict:
-    """A batch with targets, of noise and rectangles of 8 to 23 pixels; `instances` 0 gives empty images.
+    """A batch of noise images with targets, rectangles of 8 to 23 pixels; `instances` 0 gives empty images.
 
     `size` is the side of the images, or their (height, width).
     """
@@ -60,7 +60,7 @@ def random_batch(
 
 
 def flat_plan(steps: int, rate: float, *, log_every: int = 1, **train: float) -> Plan:
-    """One epoch of `steps` at one learning rate; `train` are further fields of the recipe, such as accumulate."""
+    """One epoch of `steps` at a constant learning rate; `train` are more fields of the recipe, such as accumulate."""
     images = int(train.get("accumulate", 1))
     recipe = TrainConfig(
         epochs=1, batch_size=1, reference_batch_size=images, learning_rate=rate, warmup_steps=0, step_epochs=(),

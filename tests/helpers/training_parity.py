@@ -1,4 +1,4 @@
-"""The reference's targets, training steps and learning rates, and what makes ours to compare with."""
+"""The reference's targets, training steps and learning rates, and functions that compute ours for comparison."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expected_category(expected: dict[str, Any]) -> Tensor:
 
 
 def expected_positives(expected: dict[str, Any]) -> list[list[int]]:
-    """(image, cell, instance) triples: the stored rectangles of a level one after another, each row by row."""
+    """(image, cell, instance) triples: the stored rectangles level by level, each row by row."""
     return [
         [0, first + y * size + x, instance]
         for first, size, rectangles in zip(FIRST_CELL, GRIDS, expected["cells"])
@@ -51,7 +51,7 @@ def expected_positives(expected: dict[str, Any]) -> list[list[int]]:
 
 
 def assert_targets(scene: dict[str, Any], ranges: str) -> None:
-    """Cells, categories and masks of a scene are the stored ones."""
+    """Check that cells, categories and masks of a scene equal the stored ones."""
     expected = scene["expected"][ranges]
     truth, padded = instances(scene), tuple(scene["pad_shape"])
     targets = scene_assigner(ranges)([truth], padded)
@@ -87,7 +87,7 @@ def trajectory_losses(model: SOLOv2, stored: dict[str, Any]) -> dict[str, Tensor
 def trajectory_steps(
     model: SOLOv2, stored: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]]:
-    """(losses, gradient norm before clipping, gradients before clipping) of one step after the other."""
+    """Yield (losses, gradient norm before clipping, gradients before clipping) step by step."""
     recipe = stored["optimizer"]
     assert recipe["type"] == "SGD"
     optimizer = build_optimizer(

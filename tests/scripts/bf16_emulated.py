@@ -1,12 +1,12 @@
-"""Trains or evaluates in bf16 with the arithmetic of units that have it, on a CPU that has none.
+"""Train or evaluate on a CPU without bf16 instructions, with the arithmetic of hardware that has them.
 
     python tests/scripts/bf16_emulated.py train configs/quickstart.yaml --set train.precision=bf16 --output DIR
     python tests/scripts/bf16_emulated.py evaluate --weights DIR/best.pth --precision bf16
 
-A processor without bf16 instructions runs bf16 convolutions seven times as slowly as float32 ones. A unit that has them
-multiplies bf16 numbers exactly, adds up in float32 and rounds the sum to bf16 once. So does this: every convolution and
-matrix product of bf16 tensors is computed in float32 and rounded, in the forward and in the backward pass. What follows
-the command's name are the arguments of train.py or eval.py.
+On a CPU without bf16 instructions, bf16 convolutions take seven times as long as float32 ones. Hardware with bf16
+multiplies bf16 numbers exactly, accumulates in float32 and rounds the sum to bf16 once. This script does the same: in
+the forward and the backward pass, every convolution and matrix product of bf16 tensors is computed in float32 and
+rounded. The arguments after the name of the command are those of train.py or eval.py.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ PRODUCTS = {
 
 
 class EmulatedBf16(TorchDispatchMode):
-    """Inside, products of bf16 tensors are those of the same numbers in float32, rounded to bf16.
+    """Context manager: products of bf16 tensors are computed in float32 and rounded to bf16.
 
-    `products` counts them: 0 after a run means that nothing was computed in bf16.
+    `products` counts them; 0 after a run means that nothing was computed in bf16.
     """
 
     def __init__(self) -> None:
@@ -53,18 +53,18 @@ class EmulatedBf16(TorchDispatchMode):
         if function not in PRODUCTS or args[0].dtype != torch.bfloat16:
             return function(*args, **kwargs)
         self.products += 1
-        wide = tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, (args, kwargs))
-        return tree_map_only(Tensor, lambda x: x.bfloat16(), function(*wide[0], **wide[1]))
+        float32 = tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, (args, kwargs))
+        return tree_map_only(Tensor, lambda x: x.bfloat16(), function(*float32[0], **float32[1]))
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
     if not argv or argv[0] not in COMMANDS:
-        print(f"error: name one of {', '.join(COMMANDS)}, then its arguments", file=sys.stderr)
+        print(f"error: expected one of {', '.join(COMMANDS)} and its arguments", file=sys.stderr)
         return 2
     with EmulatedBf16() as mode:
         code = COMMANDS[argv[0]](argv[1:])
-    print(f"{mode.products} products of bf16 tensors in float32, rounded to bf16", file=sys.stderr)
+    print(f"{mode.products} products of bf16 tensors were computed in float32 and rounded to bf16", file=sys.stderr)
     return code
 
 

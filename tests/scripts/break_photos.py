@@ -1,8 +1,9 @@
-"""Break a copy of a COCO data set: one fault of each kind that `solov2 check-data` knows, and a list of where they are.
+"""Break a copy of a COCO dataset: plant one fault of each kind that `solov2 check-data` reports, and list them.
 
-python tests/scripts/break_photos.py ANNOTATIONS IMAGES OUT
-writes OUT/instances.json, OUT/images/ and OUT/planted.json: [[kind, image id, annotation id], ...].
-Then `solov2 check-data OUT/instances.json --images OUT/images` must find these and no others.
+    python tests/scripts/break_photos.py ANNOTATIONS IMAGES OUT
+
+Writes OUT/instances.json, OUT/images/ and OUT/planted.json: [[kind, image id, annotation id], ...].
+`solov2 check-data OUT/instances.json --images OUT/images` must then find these faults and no others.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def uncompressed(annotation: dict, image: dict) -> dict:
 
 
 def nearly(annotation: dict, image: dict) -> dict:
-    """The mask without its first hundredth of pixels, with box and area to match."""
+    """The annotation without the first hundredth of its mask pixels, with matching box and area."""
     mask = coco_mask.decode(rle_of(annotation, image))
     set_pixels = np.argwhere(mask)
     for row, column in set_pixels[: max(1, len(set_pixels) // 100)]:
@@ -92,7 +93,7 @@ def nearly(annotation: dict, image: dict) -> dict:
     return {**copy.deepcopy(annotation), "segmentation": rle, "bbox": box, "area": area}
 
 
-# Each changes one annotation in place, given its image.
+# Each function changes an annotation in place, given its image.
 ANNOTATION_FAULTS: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "polygon of 4 numbers": (lambda a, i: a.update(segmentation=[[1, 2, 3, 4]]), "segmentation"),
     "polygon of 2 points": (lambda a, i: a.update(segmentation=[[1, 2, 3, 4], [5, 6]]), "segmentation"),
@@ -124,9 +125,10 @@ ANNOTATION_FAULTS: dict[str, tuple[Callable[[dict, dict], object], str]] = {
 
 
 def plant(content: dict, images: Path) -> tuple[dict, list[Planted]]:
-    """Break image files below `images` in place and return a broken copy of the annotations with the list of faults.
+    """Break files in the folder `images` in place; return a broken copy of the annotations and the list of faults.
 
-    Image and annotation faults never meet; annotations are of the commonest class, so that no class dies out.
+    No image has both an image fault and an annotation fault. Only annotations of the most common class are broken, so
+    that every class keeps instances.
     """
     content, planted = copy.deepcopy(content), []
     entries = {image["id"]: image for image in content["images"]}
@@ -160,7 +162,7 @@ def plant(content: dict, images: Path) -> tuple[dict, list[Planted]]:
 def plant_entries(
     content: dict, kept: list[dict], pool: list[dict], twice: dict, entries: dict[int, dict]
 ) -> Iterator[Planted]:
-    """Faults that lie between entries: ids and files twice, instances twice, categories."""
+    """Plant faults that involve several entries: duplicate ids, files and instances, and categories."""
     orphan, renamed = pool.pop(), pool.pop()
     orphan["image_id"] = 10**9
     yield "unknown image", 10**9, orphan["id"]
@@ -182,7 +184,7 @@ def plant_entries(
 
 
 def break_data(annotations: Path, images: Path, out: Path) -> list[Planted]:
-    """Write the broken copy and its list to `out`, a folder that must not exist yet."""
+    """Write the broken copy and the list of its faults to `out`, a folder that must not exist yet."""
     shutil.copytree(images, out / "images")
     content, planted = plant(json.loads(annotations.read_text()), out / "images")
     (out / "instances.json").write_text(json.dumps(content))

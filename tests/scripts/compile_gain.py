@@ -1,9 +1,10 @@
-"""Prints what `torch.compile` gains in the forward pass and what it costs beforehand, on this machine.
+"""Measure the speedup of `torch.compile` in the forward pass, and its compile time.
 
     python tests/scripts/compile_gain.py [--model solov2_light_r50_fpn_3x] [--size 448 768] [--precision float32]
 
-Random weights, one image; the forms take turns, medians of --rounds rounds. "plain" is `model(images)`, "optimized" is
-`model.optimize()`, and both stand there once more compiled. Compile time is that of the first call, with a cold cache.
+Random weights, one image; the variants are timed in turn, and the median of --rounds rounds is reported. "plain" is
+`model(images)`, "optimized" is `model.optimize()`, each with and without compilation. Compile time is the time of the
+first call with a cold cache.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from solov2.models.solov2 import SOLOv2  # noqa: E402
 
 
 def main() -> int:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="solov2_light_r50_fpn_3x")
     parser.add_argument("--size", nargs=2, type=int, default=(448, 768), metavar=("H", "W"))
@@ -62,7 +63,7 @@ def main() -> int:
 
 
 def seconds(model: SOLOv2, images: torch.Tensor) -> float:
-    """Time of one forward pass."""
+    """Seconds of one forward pass."""
     start = time.perf_counter()
     model(images)
     if images.device.type != "cpu":

@@ -1,9 +1,9 @@
-"""Fills the disk while a run saves its checkpoints: what was there stays, and the run goes on once there is room.
+"""Fill the disk while a run saves checkpoints: existing ones must survive, and the run must resume once there is space.
 
     python tests/scripts/full_disk.py FOLDER        (as root on Linux: the disk is a tmpfs of 24 MB)
 
-Prints one JSON object: exit code and sentence of the run that met the full disk, the checkpoints it left, and what
-differs between the resumed run's end and that of a run with enough room.
+Prints one JSON object: exit code and error message of the run on the full disk, the checkpoints it left, and the
+differences between the last checkpoints of the resumed run and of a run with enough space.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from solov2.training.folder import step_checkpoints  # noqa: E402
 
 
 def train(words: list[str], output: Path, *more: str) -> subprocess.CompletedProcess:
-    """A run to its end."""
+    """Run train.py to its end."""
     command = [sys.executable, str(ROOT / "train.py"), *words, "--output", str(output), *more]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def main() -> int:
-    """Exit code 1 where anything was lost or differs."""
+    """Returns exit code 1 if anything was lost or differs."""
     folder = Path(sys.argv[1])
     disk = folder / "disk"
     disk.mkdir(parents=True, exist_ok=True)
     words = [*tiny_words(folder), "--set", "train.keep_checkpoints=100"]
     if train(words, folder / "whole").returncode:
-        raise SystemExit("the run with enough room failed")
+        raise SystemExit("the run with enough space failed")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
     try:
         full = train(words, disk / "run")

@@ -1,9 +1,9 @@
-"""The first proof on an accelerator: the same numbers as on the CPU, no waits inside a step, speed and memory.
+"""Check an accelerator: the same results as on the CPU, no waiting inside a training step, speed and memory.
 
     python tests/scripts/gpu_check.py [--only ITEM ...] [--out DIR] [--device NAME]
 
-Every item runs in a process of its own, which neither the failure of another nor a broken device context reaches, and
-writes DIR/ITEM.json as soon as it is done; a table of all comes last. On a CPU the same items run at small sizes.
+Every item runs in its own process, so that a failure or a broken device context does not affect the others, and writes
+DIR/ITEM.json when it is done; a table of all results is printed at the end. On a CPU the same items run at small sizes.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ FORMS = {"float32": ("float32", False), "tf32": ("float32", True), "bf16": ("bf1
 
 
 def allow_tf32(convolutions: bool) -> None:
-    """TF32 convolutions on or off for the rest of the process; matrix products stay float32, as torch has them."""
+    """Switch TF32 convolutions on or off for the rest of the process; matrix products stay float32, torch's default."""
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, False
 
 
 def check_environment(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the backends' flags."""
+    """Machine, versions and flags of the backends."""
     return {
         **environment(device),
         "cuda": torch.version.cuda,
@@ -77,11 +77,11 @@ def check_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-# ---- the same numbers as on the CPU
+# ---- the same results as on the CPU
 
 
 def check_parity(device: torch.device) -> dict[str, Any]:
-    """Largest differences to the CPU in float32, without TF32, of the reference's cases in tests/data."""
+    """Maximum differences from the CPU in float32, without TF32, for the stored reference cases in tests/data."""
     allow_tf32(False)
     return {
         **_network_parity(device),
@@ -92,13 +92,13 @@ def check_parity(device: torch.device) -> dict[str, Any]:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference; infinite where a number is not finite."""
+    """Maximum absolute difference; more than 1e308 if a value is not finite."""
     found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
     return (found - wanted).abs().nan_to_num(nan=torch.inf).max().item()
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference in standard deviations of `wanted`; of a scalar, relative to it."""
+    """Maximum difference divided by the standard deviation of `wanted`, or by its absolute value if it is a scalar."""
     values = wanted.detach().double()
     scale = values.std(correction=0) if values.numel() > 1 else values.abs()
     return difference(found, wanted) / max(scale.item(), 1e-30)
@@ -129,7 +129,7 @@ def _loss_difference(case: dict[str, Any], device: torch.device) -> float:
 
 
 def _postprocess_parity(device: torch.device) -> dict[str, Any]:
-    """Where both find the same number of instances, they are compared rank by rank."""
+    """Compares instances rank by rank in images where both devices find the same number."""
     scores, pixels, other_counts = 0.0, 0, 0
     for case in POSTPROCESS_CASES.values():
         for found, wanted in zip(*(postprocess_case(case, torch.float32, place) for place in (device, CPU))):
@@ -156,7 +156,7 @@ def _nms_difference(name: str, device: torch.device) -> float:
 
 
 class Training:
-    """A network with what a step takes, as `solov2.train` puts them together, and a made-up batch."""
+    """A model with everything a training step needs, as in `solov2.train`, and a synthetic batch."""
 
     def __init__(self, config: Config, compute: Compute, images: int, size: tuple[int, int]) -> None:
         torch.manual_seed(0)
@@ -167,27 +167,27 @@ class Training:
             self.model, name="sgd", learning_rate=1e-6, momentum=0.9, weight_decay=1e-4, decay_norms=True
         )
         self.batch = random_batch(config, seed=0, images=images, instances=8, size=size)
-        if compute.device.type != "cpu":  # as the loader does, so that copying does not wait
+        if compute.device.type != "cpu":  # as the loader does, so that copies do not wait
             self.batch = tree_map_only(Tensor, Tensor.pin_memory, self.batch)
 
     def step(self) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step; returns its losses and what is wrong with it, on the device."""
+        """One optimizer step; returns its losses and its status, on the device."""
         return take_step(
             self.model, self.criterion, [self.batch], self.optimizer, self.scaler, self.compute, clip_norm=35.0
         )
 
 
 def check_step(device: torch.device) -> dict[str, Any]:
-    """Losses of a real step, with averaged weights and the guard, that raises where the host waits for the device."""
+    """Losses of real training steps with weight average and guard; raises if the host waits for the device."""
     found: dict[str, Any] = {}
     for precision in ("float32", "bf16"):
         training = Training(load_config("quickstart"), Compute(device, precision, torch.channels_last), 2, (192, 192))
         average, guard = WeightAverage(training.model, 0.9), NonFiniteGuard(Path(tempfile.gettempdir()))
         for step in range(4):
             if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # first uses may wait
-            losses, wrong = training.step()
-            guard.watch(step, wrong, [training.batch])
+                torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps may wait
+            losses, status = training.step()
+            guard.watch(step, status, [training.batch])
             average.update(training.model)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -200,7 +200,7 @@ def check_step(device: torch.device) -> dict[str, Any]:
 
 
 def check_training(device: torch.device) -> dict[str, Any]:
-    """Images per second of queued steps, and the most memory they held."""
+    """Images per second of queued training steps, and their peak memory."""
     config, size, counts = _workload(device, (800, 1344), (2, 16))
     rows: dict[str, Any] = {"model": config.name, "size": size}
     for form, (precision, allowed) in FORMS.items():
@@ -212,14 +212,14 @@ def check_training(device: torch.device) -> dict[str, Any]:
 
 
 def check_inference(device: torch.device) -> dict[str, Any]:
-    """Images per second from padded pixels to masks at 480 x 640, of random weights that find as much as they may."""
+    """Images per second from padded pixels to 480 x 640 masks; the random weights find max_instances instances."""
     config, size, counts = _workload(device, (800, 1088), (1, 8))
     rows: dict[str, Any] = {"model": config.name, "size": size}
     torch.manual_seed(0)
     plain = lively(solov2.build_model(config, device=device)).to(memory_format=torch.channels_last)
     for form, (precision, allowed) in FORMS.items():
         allow_tf32(allowed)
-        fast = plain.optimize(precision=precision)  # in bf16 its weights are cast, so autocast has nothing to do
+        fast = plain.optimize(precision=precision)  # its weights are cast to bf16, so it needs no autocast
         for kind, model, cast in (("plain", plain, precision), ("optimized", fast, "float32")):
             predictor = Predictor(model, Compute(device, cast, torch.channels_last), mask_format="bool")
             for count in counts:
@@ -240,14 +240,14 @@ def _predict(predictor: Predictor, batch: dict[str, Tensor]) -> list[dict[str, A
 def _workload(
     device: torch.device, size: tuple[int, int], counts: tuple[int, int]
 ) -> tuple[Config, tuple[int, int], tuple[int, int]]:
-    """Configuration, input size and images per batch: those given for an accelerator, tiny ones for a CPU."""
+    """Configuration, input size and images per batch: as given for an accelerator, tiny ones for a CPU."""
     if device.type == "cpu":
         return tiny_config(), (64, 96), (1, 2)
     return load_config("solov2_r50_fpn_1x"), size, counts
 
 
 def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[str, Any]:
-    """Warm up, queue steps and wait once; a step that does not fit into memory is logged and ends nothing."""
+    """Warm up, queue steps and wait once; a step that does not fit into memory is reported without a speed."""
     on_cpu = device.type == "cpu"
     warmup, count = (1, 2) if on_cpu else (5, 20)
     try:
@@ -268,7 +268,7 @@ def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[s
 
 
 def check_quickstart(device: torch.device) -> dict[str, Any]:
-    """The main job from end to end; on a CPU two epochs of it at a small size."""
+    """The quickstart end to end; on a CPU, two epochs at a small size."""
     tiny = [*SETTINGS, "train.epochs=2"]
     config = load_config(
         "quickstart", tiny if device.type == "cpu" else [f"data.workers={min(8, os.cpu_count() or 1)}"]
@@ -293,12 +293,12 @@ ITEMS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the items; returns 0 where all of them worked, else 1."""
+    """Run the items; returns 0 if all of them succeeded, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="ITEM", help=", ".join(ITEMS))
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="default: gpu_check/")
     parser.add_argument("--device", help="default: the accelerator, if there is one")
-    parser.add_argument("--here", choices=ITEMS, help=argparse.SUPPRESS)  # what the process of an item is told
+    parser.add_argument("--here", choices=ITEMS, help=argparse.SUPPRESS)  # set by main for the process of an item
     args = parser.parse_args(argv)
     if args.here:
         return _run_here(args.here, args.out, args.device)
@@ -318,7 +318,7 @@ def _run_here(item: str, folder: Path, device: str | None) -> int:
     started = time.perf_counter()
     try:
         found = ITEMS[item](select_device(device))
-    except Exception as error:  # whatever it is, it is this item's result
+    except Exception as error:  # any error is the result of its item
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
     _write(folder, item, {**found, "item_seconds": round(time.perf_counter() - started, 1)})

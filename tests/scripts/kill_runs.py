@@ -1,13 +1,13 @@
-"""Kills a training run again and again and compares its end with that of a run left alone.
+"""Kill a training run repeatedly and compare its last checkpoint with that of an undisturbed run.
 
-    python tests/scripts/kill_runs.py FOLDER [--kills 30] [--processes 1] [--seconds 0 1] [-- words for train.py]
+    python tests/scripts/kill_runs.py FOLDER [--kills 30] [--processes 1] [--seconds 0 1] [-- arguments of train.py]
 
-The same run is trained twice, side by side and with one thread per process: undisturbed, and with `kill -9` for it and
-all its children at random moments. The moments count from the first checkpoint that a start writes; every third kill
-then waits until the next one is being written, every fifth comes while the run is still starting. After each kill
-the run goes on with `--resume`. At the end everything in both last checkpoints has to be equal to the bit. Without
-words the run is that of tests/helpers/tiny_runs.py with two workers, several scales, flips, accumulation 2 and averaged
-weights; other words should save often (`train.checkpoint_steps`). Prints JSON.
+Trains the same run twice, in parallel and with one thread per process: once undisturbed, and once with `kill -9` for it
+and all its children at random times. The time of a kill counts from the first checkpoint after a start; every third
+kill also waits until the next checkpoint is being written, and every fifth comes while the run is still starting. After
+each kill the run continues with `--resume`. At the end both last checkpoints must be bit-identical. Without arguments
+the run is that of tests/helpers/tiny_runs.py with two workers, several scales, flips, accumulation 2 and a weight
+average; other runs should save often (`train.checkpoint_steps`). Prints JSON.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ OPTIONS = (
 
 
 def tiny_words(folder: Path) -> list[str]:
-    """The command line of the small run, without its output folder."""
+    """The arguments of the tiny run, without --output."""
     words = arguments(folder / "shapes", folder / "unused")
     at = words.index("--output")
     return [*words[:at], *words[at + 2 :], *(word for option in OPTIONS for word in ("--set", option))]
 
 
 def start(words: list[str], output: Path, processes: int, *, resume: bool) -> subprocess.Popen:
-    """Training in a process group of its own."""
+    """Start training in a new session."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), *words]
     command += ["--output", str(output), *(["--resume"] if resume else [])]
@@ -58,7 +58,7 @@ def start(words: list[str], output: Path, processes: int, *, resume: bool) -> su
 
 
 def resident_mib(group: int) -> float:
-    """Resident memory of the group's largest process."""
+    """Resident memory in MiB of the largest process of a process group."""
     sizes = [0.0]
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -71,7 +71,7 @@ def resident_mib(group: int) -> float:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """kill -9 for the process and all its children, loaders and ranks of torchrun (sessions of their own) included."""
+    """kill -9 for the process and all its descendants, including workers and torchrun's ranks in their own sessions."""
     children = subprocess.run(["pgrep", "-f", "train.py"], capture_output=True, text=True).stdout.split()
     mine = [int(pid) for pid in children if descends(int(pid), process.pid)]
     for pid in [process.pid, *mine]:
@@ -83,7 +83,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def descends(pid: int, ancestor: int) -> bool:
-    """Whether a process stems from another."""
+    """Whether a process is another one or a descendant of it."""
     while pid > 1:
         if pid == ancestor:
             return True
@@ -97,7 +97,7 @@ def descends(pid: int, ancestor: int) -> bool:
 def wait_for_the_moment(
     process: subprocess.Popen, output: Path, seconds: float, *, starting: bool, at_saving: bool
 ) -> tuple[bool, float]:
-    """(whether it is time to kill, largest resident memory in MiB); False where the run ended by itself."""
+    """(True when it is time to kill, or False if the run has ended by itself; maximum resident memory in MiB)."""
     launched, memory = time.time(), 0.0
     begin = launched if starting else None
     while process.poll() is None:
@@ -112,7 +112,7 @@ def wait_for_the_moment(
 
 
 def modified(path: Path) -> float:
-    """When a file was written; 0 for one that has just been replaced."""
+    """Modification time of a file; 0 if it has just been replaced."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def modified(path: Path) -> float:
 
 
 def differences(first: Any, second: Any, name: str = "") -> list[str]:
-    """Names of what differs between two checkpoints."""
+    """Names of the entries that differ between two checkpoints."""
     if isinstance(first, torch.Tensor):
         return [] if torch.equal(first, second) else [name]
     if isinstance(first, dict):
@@ -135,12 +135,12 @@ def differences(first: Any, second: Any, name: str = "") -> list[str]:
 
 
 def mask_ap(output: Path) -> str:
-    """What a run's log says last about its accuracy."""
+    """The last mask AP in the output of a run."""
     return (re.findall(r"mask AP [\d.]+, AP50 [\d.]+", output.with_suffix(".log").read_text()) or ["none"])[-1]
 
 
 def main() -> int:
-    """Print the kills, the memory and what differs; exit code 1 where anything does."""
+    """Print the kills, the memory and the differences; returns exit code 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
@@ -150,7 +150,7 @@ def main() -> int:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, words = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     args.folder.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # four processes that spin on two cores would take turns of milliseconds
+    os.environ["OMP_NUM_THREADS"] = "1"  # four busy-waiting processes on two cores would slow each other down
     words, moments = words or tiny_words(args.folder), random.Random(args.seed)
     whole, killed = args.folder / "whole", args.folder / "killed"
     begin = time.monotonic()
@@ -171,7 +171,7 @@ def main() -> int:
         if alive:
             kill_group(process)
             kills.append("starting" if starting else "saving" if at_saving else "training")
-            if not any(killed.glob("*.pth")) and killed.exists():  # killed before the first checkpoint: anew
+            if not any(killed.glob("*.pth")) and killed.exists():  # killed before the first checkpoint: start over
                 shutil.rmtree(killed)
         elif process.returncode:
             raise SystemExit(f"a resumed run failed, see {killed.with_suffix('.log')}")

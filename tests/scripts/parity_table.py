@@ -1,8 +1,8 @@
-"""Prints how far this code is from the reference's stored numbers, group by group, in float64 and in float32.
+"""Print the differences from the stored results of the reference, by group, in float64 and in float32.
 
     python tests/scripts/parity_table.py [--quick]
 
-All seven networks take about a quarter of an hour on two cores; --quick leaves the full-width ones out.
+All seven models take about 15 minutes on two cores; --quick omits the full-width ones.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ Row = tuple[str, str, str]  # group, measure, figure
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="light networks only")
+    parser.add_argument("--quick", action="store_true", help="light models only")
     args = parser.parse_args()
-    torch.backends.mkldnn.enabled = False  # its float32 convolutions round more coarsely than the reference's run
+    torch.backends.mkldnn.enabled = False  # its float32 convolutions are less accurate than those of the reference run
     print(f"{'group':<40}{'dtype':<9}{'measure':<44}figure")
     for name, dtype in TYPES.items():
         for rows in (forward(dtype, args.quick), targets(), losses(dtype), instances(dtype), decay(dtype),
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def forward(dtype: torch.dtype, quick: bool) -> Iterator[Row]:
-    """Largest difference of each kind of output, in standard deviations of its tensor; then the final instances."""
+    """Maximum difference of each kind of output, divided by its standard deviation; then the final instances."""
     for config, stored in FORWARD.items():
         if quick and "light" not in config:
             continue
@@ -90,7 +90,7 @@ def forward(dtype: torch.dtype, quick: bool) -> Iterator[Row]:
 
 
 def targets() -> Iterator[Row]:
-    """Scenes whose cells, labels, pairs or masks differ in any way."""
+    """Number of scenes whose cells, labels, positives or masks differ in any way."""
     wrong = total = 0
     for ranges in TARGETS["scale_ranges"]:
         for scene in SCENES.values():
@@ -103,7 +103,7 @@ def targets() -> Iterator[Row]:
 
 
 def losses(dtype: torch.dtype) -> Iterator[Row]:
-    """Losses relative to themselves, gradients relative to the largest of their kind."""
+    """Relative differences of losses; differences of gradients relative to the largest gradient of their tensor."""
     loss_error = gradient_error = 0.0
     for case in BATCHES.values():
         raw, truth = stored_batch(case, dtype)
@@ -124,7 +124,7 @@ def losses(dtype: torch.dtype) -> Iterator[Row]:
 
 
 def instances(dtype: torch.dtype) -> Iterator[Row]:
-    """Post-processing of made-up raw outputs."""
+    """Post-processing of synthetic raw outputs."""
     pairs = []
     for case in POSTPROCESS_CASES.values():
         pairs += zip(postprocess_case(case, dtype), case["results"])
@@ -166,7 +166,7 @@ def schedules() -> Iterator[Row]:
 
 
 def compare_instances(pairs: Any) -> tuple[str, str]:
-    """(measure, figure): scores rank by rank, and the pixels of masks matched within ties of the score."""
+    """(measure, figure): scores by rank, and pixels of masks, each matched among instances of nearly equal score."""
     worst, count, differing, pixels, counts_agree = 0.0, 0, 0, 0, True
     for result, expected in pairs:
         scores = torch.tensor(expected["scores"], dtype=torch.float64)
@@ -187,12 +187,12 @@ def compare_instances(pairs: Any) -> tuple[str, str]:
 
 
 def relative(found: float, stored: float) -> float:
-    """Difference relative to the stored number; to 1 where that is 0."""
+    """Difference relative to the stored value, or absolute if that is 0."""
     return abs(found - stored) / (abs(stored) or 1.0)
 
 
 def scaled(found: Tensor, stored: list[float], whole: Tensor) -> float:
-    """Largest difference relative to the largest number of the whole tensor."""
+    """Maximum difference relative to the maximum absolute value of the whole tensor."""
     scale = whole.abs().max().item() or 1.0
     return (found - torch.tensor(stored, dtype=torch.float64)).abs().max().item() / scale
 

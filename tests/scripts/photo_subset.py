@@ -1,4 +1,4 @@
-"""Write a COCO annotation file with the first images by id that hold 3 to 12 instances.
+"""Write a COCO annotation file with the first images by id that have 3 to 12 instances.
 
 python tests/scripts/photo_subset.py ANNOTATIONS OUT [--count 8]
 """
@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 
-def subset(content: dict, count: int, least: int = 3, most: int = 12) -> dict:
-    """The annotation file reduced to the first `count` images by id with `least` to `most` instances (crowds aside)."""
+def subset(content: dict, count: int, minimum: int = 3, maximum: int = 12) -> dict:
+    """Keep the first `count` images by id with `minimum` to `maximum` instances, not counting crowds."""
     instances = Counter(a["image_id"] for a in content["annotations"] if not a["iscrowd"])
-    chosen = sorted(image["id"] for image in content["images"] if least <= instances[image["id"]] <= most)[:count]
+    chosen = sorted(image["id"] for image in content["images"] if minimum <= instances[image["id"]] <= maximum)[:count]
     return {
         **content,
         "images": [image for image in content["images"] if image["id"] in chosen],

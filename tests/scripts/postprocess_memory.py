@@ -1,9 +1,9 @@
-"""Prints the memory that post-processing takes when every cell and class is a candidate.
+"""Measure the memory that post-processing needs when every cell and class is a candidate.
 
     python tests/scripts/postprocess_memory.py [--size 800 1216] [--original 480 640] [--format bool]
 
-3,872 cells x 80 classes, all above the category threshold. Extra memory is the highest resident size of the process
-minus that before the call, with the raw outputs already there; the result is part of it. Linux only.
+3,872 cells x 80 classes, all above the category threshold. Extra memory is the peak resident size of the process minus
+the size before the call, when the raw outputs already exist; it includes the result. Linux only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRIDS = (40, 36, 24, 16, 12)
 
 
 def main() -> int:
-    """Print one line: megabytes (10^6 bytes) of extra memory, and what the masks of all candidates would take."""
+    """Print the extra memory in MB (10^6 bytes), and the memory that the masks of all candidates would need."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1216), metavar=("H", "W"))
     parser.add_argument("--original", nargs=2, type=int, default=(480, 640), metavar=("H", "W"))
@@ -50,13 +50,13 @@ def main() -> int:
 
 
 def resident(name: str) -> int:
-    """Bytes of a line of /proc/self/status; getrusage would hand on the highest of the parent process."""
+    """A value of /proc/self/status in bytes; getrusage would include the peak of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def warm_up() -> None:
-    """A call with next to nothing, so that libraries loaded on first use do not count."""
+    """Make a tiny call first, so that libraries loaded on first use are not measured."""
     raw = {
         "category_logits": [torch.full((1, 1, 2, 2), 3.0) for _ in GRIDS],
         "kernels": [torch.ones(1, 1, 2, 2) for _ in GRIDS],

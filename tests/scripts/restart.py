@@ -1,9 +1,9 @@
-"""Kills one worker of a torchrun with --max-restarts in the middle and compares the end with an undisturbed run.
+"""Kill a rank of a torchrun with --max-restarts during training, and compare the result with an undisturbed run.
 
     python tests/scripts/restart.py FOLDER
 
-torchrun starts both workers again, they go on from the last checkpoint by themselves, and every bit of the last
-checkpoint has to be the undisturbed run's. Prints one JSON object.
+torchrun restarts both ranks, they resume from the last checkpoint by themselves, and the last checkpoints of both runs
+must be bit-identical. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from solov2.training.folder import step_checkpoints  # noqa: E402
 
 
 def launch(words: list[str], output: Path) -> subprocess.Popen:
-    """Two processes that may be started again three times."""
+    """Start training with two ranks and up to three restarts."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *words, "--output", str(output)]
     log = open(output.with_suffix(".log"), "w")  # noqa: SIM115 (the child writes it)
@@ -34,7 +34,7 @@ def launch(words: list[str], output: Path) -> subprocess.Popen:
 
 
 def worker_of(agent: subprocess.Popen) -> int:
-    """Process id of one of the agent's workers, the one of rank 1."""
+    """Process id of rank 1 among the workers of a torchrun agent."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             pid = int(path.parent.name)
@@ -43,11 +43,11 @@ def worker_of(agent: subprocess.Popen) -> int:
                 return pid
         except OSError:
             continue
-    raise SystemExit("no worker found")
+    raise SystemExit("the process of rank 1 was not found")
 
 
 def main() -> int:
-    """Exit code 1 where the run fails or a bit differs."""
+    """Returns exit code 1 if the run fails, does not resume exactly once, or its checkpoint differs."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     words = tiny_words(folder)

@@ -1,9 +1,9 @@
-"""Trains on two hosts, which are two network namespaces joined by a virtual cable, and compares with one host.
+"""Train on two hosts, simulated by two connected network namespaces, and compare the result with one host.
 
     python tests/scripts/two_hosts.py FOLDER        (as root on Linux)
 
-Each host runs one process under torchrun's own rendezvous; the other run has both processes on this host. Every tensor
-of both last checkpoints has to be equal to the bit. Prints one JSON object.
+Each host runs one process with torchrun's own rendezvous; the other run has both processes on this host. The last
+checkpoints of both runs must be bit-identical. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
-def lay_cable() -> None:
-    """Two namespaces with one address each, joined directly."""
+def connect_hosts() -> None:
+    """Create two namespaces with one address each, and connect them directly."""
     for host in HOSTS:
         ip("netns", "add", host)
     first, second = HOSTS
@@ -42,8 +42,8 @@ def lay_cable() -> None:
         ip("-n", host, "link", "set", "lo", "up")
 
 
-def remove_cable() -> None:
-    """Take the namespaces away, and the cable with them."""
+def remove_hosts() -> None:
+    """Delete the namespaces and, with them, their connection."""
     for host in HOSTS:
         subprocess.run(["ip", "netns", "delete", host], check=False)
 
@@ -51,7 +51,7 @@ def remove_cable() -> None:
 def launch(
     words: list[str], output: Path, *launcher: str, host: str | None = None, device: str = "lo"
 ) -> subprocess.Popen:
-    """torchrun with these options, in a namespace where one is named."""
+    """Start torchrun with these options, in the namespace of `host` if given."""
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train.py"), *words]
     command += ["--output", str(output)]
     inside = ["ip", "netns", "exec", host] if host else []
@@ -61,7 +61,7 @@ def launch(
 
 
 def main() -> int:
-    """Exit code 1 where a process fails or a bit differs."""
+    """Returns exit code 1 if a process fails or the checkpoints differ."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     words = tiny_words(folder)
@@ -69,7 +69,7 @@ def main() -> int:
     if single.wait():
         raise SystemExit(f"the run on one host failed, see {folder}")
     try:
-        lay_cable()
+        connect_hosts()
         address = next(iter(HOSTS.values()))
         runs = [
             launch(
@@ -81,7 +81,7 @@ def main() -> int:
         ]  # fmt: skip
         codes = [run.wait() for run in runs]
     finally:
-        remove_cable()
+        remove_hosts()
     first, second = (load_file(folder / name / "last.pth") for name in ("one_host", "two_hosts"))
     different = differences(first, second)
     print(json.dumps({"exit_codes": codes, "hosts": HOSTS, "different": different}))
