@@ -12,7 +12,10 @@ BANNED = {
     "British spelling": (
         r"colour|centre|neighbour|behaviour|grey\b|licence|(?:initial|optim|normal|recogn|serial)is(?:e|ed|ation)\b"
     ),
-    "phrases": r"\b(?:is|are) said\b|\banew\b|\bwhat hides\b|\bfor ever\b",
+    "phrases": (
+        r"\b(?:is|are) (?:said|told)\b|\banew\b|\bwhat hides\b|\bfor ever\b|\bpassed over\b|\bloading process|"
+        r"\bdata sets?\b|\bgo on with\b|\bsomebody\b|\bmade up\b"
+    ),
     "shapes": r"\b(?:u8|i32|i64|f16|f32|f64)\[",
 }
 FILES = [
