@@ -30,7 +30,7 @@ from solov2.build import build_model
 from solov2.losses import SOLOv2Criterion
 from solov2.models.head import apply_tower
 from solov2.models.layers import ConvNormReLU, DeformConv2d, conv_norm, make_norm
-from solov2.models.resnet import ResNet
+from solov2.models.resnet import ResNet, SubsampledConv2d
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.coords import coordinate_channels
 
@@ -345,3 +345,21 @@ def test_folded_batch_norm_equals_the_batch_norm(deformable: bool) -> None:
     before = norm.train().running_mean.clone()
     conv_norm(conv, norm, x)
     assert not torch.equal(norm.running_mean, before)
+
+
+def test_narrow_strided_shortcuts_subsample_first():
+    """torch's own backward pass of a strided 1x1 convolution may crash with fewer than 16 channels in channels last."""
+    narrow, wide = ResNet("resnet10", width=8, frozen_stages=0), ResNet("resnet10", width=16, frozen_stages=0)
+    assert not [m for m in wide.modules() if isinstance(m, SubsampledConv2d)]
+    for module in narrow.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1:
+            assert module.in_channels >= 16 or isinstance(module, SubsampledConv2d)
+    own = narrow.layer2[0].downsample[0]
+    assert isinstance(own, SubsampledConv2d) and own.in_channels == 8
+    plain = nn.Conv2d(8, own.out_channels, 1, 2, bias=False).double()
+    plain.load_state_dict(own.state_dict())
+    x = torch.randn(2, 8, 7, 5, dtype=torch.float64, requires_grad=True)
+    grads = [torch.autograd.grad(conv(x).square().sum(), x)[0] for conv in (own.double(), plain)]
+    assert own(x).shape == (2, own.out_channels, 4, 3)
+    torch.testing.assert_close(own(x), plain(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-13)
