@@ -208,7 +208,18 @@ def build_compute(config: Config, device: torch.device, precision: str | None = 
 
 
 def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOLOv2:
-    """Move the model to its device and layout, with Winograd convolutions where they are faster; returns the model."""
+    """Move the model to its device and layout, with Winograd convolutions where they are faster; returns the model.
+
+    Raises:
+        InputError: a batch norm would be trained on a single value per channel, the 1 x 1 map of one small image.
+    """
+    trains_batch_norm = not config.model.frozen_batch_norm or config.model.head_norm == "batch"
+    scale = min(config.data.train_scales)
+    if trains_batch_norm and config.train.batch_size == 1 and scale <= 32:
+        raise InputError(
+            f"batch norm cannot be trained on one image whose last feature map is 1 x 1: raise data.train_scales "
+            f"({scale}) above 32 or train.batch_size (1)"
+        )
     if _uses_winograd(config, compute.device):
         use_winograd(model)
     compute.place(model)

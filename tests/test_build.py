@@ -11,7 +11,7 @@ import torchvision
 from helpers.tiny_models import save_content
 from helpers.tiny_runs import tiny_config
 
-from solov2.build import build_model, construct
+from solov2.build import build_compute, build_model, construct, prepare_for_training
 from solov2.checkpoint import load_file
 from solov2.data.categories import COCO_CLASSES
 from solov2.errors import InputError
@@ -132,3 +132,21 @@ def test_offline_error_of_the_pretrained_backbone_says_what_to_do(monkeypatch, t
     for part in (IMAGENET_WEIGHTS["resnet18"].url, str(tmp_path), "no network", "none"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_batch_norm_is_not_trained_on_a_single_value():
+    small = ("data.train_scales=[32,64]", "model.frozen_batch_norm=false")
+    cpu = torch.device("cpu")
+    for settings, fits in (
+        ((*small, "train.batch_size=1"), False),
+        (("data.train_scales=[32]", "model.frozen_batch_norm=true", "train.batch_size=1"), False),  # of the mask branch
+        ((*small, "train.batch_size=2"), True),
+        (("data.train_scales=[33]", "model.frozen_batch_norm=false", "train.batch_size=1"), True),
+    ):
+        config = tiny_config(*settings)
+        model = construct(config.model, ["a"] * config.model.num_classes)
+        if fits:
+            prepare_for_training(model, config, build_compute(config, cpu))
+        else:
+            with pytest.raises(InputError, match=r"data.train_scales \(32\)"):
+                prepare_for_training(model, config, build_compute(config, cpu))

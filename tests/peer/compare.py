@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -363,6 +364,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if not Path(args.peer_dir, "peer.py").is_file() or shutil.which(args.peer_python) is None:
+        parser.error(f"no peer.py in {args.peer_dir}, or no interpreter {args.peer_python}; see docs/speed.md")
     if "data" in args.only and args.data_root is None:
         parser.error("--only data needs --data-root, a COCO folder")
     torch.set_num_threads(args.threads)

@@ -55,7 +55,12 @@ Found = dict[str, Tensor]  # scores float [N], labels int64 [N], masks bool [N, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; 0 if part A holds for all photographs, else 1."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    needed = (args.peer_dir / "peer.py", args.images, args.annotations)
+    missing = next((path for path in needed if not path.exists()), None)
+    if missing is not None:
+        parser.error(f"{missing} does not exist")
     torch.set_num_threads(1)
     content = json.loads(args.annotations.read_text())
     chosen = sorted(content["images"], key=lambda image: image["id"])[: args.count]

@@ -11,6 +11,7 @@ rounded. The arguments after the name of the command are those of train.py or ev
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,11 +60,12 @@ class EmulatedBf16(TorchDispatchMode):
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code."""
-    if not argv or argv[0] not in COMMANDS:
-        print(f"error: expected one of {', '.join(COMMANDS)} and its arguments", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of train.py or eval.py")
+    args = parser.parse_args(argv)
     with EmulatedBf16() as mode:
-        code = COMMANDS[argv[0]](argv[1:])
+        code = COMMANDS[args.command](args.arguments)
     print(f"{mode.products} products of bf16 tensors were computed in float32 and rounded to bf16", file=sys.stderr)
     return code
 

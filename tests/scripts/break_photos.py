@@ -198,4 +198,7 @@ if __name__ == "__main__":
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
+    missing = next((path for path in (args.annotations, args.images) if not path.exists()), None)
+    if missing is not None:
+        parser.error(f"{missing} does not exist; expected an annotation file and its image folder")
     print(f"{len(break_data(args.annotations, args.images, args.out))} faults planted in {args.out}")

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
 
-from kill_runs import differences, tiny_words  # noqa: E402
+from kill_runs import differences, folder_argument, tiny_words  # noqa: E402
 
 from solov2.checkpoint import load_file  # noqa: E402
 from solov2.training.folder import step_checkpoints  # noqa: E402
@@ -31,7 +31,7 @@ def train(words: list[str], output: Path, *more: str) -> subprocess.CompletedPro
 
 def main() -> int:
     """Returns exit code 1 if anything was lost or differs."""
-    folder = Path(sys.argv[1])
+    folder = folder_argument(__doc__)
     disk = folder / "disk"
     disk.mkdir(parents=True, exist_ok=True)
     words = [*tiny_words(folder), "--set", "train.keep_checkpoints=100"]

@@ -41,6 +41,13 @@ OPTIONS = (
 )  # fmt: skip
 
 
+def folder_argument(description: str | None) -> Path:
+    """Parse the command line of a script that takes only FOLDER."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder for the runs; should be empty or new")
+    return parser.parse_args().folder
+
+
 def tiny_words(folder: Path) -> list[str]:
     """The arguments of the tiny run, without --output."""
     words = arguments(folder / "shapes", folder / "unused")

@@ -28,4 +28,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=8)
     args = parser.parse_args()
+    if not args.annotations.is_file():
+        parser.error(f"annotation file {args.annotations} does not exist")
     args.out.write_text(json.dumps(subset(json.loads(args.annotations.read_text()), args.count)))

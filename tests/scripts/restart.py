@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
 
-from kill_runs import descends, differences, tiny_words  # noqa: E402
+from kill_runs import descends, differences, folder_argument, tiny_words  # noqa: E402
 
 from solov2.checkpoint import load_file  # noqa: E402
 from solov2.training.folder import step_checkpoints  # noqa: E402
@@ -48,7 +48,7 @@ def worker_of(agent: subprocess.Popen) -> int:
 
 def main() -> int:
     """Returns exit code 1 if the run fails, does not resume exactly once, or its checkpoint differs."""
-    folder = Path(sys.argv[1])
+    folder = folder_argument(__doc__)
     folder.mkdir(parents=True, exist_ok=True)
     words = tiny_words(folder)
     if launch(words, folder / "whole").wait():

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
 
-from kill_runs import differences, tiny_words  # noqa: E402
+from kill_runs import differences, folder_argument, tiny_words  # noqa: E402
 
 from solov2.checkpoint import load_file  # noqa: E402
 
@@ -62,7 +62,7 @@ def launch(
 
 def main() -> int:
     """Returns exit code 1 if a process fails or the checkpoints differ."""
-    folder = Path(sys.argv[1])
+    folder = folder_argument(__doc__)
     folder.mkdir(parents=True, exist_ok=True)
     words = tiny_words(folder)
     single = launch(words, folder / "one_host", "--standalone", "--nproc-per-node", "2")
