@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING
 
 from solov2.version import __version__ as __version__
 
-__all__ = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "to_supervision", "train"]
+__all__ = [
+    "SOLOv2",
+    "TrainResult",
+    "build_model",
+    "draw_instances",
+    "find_images",
+    "list_models",
+    "to_supervision",
+    "train",
+]
 
 _EXPORTS = {
     "SOLOv2": "solov2.models.solov2",
     "TrainResult": "solov2.training.train",
     "build_model": "solov2.build",
     "draw_instances": "solov2.visualize",
+    "find_images": "solov2.ops.image_files",
     "list_models": "solov2.config",
     "to_supervision": "solov2.interoperability",
     "train": "solov2.training.train",
@@ -42,6 +52,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow __get
     from solov2.config import list_models
     from solov2.interoperability import to_supervision
     from solov2.models.solov2 import SOLOv2
+    from solov2.ops.image_files import find_images
     from solov2.training.train import TrainResult, train
     from solov2.visualize import draw_instances
 else:

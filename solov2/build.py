@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from solov2.checkpoint import Checkpoint
 from solov2.compute import Compute
 from solov2.config import Config, ModelConfig, changed_settings, load_config, override_config, replace_model
 from solov2.data.categories import default_category_ids, default_class_names
+from solov2.data.class_matching import can_match, difference, match_names, shorten, similar_names
 from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
 from solov2.models.fpn import FPN
@@ -23,7 +25,14 @@ from solov2.models.optimize import use_winograd
 from solov2.models.resnet import ResNet
 from solov2.models.solov2 import SOLOv2
 from solov2.targets import TargetAssigner
-from solov2.weights import TRAITS, apply_weight_metadata, find_checkpoint, load_weights
+from solov2.weights import (
+    CATEGORY_LAYER,
+    TRAITS,
+    apply_weight_metadata,
+    find_checkpoint,
+    load_weights,
+    match_category_layer,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -33,6 +42,7 @@ def build_model(
     *,
     weights: str | Path | Checkpoint | None = None,
     num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     **overrides: Any,
 ) -> SOLOv2:
@@ -46,12 +56,15 @@ def build_model(
             weights.
         num_classes: class count, if not the configuration's (or the file's). The category layer of the file is then
             re-initialized, with a warning; all other weights are kept.
+        class_names: the model's classes, if not the file's. Those that the file knows by name keep their weights in the
+            category layer; the others are re-initialized, and both are listed in a warning. If the file has no names,
+            all are kept or re-initialized as with `num_classes`.
         device: where to put the model; default: the CPU.
         overrides: fields of `solov2.config.ModelConfig`, e.g. score_threshold=0.3, input_scale=(1333, 640).
 
     Returns:
-        The model in evaluation mode. Its `class_names` are the file's, else COCO's for 80 classes, else "class 0",
-        "class 1", ...
+        The model in evaluation mode. Its `class_names` are those given, else the file's, else COCO's for 80 classes,
+        else "class 0", "class 1", ...
 
     Raises:
         InputError (a ValueError): unknown name or override (close ones are listed), unreadable file, or tensors that do
@@ -64,19 +77,42 @@ def build_model(
         category_bias = checkpoint.weights.get("head.category_predictor.bias")
         if category_bias is not None:
             config = replace_model(config, {"num_classes": len(category_bias)})
+    if class_names is not None and num_classes is None:
+        num_classes = len(class_names)
     config = replace_model(config, overrides | ({} if num_classes is None else {"num_classes": num_classes}))
-    class_names = None if checkpoint is None else checkpoint.class_names
-    if class_names is None or len(class_names) != config.num_classes:
-        class_names = default_class_names(config.num_classes)
-    model = construct(config, class_names)
-    model.category_ids = default_category_ids(class_names)
+    names = class_names or (None if checkpoint is None else checkpoint.class_names)
+    if names is None or class_names is None and len(names) != config.num_classes:
+        names = default_class_names(config.num_classes)
+    model = construct(config, names)
+    model.category_ids = default_category_ids(names)
     if checkpoint is not None:
-        load_weights(model, checkpoint.weights, checkpoint.source)
+        weights_by_name = checkpoint.weights if class_names is None else _match_classes(model, checkpoint)
+        load_weights(model, weights_by_name, checkpoint.source)
         if name_or_config is not None and checkpoint.config is not None:
             _warn_config_mismatch(checkpoint, config, ignore={*TRAITS, *overrides, "num_classes"})
-        if checkpoint.category_ids is not None and len(checkpoint.category_ids) == len(class_names):
+        if checkpoint.category_ids is not None and class_names is None and len(checkpoint.category_ids) == len(names):
             model.category_ids = list(checkpoint.category_ids)
     return model.to(device or "cpu").eval()
+
+
+def _match_classes(model: SOLOv2, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's weights, with the rows of its category layer moved to the model's classes of the same name."""
+    names, known = model.class_names, checkpoint.class_names
+    bias = checkpoint.weights.get(f"{CATEGORY_LAYER}.bias")
+    if known is None or not can_match(known, names) or bias is None or len(bias) != len(known):
+        return checkpoint.weights
+    rows = match_names(names, known)
+    kept = [name for name, row in zip(names, rows, strict=True) if row is not None]
+    new = [name for name, row in zip(names, rows, strict=True) if row is None]
+    if new:
+        LOG.warning(
+            "%s: the category layer is re-initialized for %s and kept for %s%s; all other weights are kept",
+            checkpoint.source,
+            shorten(new),
+            shorten(kept) or "no class",
+            similar_names(new, difference(known, names)),
+        )
+    return match_category_layer(model, checkpoint.weights, rows)
 
 
 def _model_config(given: str | Path | Config | ModelConfig | None, checkpoint: Checkpoint | None) -> ModelConfig:

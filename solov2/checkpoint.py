@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
-import pickle
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solov2.config import Config
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 from solov2.outputs import replace_file
+from solov2.torch_file import INERT_GLOBALS, check_torch_file
 
 FORMAT = "solov2"  # value of the key "format" in files of this library
-
-# mmengine stores its loss history, which contains numpy arrays and functions, in every checkpoint. It is not needed
-# here. These names are allowed in a file because loading maps them to `Inert`, whatever they mean elsewhere.
-MMENGINE_GLOBALS = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    *(
-        f"{package}.multiarray.{function}"
-        for package in ("numpy.core", "numpy._core")
-        for function in ("_reconstruct", "scalar")
-    ),
-    "_codecs.encode",
-    "__builtin__.getattr",
-    "builtins.getattr",
-    "numpy.ndarray",
-    "numpy.dtype",
-    *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int32", "Int64", "Bool")),
-)
 
 
 class Inert:
@@ -65,6 +48,7 @@ class TrainingState:
     annotations_sha256: str  # of the training set
     random_states: list[dict[str, Tensor]]  # one per process
     updates: int | None = None  # steps in the weight average; None without averaging
+    conditions: dict[str, str] = field(default_factory=dict)  # machine and data, to tell what changed at a resume
 
     @property
     def position(self) -> tuple[int, int]:
@@ -140,45 +124,117 @@ class Checkpoint:
         return None if self.config is None else Config.from_checkpoint(self.config, source=self.source)
 
 
-Kind = tuple[type, type]  # types of an entry and of its items; `object` allows any
+def _is_weights(value: Any) -> bool:
+    return _is_dict(value, str, Tensor)
+
+
+def _is_list(value: Any, item: type) -> bool:
+    return isinstance(value, list) and all(isinstance(each, item) and not isinstance(each, bool) for each in value)
+
+
+def _is_dict(value: Any, key: type, item: type | tuple[type, ...]) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, key) and isinstance(v, item) for k, v in value.items())
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_plain(value: Any, depth: int = 6) -> bool:
+    """Whether JSON can hold a value, to a depth that every function here can recurse to."""
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
+    return isinstance(value, (str, int, float, type(None)))
+
+
+def _is_plain_dict(value: Any) -> bool:
+    return isinstance(value, dict) and _is_plain(value)
+
+
+def _is_config(value: Any) -> bool:
+    return _is_plain_dict(value) and all(isinstance(value.get(key, {}), dict) for key in ("model", "data", "train"))
+
+
+def _is_optimizer(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_dict(value.get("state"), int, dict)
+        and all(_is_dict(state, str, (Tensor, int, float, type(None))) for state in value["state"].values())
+        and _is_list(value.get("param_groups"), dict)
+        and all(_is_list(group.get("params"), int) and _is_plain(group) for group in value["param_groups"])
+    )
+
+
+def _is_scaler(value: Any) -> bool:
+    """Whether it is empty or a state of `torch.amp.GradScaler`."""
+    wanted = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    return value == {} or _is_dict(value, str, (int, float)) and value.keys() >= wanted
+
+
+def _are_random_states(value: Any) -> bool:
+    if not isinstance(value, list) or not all(_is_weights(states) and "cpu" in states for states in value):
+        return False
+    try:
+        for states in value:
+            torch.Generator().set_state(states["cpu"])
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 REQUIRED = ("model",)
-ENTRIES: dict[str, Kind] = {
-    "model": (dict, Tensor),
-    "averaged": (dict, Tensor),
-    "updates": (int, object),
-    "traits": (dict, object),
-    "class_names": (list, str),
-    "category_ids": (list, int),
-    "config": (dict, object),
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "model": _is_weights,
+    "averaged": _is_weights,
+    "updates": _is_count,
+    "traits": _is_plain_dict,
+    "class_names": lambda value: _is_list(value, str),
+    "category_ids": lambda value: _is_list(value, int),
+    "config": _is_config,
+    "conditions": lambda value: _is_dict(value, str, str),
 }
 REQUIRED_OF_RUNS = ("class_names", "category_ids", "config")
-RUN_ENTRIES: dict[str, Kind] = {
-    **dict.fromkeys(("optimizer", "scaler"), (dict, object)),
-    **dict.fromkeys(("epoch", "step", "evaluated", "global_batch"), (int, object)),
-    "best": (float, object),
-    "annotations_sha256": (str, object),
-    "random_states": (list, dict),
+RUN_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "optimizer": _is_optimizer,
+    "scaler": _is_scaler,
+    **dict.fromkeys(("epoch", "step", "evaluated"), _is_count),
+    "global_batch": lambda value: _is_count(value) and value > 0,
+    "best": lambda value: isinstance(value, (int, float)) and math.isfinite(value) and not isinstance(value, bool),
+    "annotations_sha256": lambda value: isinstance(value, str),
+    "random_states": _are_random_states,
 }
 
 
-def _check_entries(content: Mapping[str, Any], kinds: Mapping[str, Kind], required: Iterable[str], source: str) -> None:
+def _check_entries(
+    content: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]], required: Iterable[str], source: str
+) -> None:
     missing = next((name for name in required if name not in content), None)
     if missing is not None:
         raise InputError(f"{source} is not a complete checkpoint: entry '{missing}' is missing")
-    wrong = next((name for name, kind in kinds.items() if name in content and not _fits(content[name], *kind)), None)
+    wrong = next((name for name, is_valid in checks.items() if name in content and not is_valid(content[name])), None)
     if wrong is not None:
         kind = type(content[wrong]).__name__
         raise InputError(f"{source} is damaged: entry '{wrong}' ({kind}) is not what this library writes there")
 
 
-def _fits(value: Any, kind: type, item: type) -> bool:
-    if kind is float and type(value) is int:
-        return True
-    if not isinstance(value, kind) or isinstance(value, bool):
-        return False
-    if isinstance(value, dict):
-        return item is object or all(isinstance(k, str) and isinstance(v, item) for k, v in value.items())
-    return not isinstance(value, list) or all(isinstance(each, item) for each in value)
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that no tensor contains NaN or infinity.
+
+    Raises:
+        InputError: one does; the message names it.
+    """
+    for name, tensor in tensors.items():
+        # The sum is not finite if a value is not. It takes no memory, and where only it overflows, the values decide.
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
+            continue
+        wrong = int((~tensor.isfinite()).sum())
+        if wrong:
+            raise InputError(
+                f"{source} is damaged, or its training diverged: {name} has {count(wrong, 'value')} that are NaN or "
+                f"infinite, of {tensor.numel():,}; use another checkpoint"
+            )
 
 
 def write_file(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -197,65 +253,38 @@ def write_file(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """Read a file of any family onto the CPU, opening it only once.
+    """Read a file of any family onto the CPU, opening it only once. A file without checksums is logged.
 
     Raises:
-        InputError: the file is missing, truncated or not a checkpoint, could run code, or claims to hold more data than
-            its size (an archive is rejected before anything in it is unpacked).
+        InputError: the file is missing, truncated, damaged (its checksums are verified) or not a checkpoint, could run
+            code, or claims to hold more data than its size; it is rejected before anything in it is unpacked.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"weights file {path} does not exist")
-    with path.open("rb") as file:
-        content, size = _load(file, path), os.fstat(file.fileno()).st_size
+    if not os.path.isfile(path):  # opening a FIFO would wait for a writer
+        problem = "is not a regular file" if os.path.exists(path) else "does not exist"
+        raise InputError(f"weights file {path} {problem}")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read weights file {path}: {error.strerror or error}") from error
+    with file:
+        check_torch_file(file, path)
+        file.seek(0)
+        try:
+            with torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # given arbitrary bytes, the unpickler can raise anything
+            raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
+        size = os.fstat(file.fileno()).st_size
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
     for name, tensor in _tensors(content):
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
+        if tensor.nbytes > size:
             raise InputError(
                 f"{path} is rejected: tensor {name} {list(tensor.shape)} is not fully stored in the file's {size} "
                 "bytes; save it dense and contiguous"
             )
     return content
-
-
-def _load(file: BinaryIO, path: Path) -> Any:
-    _check_archive(file, path)
-    file.seek(0)
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in MMENGINE_GLOBALS]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported" in reason or "GLOBAL" in reason or "weights_only" in reason.lower():
-            raise InputError(
-                f"{path} is rejected: it contains objects other than tensors and plain values, and loading them "
-                "could run code; save a plain state dict instead"
-            ) from error
-        raise InputError(f"{path} is not a checkpoint file") from error
-    except Exception as error:  # given arbitrary bytes, the unpickler can raise anything
-        raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
-
-
-def _check_archive(file: BinaryIO, path: Path) -> None:
-    """Reject a zip archive that would expand when read; torch never compresses its records."""
-    if file.read(4) != b"PK\x03\x04":
-        return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-    except Exception as error:  # a damaged directory makes zipfile raise BadZipFile, struct.error, ValueError, ...
-        raise InputError(f"{path} cannot be read as a checkpoint; it is truncated or not a torch file") from error
-    compressed = [record for record in records if record.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        largest = max(compressed, key=lambda record: record.file_size)
-        raise InputError(
-            f"{path} is rejected: record {largest.filename} is compressed ({largest.compress_size} bytes expand to "
-            f"{largest.file_size}), which torch never does; save the checkpoint again with torch.save"
-        )
-    claimed, size = sum(record.file_size for record in records), os.fstat(file.fileno()).st_size
-    if claimed > size:
-        raise InputError(f"{path} is rejected: its records claim {claimed} bytes, but the file has only {size}")
 
 
 def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

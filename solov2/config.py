@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from solov2.errors import InputError
 from solov2.sections import DataConfig, ModelConfig, TrainConfig
-from solov2.settings import PostprocessSettings, Rule, Settings, format_value, rules
+from solov2.settings import PostprocessSettings, Rule, Settings, format_value, invalid_value, rules
 from solov2.suggestions import did_you_mean
+from solov2.yaml_file import parse_yaml, read_yaml
 
 LOG = logging.getLogger(__name__)
 SECTIONS: dict[str, type[Settings]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
@@ -30,7 +30,10 @@ KEYS = ["base", "name", *SECTIONS]  # top-level keys of a file
 
 @dataclass(frozen=True)
 class Config:
-    """A resolved configuration; `name` is the model name, which is also the file name without its suffix."""
+    """A resolved configuration; `name` is the model name, which is also the file name without its suffix.
+
+    By default, a run's folder has this name, so it must be a plain file name.
+    """
 
     name: str = "solov2_r50_fpn_1x"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -61,8 +64,9 @@ class Config:
             for key in values:
                 if key not in KEYS[1:]:
                     raise _unknown_setting(key, [*KEYS, *SETTING_NAMES])
-            name = Rule(str).check(str(name) if isinstance(name, (int, float)) else name, "name")
-            return cls(name, **{section: _build_section(section, values.get(section)) for section in SECTIONS})
+            return cls(
+                _check_name(name), **{section: _build_section(section, values.get(section)) for section in SECTIONS}
+            )
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
 
@@ -71,12 +75,18 @@ class Config:
         """Build the configuration stored in a checkpoint, which another version may have written.
 
         In `data` and `train`, which do not affect the weights, unknown keys are ignored, and an invalid value is
-        replaced by the default, with a warning. In `model`, every key must be known and every value valid.
+        replaced by the default, with a warning, and so is an invalid name. In `model`, every key must be known and
+        every value valid.
 
         Raises:
             InputError: as for `from_dict`.
         """
         kept = dict(values)
+        try:
+            _check_name(kept.get("name", cls.name))
+        except InputError as error:
+            LOG.warning("%s: %s; using %s", source, error, cls.name)
+            del kept["name"]
         for name in ("data", "train"):
             if isinstance(kept.get(name), Mapping):
                 kept[name] = dict(_valid_settings(name, kept[name], source))
@@ -84,6 +94,15 @@ class Config:
             limits = {key: 0 for key in ("max_candidates", "max_instances") if _is_negative(kept["model"].get(key))}
             kept["model"] = {**kept["model"], **limits}
         return cls.from_dict(kept, source)
+
+
+def _check_name(value: Any) -> str:
+    name = Rule(str).check(str(value) if isinstance(value, (int, float)) else value, "name")
+    if not name.isprintable() or name != name.strip() or not name.strip(".") or set(name) & set("/\\"):
+        raise invalid_value("name", "a file name (by default that of the YAML file): printable, no / or \\", value)
+    if len(os.fsencode(name)) > 200:
+        raise invalid_value("name", "a file name (by default that of the YAML file) of at most 200 bytes", value)
+    return name
 
 
 def _valid_settings(section: str, values: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
@@ -143,11 +162,12 @@ def find_config(name: str | Path) -> Path:
     if path.suffix in WEIGHT_SUFFIXES:
         raise InputError(f"{path} is neither a model name nor a YAML file; pass weights as weights (--weights {path})")
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
+        if os.path.isfile(path):  # False for names too long as well
             return path
-        if (config_folder() / path.name).is_file() and path.parent.name in ("", "configs"):
+        if os.path.isfile(config_folder() / path.name) and path.parent.name in ("", "configs"):
             return config_folder() / path.name  # `configs/NAME.yaml` typed outside the checkout
-        raise InputError(f"configuration file {path} does not exist; available models: {', '.join(list_models())}")
+        problem = "is not a regular file" if os.path.exists(path) else "does not exist"
+        raise InputError(f"configuration file {path} {problem}; available models: {', '.join(list_models())}")
     if str(name) in list_models():
         return config_folder() / f"{name}.yaml"
     raise InputError(
@@ -215,7 +235,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
         key, equals, value = text.partition("=")
         if not equals or "." not in key:
             raise InputError(f"override '{text}' must have the form section.key=value, e.g. train.epochs=24")
-        items[key.strip()] = _parse_yaml(value, f"override '{text}'")
+        items[key.strip()] = parse_yaml(value, f"override '{text}'")
     return items
 
 
@@ -241,12 +261,12 @@ def _unknown_setting(key: str, known: Iterable[str]) -> InputError:
 
 def _read_with_bases(path: Path) -> dict[str, Any]:
     """The values of a file merged over those of its base, which are merged over those of its own base, and so on."""
-    values, files = _read_yaml(path), [path]
+    values, files = _read_values(path), [path]
     while (base := values.pop("base", None)) is not None:
         files.append(_find_base(base, files[-1]))
         if files[-1].resolve() in [file.resolve() for file in files[:-1]]:
             raise InputError(f"{path}: circular bases: {' -> '.join(map(str, files))}")
-        base_values = _read_yaml(files[-1])
+        base_values = _read_values(files[-1])
         base_values.pop("name", None)
         values = _merge(base_values, values)
     return values
@@ -257,33 +277,22 @@ def _find_base(base: Any, path: Path) -> Path:
         raise InputError(f"{path}: base must be a model name or the path of a YAML file, got {format_value(base)}")
     relative = path.parent / base
     try:
-        return relative if relative.is_file() else find_config(base)
-    except (InputError, OSError) as error:  # is_file raises for inaccessible folders and overlong names
+        if not os.path.exists(relative) or os.path.isdir(relative):
+            return find_config(base)
+        if not os.path.isfile(relative):
+            raise InputError(f"{relative} is not a regular file")
+    except InputError as error:
         raise InputError(f"{path}: base: {error}") from error
+    return relative
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read configuration {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
-    values = _parse_yaml(text, str(path))
+def _read_values(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: a configuration must be a mapping with the keys base, model, data, train")
     return values
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except RecursionError as error:
-        raise InputError(f"{source} is nested too deeply to be a configuration") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{source} is not valid YAML of plain values: {' '.join(str(error).split())}") from error
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

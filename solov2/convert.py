@@ -7,11 +7,14 @@ else differs between families (pixel statistics, stride position, DCN version) i
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+
+from solov2.errors import printable
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -117,13 +120,14 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
         True for DCNv2 and for networks without deformable convolutions).
 
     Raises:
-        ValueError: the family is not recognized, or some names are unknown; the message lists them.
+        ValueError: the family is not recognized, some names are unknown (the message lists them), or the pixel
+            statistics are not those of 3 channels.
     """
     family = next((family for family, marker in MARKERS.items() if marker in state_dict), None)
     if family is None:
         raise ValueError(
             "the tensor names match no SOLOv2 that this version converts (WXinlong/SOLO, mmdetection, AdelaiDet, or "
-            f"our own); the first names are: {', '.join(list(state_dict)[:3]) or 'none'}"
+            f"our own); the first names are: {_first(state_dict, 3) or 'none'}"
         )
     detectron2 = family == "adelaidet"
     traits = {
@@ -135,7 +139,10 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
     }
     tensors = dict(state_dict)
     for name in STATISTICS.keys() & tensors.keys():
-        traits[STATISTICS[name]] = tensors.pop(name).flatten().tolist()
+        values = tensors.pop(name).flatten()
+        if len(values) != 3:
+            raise ValueError(f"{name} has {len(values):,} numbers, not one for each of 3 channels")
+        traits[STATISTICS[name]] = values.tolist()
     if family != "solov2":
         tensors = _rename(_drop_ema_copies(tensors), PREFIXES[family])
     return tensors, traits | {"modulated": is_modulated(tensors)}
@@ -161,7 +168,7 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for prefix in ("module.", "model."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -209,7 +216,7 @@ def _rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[
         else:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"{len(unknown)} names are unknown in this family, among them {', '.join(unknown[:5])}")
+        raise ValueError(f"{len(unknown)} names are unknown in this family, among them {_first(unknown, 5)}")
     return renamed
 
 
@@ -218,5 +225,9 @@ def is_modulated(tensors: Mapping[str, Tensor]) -> bool:
     return all(
         len(tensor) == 3 * tensor.shape[-1] * tensor.shape[-2]
         for name, tensor in tensors.items()
-        if name.endswith("conv_offset.weight")
+        if name.endswith("conv_offset.weight") and tensor.ndim == 4  # loading reports other shapes
     )
+
+
+def _first(names: Iterable[str], limit: int) -> str:
+    return ", ".join(printable(name[:100]) for name in itertools.islice(names, limit))

@@ -49,6 +49,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+
+
 def launched_rank() -> int:
     """Rank assigned by the launcher, known before there is a process group; 0 without a launcher."""
     return int(os.environ.get("RANK", 0))
@@ -74,9 +79,9 @@ def is_main() -> bool:
 def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[None]:
     """Initialize torch's process group under torchrun and destroy it on exit; make `device` the current device.
 
-    The backend is torch's default for the device: nccl on GPUs, gloo on a CPU. After an error the group is not
-    destroyed: with nccl that waits for the other ranks, which may be waiting for this one. torchrun ends them once this
-    one has exited.
+    A group that the caller has initialized is used and stays. The backend is torch's default for the device: nccl on
+    GPUs, gloo on a CPU. After an error the group is not destroyed: with nccl that waits for the other ranks, which may
+    be waiting for this one. torchrun ends them once this one has exited.
 
     Args:
         device: device of this process.
@@ -85,7 +90,8 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
     """
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    if "RANK" in os.environ and not dist.is_initialized():
+    own = "RANK" in os.environ and not dist.is_initialized()
+    if own:
         group_timeout = datetime.timedelta(seconds=timeout if device.type == "cpu" else timeout + NCCL_EXTRA_SECONDS)
         store, own_rank, size = next(dist.rendezvous("env://", timeout=group_timeout))
         dist.init_process_group(
@@ -97,7 +103,7 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
             device_id=device if device.type != "cpu" else None,
         )
     yield
-    if dist.is_initialized():
+    if own and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -173,6 +179,23 @@ def broadcast_buffers(model: nn.Module) -> None:
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def missing_ranks(seconds: float) -> list[int]:
+    """The ranks that do not call this too within so many seconds, after a collective has failed.
+
+    The ranks meet in the store, because connections between them may be broken.
+    """
+    missing, deadline = set(range(world_size())), time.monotonic() + seconds
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"responds/{rank()}", "")
+        while missing and time.monotonic() < deadline:
+            missing -= {other for other in missing if store.check([f"responds/{other}"])}
+            time.sleep(0.1)
+    except RuntimeError:  # the store has died with its process: torchrun, or rank 0
+        missing -= {rank()}
+    return sorted(missing)
 
 
 def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:

@@ -16,6 +16,11 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def printable(text: str) -> str:
-    """Make text from a file safe for a terminal: control characters become escape sequences."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, *, encoding: str | None = None) -> str:
+    """Make text from a file safe for a terminal.
+
+    Control characters become escape sequences, as do invisible ones, those that change the direction of text, and all
+    that `encoding` lacks (None: it has all).
+    """
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return safe if encoding is None else safe.encode(encoding, "backslashreplace").decode(encoding)

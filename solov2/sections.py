@@ -124,6 +124,21 @@ class DataConfig(Settings):
     )
     keep_empty: bool = setting(False, "also train on images without instances")
     min_image_size: int = setting(32, "images with a shorter edge, in pixels, are left out of training", minimum=0)
+    crowd: Literal["ignore", "instance"] = setting(
+        "ignore",
+        "annotations with iscrowd 1: ignore (left out of training, ignored in evaluation, as COCO does), or instance "
+        "(like all others, for files whose tool flags single objects)",
+    )
+    max_detections: int = setting(
+        100,
+        "detections per image and class that count in evaluation, those with the highest scores; 100: COCO's figures; "
+        "for crowded images, raise it together with model.max_instances",
+        minimum=100,
+        maximum=1_000_000,
+    )
+    max_image_pixels: int = setting(
+        178_956_970, "maximum width x height of an image file; a larger one is rejected before it is decoded", minimum=1
+    )
     skip_broken_images: bool = setting(False, "skip images that cannot be read instead of ending the run")
     workers: int = setting(2, "DataLoader workers per training process; 0: load in that process", minimum=0)
     shapes: bool = setting(False, "generate the dataset of colored shapes at root if it does not exist")
@@ -202,7 +217,9 @@ class TrainConfig(Settings):
         False, "bit-identical results for the same seed, number of processes and device, or an error"
     )
     log_every: int = setting(50, "optimizer steps between log lines", minimum=1)
-    picture_images: int = setting(8, "maximum number of validation images in the final picture", minimum=1)
+    picture_images: int = setting(
+        8, "maximum number of validation images in the final picture; 0: no picture", minimum=0
+    )
     picture_score: float = setting(0.3, "minimum score of an instance in the final picture", minimum=0, maximum=1)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:

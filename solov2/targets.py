@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solov2.ops.encoded_masks import EncodedMasks
 from solov2.ops.masks import centers_of_mass
 from solov2.ops.resize import quarter_masks
 
@@ -51,14 +52,13 @@ class TargetAssigner:
         self.center_sigma = center_sigma
         self.num_cells = sum(size * size for size in self.grid_sizes)
 
-    def __call__(self, instances: Sequence[dict[str, Tensor]], padded_size: tuple[int, int]) -> dict[str, Any]:
+    def __call__(self, instances: Sequence[dict[str, Any]], padded_size: tuple[int, int]) -> dict[str, Any]:
         """Assign the targets of a batch.
 
         Args:
             instances: per image boxes float32 [N, 4] x1, y1, x2, y2 (of the annotation, in input pixels), labels
-                int64 [N], masks uint8 of 0 and 1 or bool [N, h, w] at the size of the image before padding; optionally
-                extents int64 [N, 4], boxes x1, y1, x2, y2 (maximum exclusive) outside of which the masks are known to
-                be 0. All on the CPU.
+                int64 [N], masks uint8 of 0 and 1 or bool [N, h, w] at the size of the image before padding, or
+                `EncodedMasks` of that shape, which take less memory. All on the CPU.
             padded_size: (H, W) of the batch, multiples of 32.
 
         Returns:
@@ -71,13 +71,12 @@ class TargetAssigner:
         quarter = (padded_size[0] // 4, padded_size[1] // 4)
         categories, positives, masks, offset = [], [], [], 0
         for image, truth in enumerate(instances):
-            extents = truth.get("extents")
-            centers = centers_of_mass(truth["masks"], extents)  # y, x, area, each [N]
+            centers, quarters = _reduce(truth["masks"], quarter)
             category, pairs = self._assign(truth["boxes"], truth["labels"], centers, padded_size)  # [cells], [P_i, 2]
             categories.append(category)
             images = torch.full_like(pairs[:, :1], image)  # [P_i, 1]
             positives.append(torch.cat([images, pairs + torch.tensor([0, offset])], dim=1))  # [P_i, 3]
-            masks.append(quarter_masks(truth["masks"], quarter, extents))  # [N, H / 4, W / 4]
+            masks += quarters  # each [n, H / 4, W / 4]
             offset += len(truth["labels"])
         return {
             "category": torch.stack(categories),  # [B, cells]
@@ -121,6 +120,14 @@ class TargetAssigner:
         latest = torch.full((self.num_cells,), -1).scatter_reduce(0, pairs[:, 0], pairs[:, 1], "amax")  # [cells], or -1
         category[latest >= 0] = labels[latest[latest >= 0]]
         return category, pairs
+
+
+def _reduce(masks: Tensor | EncodedMasks, size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    """Centers of mass (y, x, area, each [N]) and quarter masks uint8 [n, *size], in parts, of the masks of an image."""
+    chunks = masks.chunks() if isinstance(masks, EncodedMasks) else [(masks, None)]
+    parts = [(centers_of_mass(planes, extents), quarter_masks(planes, size, extents)) for planes, extents in chunks]
+    y, x, area = (torch.cat(values) for values in zip(*(centers for centers, _ in parts)))
+    return (y, x, area), [quarters for _, quarters in parts]
 
 
 def _cell(position: Tensor, extent: Tensor, size: Tensor) -> Tensor:

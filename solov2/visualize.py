@@ -4,63 +4,63 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.nn import functional as F
 
 from solov2.errors import InputError
+from solov2.ops.fonts import drawable, find_fonts, load_font
 from solov2.ops.images import to_rgb_tensor
-from solov2.ops.masks import decode_rle
+from solov2.ops.masks import check_segmentation, draw_window, masks_to_boxes, run_lengths
 
 Point = tuple[int, int]  # x, y in pixels
 Color = tuple[int, int, int]
+Mask = Tensor | np.ndarray | Mapping[str, Any]  # bool or uint8 [H, W], or an RLE
 
 SHEET_BACKGROUND = (250, 250, 250)
 SHEET_TEXT = (30, 30, 30)
 CELL = 560  # side in pixels of the square that a picture on a contact sheet is fitted into
 TITLES = ("ground truth", "predictions")
 FILL = 0.45  # opacity of the color inside a mask
+BAND = 256  # rows of a mask that are painted together; few, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One instance to draw. The mask is cropped, because 100 full-size masks of a large image need too much memory."""
+    """One instance to draw, with at least one pixel. An RLE stays one: 100 planes of a photograph can take 1 GB."""
 
     text: str
+    font: Path | None  # of the text, as from `find_fonts`
     color: Color
-    corner: Point  # upper left corner of the crop in the picture
-    mask: np.ndarray  # cropped, bool [h, w], with at least one pixel set
+    mask: Mask  # an RLE of the image, or a plane that is cropped to the tight box
+    corner: Point  # upper left corner of the tight box in the picture
+    top: Point  # the middle pixel in the top row of the mask
+    area: int  # in pixels of the picture
+    scale: int  # integer factor from the image to the picture
 
     @classmethod
-    def crop(cls, mask: np.ndarray, text: str, color: Color, *, margin: int, scale: int) -> Instance:
-        """Crop a mask, bool [H, W], to its tight box plus a margin in pixels, and enlarge it by an integer `scale`."""
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - margin)
-        window = mask[top : int(rows[-1]) + 1 + margin, left : int(columns[-1]) + 1 + margin]
-        return cls(text, color, (scale * left, scale * top), window.repeat(scale, axis=0).repeat(scale, axis=1))
+    def measure(cls, mask: Mask, text: str, font: Path | None, color: Color, scale: int) -> Instance | None:
+        """The instance of a mask of the whole image; None if no pixel is set."""
+        window, (left, top) = _crop(mask)
+        if not window.size:
+            return None
+        if not isinstance(mask, Mapping):
+            mask = mask[top : top + window.shape[0], left : left + window.shape[1]]
+        columns = (scale * np.flatnonzero(window[0])[:, None] + np.arange(scale)).ravel()
+        middle = scale * left + int(columns[len(columns) // 2])
+        area = scale * scale * int(np.count_nonzero(window))
+        return cls(text, font, color, mask, (scale * left, scale * top), (middle, scale * top), area, scale)
 
-    @property
-    def area(self) -> int:
-        """Number of pixels of the mask."""
-        return int(self.mask.sum())
-
-    def region(self, plane: np.ndarray) -> np.ndarray:
-        """View of the crop in an array [H, W, ...]."""
-        (left, top), (height, width) = self.corner, self.mask.shape
-        return plane[top : top + height, left : left + width]
-
-    def top(self) -> Point:
-        """The middle pixel in the top row of the mask."""
-        row = int(self.mask.any(1).argmax())
-        columns = np.flatnonzero(self.mask[row])
-        return self.corner[0] + int(columns[len(columns) // 2]), self.corner[1] + row
+    def window(self) -> np.ndarray:
+        """The mask in its tight box in the picture, bool [h, w]."""
+        mask, _ = _crop(self.mask)
+        return mask if self.scale == 1 else mask.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
 
 
 def draw_instances(
@@ -98,14 +98,18 @@ def draw_instances(
     labels, scores = torch.as_tensor(result["labels"]).tolist(), _scores(result)
     kept = [index for index in range(len(labels)) if scores is None or scores[index] >= score_threshold]
     width = max(1, round(min(picture.size) / 240))
-    instances = []
+    fonts, instances = find_fonts(tuple(class_names)), []
     for rank, index in enumerate(kept):
-        text = _label_text(labels[index], None if scores is None else scores[index], class_names)
-        mask = _mask_array(result["masks"][index], size)
-        if mask.any():  # a final mask may be empty, which leaves nothing to label
-            color = instance_color(rank) if colors is None else colors[index]
-            instances.append(Instance.crop(mask, text, color, margin=width + 1, scale=scale))
-    picture = Image.fromarray(_paint(np.array(picture), instances, width))
+        text, name = _label_text(labels[index], None if scores is None else scores[index], class_names)
+        color = instance_color(rank) if colors is None else colors[index]
+        mask = result["masks"][index]
+        mask_size = tuple(mask["size"] if isinstance(mask, Mapping) else mask.shape)
+        if mask_size != size:
+            raise InputError(f"the masks have size {mask_size} (height, width) but the image has {size}")
+        # A final mask may be empty, which leaves nothing to label.
+        if instance := Instance.measure(mask, text, fonts[name], color, scale):
+            instances.append(instance)
+    picture = _paint(picture, instances, width)
     _draw_labels(picture, instances)
     return picture
 
@@ -118,18 +122,18 @@ def instance_color(index: int) -> Color:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def contact_sheet(rows: Sequence[tuple[Image.Image, Image.Image]]) -> Image.Image:
+def contact_sheet(rows: Iterable[tuple[Image.Image, Image.Image]]) -> Image.Image:
     """Arrange (ground truth, predictions) pairs of pictures as the rows of one sheet.
 
     Raises:
         InputError: `rows` is empty.
     """
-    if not rows:
+    fitted = [(_fit(left), _fit(right)) for left, right in rows]  # only one pair exists at its full size
+    if not fitted:
         raise InputError("a contact sheet needs at least one pair of pictures")
     gap, top = CELL // 70, CELL // 16
-    fitted = [(_fit(left), _fit(right)) for left, right in rows]
     heights = [max(left.height, right.height) for left, right in fitted]
-    sheet = Image.new("RGB", (2 * CELL + 3 * gap, top + sum(heights) + gap * len(rows)), SHEET_BACKGROUND)
+    sheet = Image.new("RGB", (2 * CELL + 3 * gap, top + sum(heights) + gap * len(fitted)), SHEET_BACKGROUND)
     _draw_titles(sheet, (gap + CELL / 2, 2 * gap + 1.5 * CELL), top)
     y = top
     for pair, height in zip(fitted, heights, strict=True):
@@ -145,60 +149,110 @@ def _scores(result: Mapping[str, Any]) -> list[float] | None:
     return None if scores is None else torch.as_tensor(scores).tolist()
 
 
-def _label_text(label: int, score: float | None, class_names: Sequence[str]) -> str:
+def _label_text(label: int, score: float | None, class_names: Sequence[str]) -> tuple[str, str]:
+    """(text to draw, class name)."""
     if not 0 <= label < len(class_names):
         raise InputError(f"label {label} has no name: class_names has length {len(class_names)}")
-    return class_names[label] if score is None else f"{class_names[label]} {score:.2f}"
+    name = class_names[label]
+    return drawable(name) if score is None else f"{drawable(name)} {score:.2f}", name
 
 
-def _mask_array(mask: Tensor | np.ndarray | Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """One mask as bool [H, W]."""
-    array = np.asarray(torch.as_tensor(decode_rle(dict(mask)) if isinstance(mask, Mapping) else mask).cpu()) > 0
-    if array.shape != size:
-        raise InputError(f"the masks have size {array.shape} (height, width) but the image has {size}")
-    return array
+def _crop(mask: Mask) -> tuple[np.ndarray, Point]:
+    """(mask in its tight box, bool [h, w]; upper left corner of the box); [0, 0] if no pixel is set."""
+    if isinstance(mask, Mapping):
+        rle, size = dict(mask), (int(mask["size"][0]), int(mask["size"][1]))
+        check_segmentation(rle, size)
+        window, (left, top, _, _) = draw_window(run_lengths([rle], size)[0], size[0])
+        return window.T.view(bool), (left, top)
+    plane = torch.as_tensor(mask)
+    plane = plane if plane.dtype == torch.bool else plane > 0
+    left, top, right, bottom = masks_to_boxes(plane[None])[0].int().tolist()
+    return plane[top:bottom, left:right].cpu().numpy(), (left, top)
 
 
-def _paint(image: np.ndarray, instances: Sequence[Instance], width: int) -> np.ndarray:
-    """Fill and outline masks on a copy of `image`, uint8 [H, W, 3], the largest first, with lines of `width` pixels.
+def _paint(picture: Image.Image, instances: Sequence[Instance], width: int) -> Image.Image:
+    """Fill and outline masks on a copy of an RGB picture, the largest first, with lines of `width` pixels.
 
-    Each fill blends with the original image, not with fills below it: a mix of two colors would belong to no instance.
+    Each fill blends with the original picture, not with fills below it: a mix of two colors would belong to no
+    instance.
     """
-    pixels = image.copy()
+    painted, margin = picture.copy(), width + 1
     order = sorted(instances, key=lambda instance: -instance.area)
+    levels = np.arange(256, dtype=np.uint8)[:, None]  # each value that a channel can have
     for instance in order:
-        inside = instance.mask
-        fill = (1 - FILL) * instance.region(image)[inside] + FILL * np.asarray(instance.color, np.float32)
-        instance.region(pixels)[inside] = fill
+        filled = (1 - FILL) * levels + FILL * np.asarray(instance.color, np.float32)
+        for inside, (x, y), _ in _bands(instance.window(), halo=0):
+            _blend(painted, picture, filled, inside, (instance.corner[0] + x, instance.corner[1] + y))
     for instance in order:
-        inside, region, color = instance.mask, instance.region(pixels), np.asarray(instance.color, np.float32)
+        color = np.asarray(instance.color, np.float32)
         # The dark rim around the bright line makes the outline visible on light and on dark backgrounds.
-        rim = _grow(inside, max(1, width // 2)) & ~inside
-        line = inside & _grow(~inside, width)
-        region[rim] = 0.4 * region[rim] + 0.15 * color
-        region[line] = 0.7 * color + 0.3 * 255
-    return pixels
+        rim_levels, line_levels = 0.4 * levels + 0.15 * color, 0 * levels + (0.7 * color + 0.3 * 255)
+        plane, (left, top) = _with_margin(instance, margin, picture.size)
+        for inside, (x, y), rows in _bands(plane, halo=margin):
+            corner = left + x, top + y + rows.start
+            rim = _grow(inside, max(1, width // 2)) & ~inside
+            line = inside & _grow(~inside, width)
+            _blend(painted, painted, rim_levels, rim[rows], corner)
+            _blend(painted, painted, line_levels, line[rows], corner)
+    return painted
+
+
+def _with_margin(instance: Instance, margin: int, bounds: Point) -> tuple[np.ndarray, Point]:
+    """The window of an instance with a margin, in pixels, inside a picture of (width, height); x, y of its corner."""
+    window, (left, top) = instance.window(), instance.corner
+    height, width = window.shape
+    before = min(margin, top), min(margin, left)
+    after = min(margin, bounds[1] - top - height), min(margin, bounds[0] - left - width)
+    return np.pad(window, tuple(zip(before, after))), (left - before[1], top - before[0])
+
+
+def _bands(mask: np.ndarray, halo: int) -> Iterator[tuple[np.ndarray, Point, slice]]:
+    """Bands of BAND rows of a mask, bool [h, w], without the columns beside its pixels: empty parts cost nothing.
+
+    Yields:
+        (the band with `halo` more pixels on each side that has them; x, y of its corner in the mask; the rows of it
+        that are not halo).
+    """
+    for start in range(0, len(mask), BAND):
+        top = max(0, start - halo)
+        rows = mask[top : start + BAND + halo]
+        used = np.flatnonzero(rows.any(0))
+        if len(used):
+            left = max(0, int(used[0]) - halo)
+            yield rows[:, left : int(used[-1]) + 1 + halo], (left, top), slice(start - top, start - top + BAND)
+
+
+def _blend(target: Image.Image, source: Image.Image, levels: np.ndarray, where: np.ndarray, corner: Point) -> None:
+    """Where `where`, bool [h, w] at `corner`, is set, write new values for the source's pixels to the target.
+
+    `levels`, float [256, 3], holds the new value of each value of each channel; fractions are cut off.
+    """
+    box = (*corner, corner[0] + where.shape[1], corner[1] + where.shape[0])
+    mapped = source.crop(box).point(levels.astype(np.uint8).T.ravel().tolist())
+    target.paste(mapped, box, Image.fromarray(where))
 
 
 def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
     """Dilate a mask, bool [h, w], by `pixels` in all eight directions."""
-    plane = torch.from_numpy(mask).float()[None]
-    for kernel in ((2 * pixels + 1, 1), (1, 2 * pixels + 1)):
-        plane = F.max_pool2d(plane, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
-    return plane[0].bool().numpy()
+    for _ in range(2):  # down the columns; then, transposed, along the rows
+        reach, covered = np.pad(mask, ((pixels, pixels), (0, 0))), 1
+        while covered < 2 * pixels + 1:  # each entry is the union of `covered` pixels
+            step = min(covered, 2 * pixels + 1 - covered)
+            reach, covered = reach[:-step] | reach[step:], covered + step
+        mask = reach.T
+    return mask
 
 
 def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> None:
     """Draw one label per instance, above its mask unless that would cover an earlier label."""
     font_size = max(11, round(min(picture.size) / (30 if len(instances) <= 12 else 40)))  # less room if there are many
-    font = ImageFont.load_default(size=font_size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # because a size is given
     pad = max(2, font_size // 5)
-    height = sum(font.getmetrics()) + pad
+    fonts = {path: load_font(path, font_size) for path in {instance.font for instance in instances}}
     draw, taken = ImageDraw.Draw(picture), np.zeros((0, 4))
     for instance in instances:
-        size = (math.ceil(font.getlength(instance.text)) + 2 * pad, height)
-        x0, y0, x1, y1 = place = _label_place(size, instance.top(), taken, picture.size)
+        font = fonts[instance.font]
+        size = (math.ceil(font.getlength(instance.text)) + 2 * pad, sum(font.getmetrics()) + pad)
+        x0, y0, x1, y1 = place = _label_place(size, instance.top, taken, picture.size)
         taken = np.vstack([taken, place])
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=instance.color)
         draw.text((x0 + pad, y0 + pad // 2), instance.text, fill=_ink_on(instance.color), font=font)
@@ -235,6 +289,6 @@ def _fit(picture: Image.Image) -> Image.Image:
 
 
 def _draw_titles(sheet: Image.Image, centers: tuple[float, float], height: int) -> None:
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=round(0.6 * height))
+    draw, font = ImageDraw.Draw(sheet), load_font(None, round(0.6 * height))
     for title, x in zip(TITLES, centers, strict=True):
         draw.text((x, height / 2), title, fill=SHEET_TEXT, font=font, anchor="mm")

@@ -13,10 +13,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from solov2.checkpoint import FORMAT, Checkpoint, load_file, write_file
+from solov2.checkpoint import FORMAT, Checkpoint, check_finite, load_file, write_file
 from solov2.config import Config, ModelConfig, replace_model
 from solov2.convert import class_names_of, convert_state_dict, is_modulated, to_mmdet, unwrap
-from solov2.errors import InputError, count
+from solov2.errors import InputError, count, printable
 from solov2.outputs import check_outputs
 
 LOG = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ PUBLISHED_WEIGHTS = {
         f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_512_DCN_R50_3x.pth", 36.4
     ),
 }
+TARGETS = (FORMAT, "mmdet")  # families that `convert_file` writes
+CATEGORY_LAYER = "head.category_predictor"  # one row per class
 TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # set by the weights
 
 
@@ -71,16 +73,39 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint file of any family, opening it only once; weights of other families are converted.
 
     Raises:
-        InputError: unreadable (see `solov2.checkpoint.load_file`), damaged, or of an unknown family.
+        InputError: unreadable (see `solov2.checkpoint.load_file`), damaged (NaN and infinity count), or of an unknown
+            family.
     """
     content, source = load_file(path), str(path)
-    if content.get("format") == FORMAT:
-        return Checkpoint.from_content(content, source)
-    try:
-        weights, traits = convert_state_dict(unwrap(content))
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from error
-    return Checkpoint(source, weights, family=traits["family"], traits=traits, class_names=class_names_of(content))
+    if isinstance(content.get("format"), str) and content["format"] == FORMAT:
+        checkpoint = Checkpoint.from_content(content, source)
+    else:
+        try:
+            weights, traits = convert_state_dict(unwrap(content))
+        except ValueError as error:
+            raise InputError(f"{source}: {error}") from error
+        names = class_names_of(content)
+        checkpoint = Checkpoint(source, weights, family=traits["family"], traits=traits, class_names=names)
+    _check_values(checkpoint)
+    return checkpoint
+
+
+def _check_values(checkpoint: Checkpoint) -> None:
+    """Check what decides the architecture, and that all numbers are finite, those of a run's optimizer too.
+
+    Raises:
+        InputError: invalid trait, a category layer without a number per class, or a tensor with NaN or infinity.
+    """
+    source, training = checkpoint.source, checkpoint.training
+    apply_weight_metadata(ModelConfig(), checkpoint)
+    for weights in [checkpoint.weights, *([] if training is None else [training.weights])]:
+        weight, bias = (weights.get(f"head.category_predictor.{part}") for part in ("weight", "bias"))
+        if bias is not None and (bias.ndim != 1 or weight is not None and weight.shape[:1] != bias.shape):
+            raise InputError(f"{source} is damaged: its category layer has a bias {list(bias.shape)}")
+        check_finite(weights, source)
+    for number, state in ({} if training is None else training.optimizer["state"]).items():
+        tensors = {f"{name} of parameter {number}": each for name, each in state.items() if isinstance(each, Tensor)}
+        check_finite(tensors, source)
 
 
 def find_checkpoint(
@@ -136,13 +161,34 @@ def apply_weight_metadata(config: ModelConfig, checkpoint: Checkpoint) -> ModelC
     Raises:
         InputError: invalid value of a trait.
     """
-    return replace_model(config, {key: checkpoint.traits[key] for key in TRAITS if key in checkpoint.traits})
+    try:
+        return replace_model(config, {key: checkpoint.traits[key] for key in TRAITS if key in checkpoint.traits})
+    except InputError as error:
+        raise InputError(f"{checkpoint.source} is damaged: {error}") from error
 
 
 def weight_metadata(config: ModelConfig) -> dict[str, Any]:
     """The traits to store in a checkpoint of this model, see `solov2.convert.convert_state_dict`."""
     values = {key: getattr(config, key) for key in TRAITS}
     return {"family": FORMAT, **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}}
+
+
+def match_category_layer(
+    model: nn.Module, state: Mapping[str, Tensor], rows: Sequence[int | None]
+) -> dict[str, Tensor]:
+    """The state with a category layer for the classes of the model.
+
+    Args:
+        model: has the initial values of the classes that the state does not know.
+        state: tensors under our names; what does not fit is left as it is, for `load_weights` to name.
+        rows: for each class of the model, its row in the category layer of the state, or None if it is unknown there.
+    """
+    own, matched = model.state_dict(), dict(state)
+    for name in (f"{CATEGORY_LAYER}.weight", f"{CATEGORY_LAYER}.bias"):
+        if name in state and state[name].shape[1:] == own[name].shape[1:]:
+            pairs = zip(own[name], rows, strict=True)
+            matched[name] = torch.stack([initial if row is None else state[name][row] for initial, row in pairs])
+    return matched
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> bool:
@@ -157,13 +203,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         Whether the category layer was re-initialized.
 
     Raises:
-        InputError: missing or unexpected tensors, or tensors of the wrong shape; they are listed.
+        InputError: missing or unexpected tensors, or tensors of the wrong shape or kind of number; they are listed.
     """
     expected = model.state_dict()
     state = dict(state)
     reinitialized = False
-    layer = "head.category_predictor"
-    bias = f"{layer}.bias"
+    bias = f"{CATEGORY_LAYER}.bias"
     if bias in state and bias in expected and len(state[bias]) != len(expected[bias]):
         LOG.warning(
             "%s has %s and the model %d: the category layer is re-initialized, all other weights are kept",
@@ -171,21 +216,31 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
             count(len(state[bias]), "class", "classes"),
             len(expected[bias]),
         )
-        state |= {f"{layer}.{part}": expected[f"{layer}.{part}"] for part in ("weight", "bias")}
+        state |= {name: expected[name] for name in (f"{CATEGORY_LAYER}.weight", bias)}
         reinitialized = True
     for name in expected:  # some families do not store batch counters
         if name.endswith("num_batches_tracked"):
             state.setdefault(name, expected[name])
+    wrong_kind = [
+        f"{name} is {state[name].dtype}".replace("torch.", "")
+        for name in expected
+        if name in state and state[name].is_floating_point() != expected[name].is_floating_point()
+    ]
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misshapen = [
         f"{name} is {list(state[name].shape)} and should be {list(expected[name].shape)}"
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
-    if missing or unexpected or misshapen:
+    if missing or unexpected or misshapen or wrong_kind:
         parts = [
             f"{len(names)} {kind} ({_abbreviated(names)})"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+            for kind, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", misshapen),
+                ("of another kind", wrong_kind),
+            )
             if names
         ]
         raise InputError(f"{source} does not fit this model: {'; '.join(parts)}")
@@ -220,7 +275,8 @@ def load_pretrained_backbone(backbone: nn.Module, name: str, source: str) -> Non
                 "none to start from random weights"
             ) from error
     else:
-        state = load_file(source)
+        state = unwrap(load_file(source))
+        check_finite(state, source)
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     load_weights(backbone, state, str(source))
 
@@ -238,9 +294,11 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
         One line that says what was read and written.
 
     Raises:
-        InputError: the source is unreadable or of an unknown family, the target exists or is not writable, or
-            mmdetection's SOLOv2 cannot represent the network.
+        InputError: the source or `to` is of an unknown family, the source is unreadable, the target exists or is not
+            writable, or mmdetection's SOLOv2 cannot represent the network.
     """
+    if to not in TARGETS:
+        raise InputError(f"checkpoints can be written for {' or '.join(TARGETS)}, not for {to}")
     check_outputs([("OUT", target)], overwrite=overwrite, inputs=[source])
     checkpoint = read_checkpoint(source)
     traits = checkpoint.traits
@@ -272,7 +330,9 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
 
 
 def _abbreviated(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(printable(name[:100]) for name in names[:limit]) + (
+        f", and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 NETWORK = ["normalize", "backbone", "FPN", "head", "mask features"]
 INFERENCE = ["decode", "resize", "pad", *NETWORK, "candidates", "Matrix NMS", "masks", OUTSIDE, "total"]
 STAGES = {
-    "loading": ["annotation masks", "decode", "transform", "pad", "targets", OUTSIDE, "total"],
+    "loading": ["decode", "annotation masks", "transform", "pad", "targets", OUTSIDE, "total"],
     "inference": INFERENCE,
     "optimized_inference": INFERENCE,
     "training": [*NETWORK, "loss", "backward", "update", OUTSIDE, "total"],

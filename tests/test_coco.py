@@ -7,6 +7,8 @@ import gc
 import json
 import pickle
 import re
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,10 @@ from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
 from solov2.data.coco import CocoInstances
+from solov2.data.loader import Collate
+from solov2.data.transforms import TrainTransform, TransformedDataset
 from solov2.errors import InputError
+from solov2.targets import TargetAssigner
 
 
 def annotation(number: int, image: int = 1, category: int = 3, box: tuple = (10, 8, 20, 16), **changes) -> dict:
@@ -321,6 +326,58 @@ def test_broken_images_can_be_skipped(tree, caplog):
     assert "1.png" in caplog.records[2].message
 
 
+def circle(number: int, side: int) -> dict:
+    x, y = (37 * number) % (side - 40), (91 * number) % (side - 40)
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    outline = np.stack((x + 20 + 20 * np.cos(angles), y + 20 + 20 * np.sin(angles)), axis=1).ravel().tolist()
+    return annotation(number, box=(x, y, 40, 40), segmentation=[outline])
+
+
+def peak_of(task: Callable[[], object]) -> int:
+    """Peak memory in bytes that Python and numpy have asked for, whether or not they wrote to it."""
+    tracemalloc.start()
+    try:
+        task()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("decode_masks", [True, False])
+def test_masks_are_not_made_before_the_size_is_known(tree, decode_masks):
+    """The annotation file states 13,000 x 13,000 for a small image."""
+    tree.content["images"][0].update(width=13_000, height=13_000)
+    tree.content["annotations"] = [circle(number, 13_000) for number in range(1, 101)]
+    dataset = tree.open(decode_masks=decode_masks)
+
+    def load() -> None:
+        with pytest.raises(InputError, match="1.png is 64 x 48, but .*instances.json says 13000 x 13000"):
+            dataset[0]
+
+    assert peak_of(load) < 10 * 2**20
+
+
+def test_crowded_images_take_bounded_memory(tree):
+    side, number = 2000, 300  # 1.2 GB of full-size masks
+    tree.save("1.png", side, side)
+    tree.content["images"][0].update(width=side, height=side)
+    tree.content["annotations"] = [circle(k, side) for k in range(1, number + 1)]
+    transform = TrainTransform(scales=[800], max_size=1333)
+    samples = TransformedDataset(tree.open(decode_masks=False), transform, seed=0)
+    assigner, batches = TargetAssigner((40, 12), [(1, 96), (48, 2048)], num_classes=2), []
+    peak = peak_of(lambda: batches.append(Collate(assigner)([samples[0]])))
+    targets = batches[0]["targets"]
+    assert targets["masks"].shape == (number, 200, 200) and targets["masks"].flatten(1).any(1).all()
+    assert peak < 150 * 2**20  # 64 MiB of masks at a time, the image, 12 MB of targets
+
+
+def test_encoded_masks_are_the_same_masks(tree):
+    tree.content["annotations"].append(annotation(13, segmentation=rle([48 * 10 + 5, 7, 48 * 54 - 12])))
+    sample = tree.open(decode_masks=False)[0]
+    ((masks, _),) = sample["masks"].chunks()
+    assert torch.equal(masks, tree.open()[0]["masks"]) and masks.shape == sample["masks"].shape == (3, HEIGHT, WIDTH)
+
+
 def test_subfolders_of_the_image_folder_are_allowed(tree):
     (tree.images / "sub").mkdir()
     tree.save("sub/1.png", WIDTH, HEIGHT)
@@ -342,3 +399,11 @@ def test_real_photographs(coco_photos, split):
         usable += len(entries)
     assert usable > 20
     assert len(CocoInstances(file, coco_photos / split, training=False)) >= len(dataset)
+
+
+def test_evaluation_checks_what_training_leaves_out(tree):
+    """A segmentation that pycocotools cannot read is an error also where training does not look at it."""
+    tree.content["annotations"][0] |= {"area": -1.0, "segmentation": [[1.0, 2.0, 3.0, [None], 5.0, 6.0, 7.0, 8.0]]}
+    dataset = tree.open()
+    with pytest.raises(InputError, match=r"annotation 11 of .*instances.json"):
+        _ = dataset.coco

@@ -124,6 +124,15 @@ def test_error_messages_are_one_line(words: list[str], parts: list[str], capsys:
     assert out == "" and line.startswith("error: ") and all(part in line for part in parts), line
 
 
+def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell expands a word that starts with ~, but neither --flag=~/x nor what is quoted."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for words in (["--weights=~/w.pth"], ["--weights", "~/w.pth"], ["--weights", "/home/me/w.pth"]):
+        assert parsers()["eval"].parse_args(words).weights == "/home/me/w.pth"
+    for name in ("a~/b", "~me/w.pth", "./~/w.pth", "w~.pth"):
+        assert parsers()["eval"].parse_args(["--weights", name]).weights == name
+
+
 def test_numbers_of_flags() -> None:
     assert at_least(1)("7") == 7 and isinstance(at_least(0.0)("0"), float)
     for kind, text in ((at_least(1), "0"), (at_least(0.0), "-0.1"), (at_least(0.0), "nan"), (at_least(0.0), "inf")):
@@ -245,15 +254,28 @@ def test_an_omitted_positional_does_not_override_the_flag() -> None:
 def test_outputs_of_a_command_differ_from_each_other_and_from_its_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights, same = tmp_path / "w.pth", str(tmp_path / "same.json")
+    weights, same, out = tmp_path / "w.pth", str(tmp_path / "same.json"), str(tmp_path / "out")
+    exported, photo = tmp_path / "w.pt2", tmp_path / "a.png"
     weights.touch()
+    photo.touch()
+    exported.symlink_to(weights)
     for words, flag in (
         (["eval", "--weights", str(weights), "--json", same, "--results", same], "--results"),
         (["eval", "--weights", str(weights), "--json", "-", "--results", "-"], "--results"),
         (["eval", "--weights", str(weights), "--json", str(weights), "--overwrite"], "--json"),
         (["check-data", str(weights), "--images", str(tmp_path), "--json", same, "--fix", same], "--fix"),
         (["convert", str(weights), str(weights), "--overwrite"], "OUT"),
+        (
+            ["export", "--weights", str(weights), "--size", "64", "64", "--output", str(exported), "--overwrite"],
+            "--output",
+        ),
+        (["predict", str(photo), "--weights", str(weights), "--output", str(tmp_path), "--overwrite"], "--output"),
+        (["predict", str(photo), "--weights", str(weights), "--results", str(photo), "--overwrite"], "--results"),
+        (["predict", str(photo), "--weights", str(weights), "--output", out, "--results", f"{out}/a.png"], "--results"),
+        (["predict", str(photo), "--weights", str(weights), "--output", out, "--results", out], "--results"),
+        (["benchmark", "--compare", str(weights), "--json", str(weights), "--overwrite"], "--json"),
+        (["check-data", str(weights), "--images", str(tmp_path), "--fix", str(weights), "--overwrite"], "--fix"),
     ):
-        assert main(words) == 2
+        assert main(words) == 2, words
         error = capsys.readouterr().err
         assert error.startswith(f"error: {flag} ") and "would replace" in error and error.count("\n") == 1

@@ -79,6 +79,12 @@ def test_round_trip_through_plain_types():
         ("train: [1]", ["train", "mapping"]),
         ("train: []", ["train", "mapping"]),
         ("name: [1]", ["name", "text"]),
+        *(
+            (f"name: '{name}'", ["name", "got"])
+            for name in ("../../x", "", ".", "..", "a/b", "/x", "a\\b", " a", "x" * 201)
+        ),
+        ('name: "a\\eb"', ["name", "a file name"]),
+        ('name: "\\ud800"', ["name", "a file name"]),
         ("train: {num_classes: 4}", ["train.num_classes", "model.num_classes"]),
         ("epochs: 4", ["epochs", "train.epochs"]),
         ("base: ''", ["base", "mine.yaml"]),
@@ -217,3 +223,14 @@ def test_checkpoints_of_other_versions_may_have_values_that_are_now_invalid(capl
     values["model"]["tower_depth"] = 0
     with pytest.raises(InputError, match="old.pth.*tower_depth"):
         Config.from_checkpoint(values, "old.pth")
+
+
+@pytest.mark.parametrize("name", ["größe", "my run (2)", "v1.2", "7", ".hidden"])
+def test_names_of_folders(tmp_path, name):
+    (tmp_path / "mine.yaml").write_text(f"name: {name}\n")
+    assert load_config(tmp_path / "mine.yaml").name == name
+
+
+def test_checkpoints_may_have_a_name_that_is_now_invalid(caplog):
+    config = Config.from_checkpoint({**load_config("quickstart").to_dict(), "name": "../../x"}, "old.pth")
+    assert config.name == "solov2_r50_fpn_1x" and "old.pth: name" in caplog.text

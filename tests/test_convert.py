@@ -435,3 +435,32 @@ def test_published_weights_are_downloaded_into_the_hub_cache(tmp_path: Path, mon
 def test_no_two_names_map_to_the_same_tensor() -> None:
     for prefixes in PREFIXES.values():
         assert len(set(prefixes.values())) == len(prefixes)
+
+
+def test_unknown_target_families_are_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": mmdet_state(tiny_model())}, tmp_path / "in.pth")
+    with pytest.raises(InputError, match="solov2 or mmdet, not for detectron2"):
+        convert_file(tmp_path / "in.pth", tmp_path / "out.pth", to="detectron2")
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_head.conv_cls.bias": torch.tensor(1.0)}, r"category layer has a bias \[\]"),
+        ({"mask_head.conv_cls.bias": torch.zeros(7)}, r"category layer has a bias \[7\]"),
+        ({"data_preprocessor.mean": torch.zeros(4)}, "data_preprocessor.mean has 4 numbers"),
+        ({"data_preprocessor.std": torch.tensor([1.0, 0, 1])}, "model.pixel_std"),
+        ({"mask_head.conv_cls.weight": torch.full((3, 32, 3, 3), torch.nan)}, "head.category_predictor.weight has 864"),
+        (
+            {"mask_head.conv_cls.bias": torch.zeros(3).long()},
+            "1 of another kind .*head.category_predictor.bias is int64",
+        ),
+        ({"backbone.layer2.0.conv1.conv_offset.weight": torch.zeros(2)}, "1 unexpected"),
+        ({7: torch.zeros(2)}, "1 names .* 7"),
+    ],
+)
+def test_tensors_of_a_wrong_kind(tmp_path: Path, changes: dict[Any, Tensor], message: str) -> None:
+    torch.save({"state_dict": {**mmdet_state(tiny_model()), **changes}}, tmp_path / "file.pth")
+    with pytest.raises(InputError, match=f"file.pth.*{message}"):
+        build_model("solov2_light_r18_fpn_3x", weights=tmp_path / "file.pth", **TINY)

@@ -149,12 +149,28 @@ def test_a_group_is_not_destroyed_after_an_error(monkeypatch):
     with distributed.process_group(torch.device("cpu")):
         assert dist.is_initialized()
     assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with distributed.process_group(torch.device("cpu")):  # the caller's own group
+        pass
+    assert dist.is_initialized()
+    dist.destroy_process_group()
     try:
         with pytest.raises(InputError), distributed.process_group(torch.device("cpu")):
             raise InputError("a broken image")
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_missing_ranks_are_those_that_do_not_answer(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    store.set("responds/2", "")
+    assert distributed.missing_ranks(0.2) == [1, 3]
+    for other in (1, 3):
+        store.set(f"responds/{other}", "")
+    assert distributed.missing_ranks(20) == []
 
 
 def test_a_fresh_store_ignores_keys_of_dead_ranks():

@@ -27,11 +27,12 @@ def run_command(body, words):
     ("error", "code", "message"),
     [
         (InputError("no such model: x"), 2, "error: no such model: x"),
-        (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 2, "No space left on device: 'a.pth'"),
-        (PermissionError(errno.EACCES, "Permission denied", "b"), 2, "Permission denied: 'b'"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 2, "error: a.pth: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "b"), 2, "error: b: Permission denied"),
         (RunFailed("process 0 waited for the others"), 1, "error: process 0 waited"),
         (RunFailed("step 3 is not finite"), 1, "error: step 3 is not finite"),
-        (ImportError("TensorBoard is not installed"), 1, "error: TensorBoard is not installed"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a\x1b\n", None, "b"), 2, r"error: a\x1b\n: Is a directory"),
         (TimeoutError("processes [1] did not join within 60 seconds"), 1, "error: processes [1] did not join"),
     ],
 )
@@ -56,11 +57,14 @@ def test_an_interruption_is_an_exit_code_for_the_shell_and_an_exception_for_pyth
     assert capsys.readouterr().err == "interrupted\n" * 2
 
 
-def test_an_unexpected_error_keeps_its_traceback():
-    def body(_arguments):
-        raise ZeroDivisionError
+@pytest.mark.parametrize("error", [ZeroDivisionError, ImportError, ModuleNotFoundError])
+def test_an_unexpected_error_keeps_its_traceback(error):
+    """An ImportError too: what is optional raises InputError, so that this one is a defect or a broken installation."""
 
-    with pytest.raises(ZeroDivisionError):
+    def body(_arguments):
+        raise error
+
+    with pytest.raises(error):
         run_command(body, [])
 
 
@@ -75,8 +79,25 @@ def test_the_message_of_an_error_from_a_worker():
     assert error_message(InputError(f"{text}solov2.config.InputError: a.jpg is broken\n")) == "a.jpg is broken"
 
 
-def test_text_from_files_cannot_steer_a_terminal():
-    assert printable("a\x1b[2Jb\nc ü") == r"a\x1b[2Jb\nc ü"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb\nc ü 猫", r"a\x1b[2Jb\nc ü 猫"),
+        ("\x9b2J \x7f\r\b\0", r"\x9b2J \x7f\r\x08\x00"),
+        ("user\u202egpj.exe \u2066a\u2069", r"user\u202egpj.exe \u2066a\u2069"),  # right to left: "Trojan source"
+        ("ca\u200bt\u2060\ufeff", r"ca\u200bt\u2060\ufeff"),  # two classes that look the same
+        ("a\u2028b\u2029c", r"a\u2028b\u2029c"),
+        ("\udcff", r"\udcff"),  # of a file name that is not UTF-8
+        ("a: {b} #c | *d* `e` <f>", "a: {b} #c | *d* `e` <f>"),
+    ],
+)
+def test_text_from_files_cannot_steer_a_terminal(text, shown):
+    assert printable(text) == shown
+
+
+def test_text_for_a_console_that_lacks_characters():
+    assert printable("Ä 猫", encoding="cp1252") == r"Ä \u732b"
+    assert printable("Ä 猫", encoding="ascii") == r"\xc4 \u732b"
 
 
 def test_only_rank_zero_prints_an_error_at_once(monkeypatch, capsys):

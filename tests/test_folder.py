@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers.tiny_models import numbered
@@ -47,6 +48,48 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         other.kill()
     with run_folder(tmp_path, clear=False):
         pass
+
+
+def test_without_fcntl_the_lock_is_that_of_windows(tmp_path, monkeypatch):
+    calls, held = [], False
+
+    def locking(_file, mode, length):
+        calls.append((mode, length))
+        if held:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("solov2.training.folder.fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this one")
+    with run_folder(tmp_path, clear=False):
+        assert calls == [(2, 1)] and (tmp_path / LOCK_FILE).read_text() == "this one"
+    held = True
+    with pytest.raises(InputError, match="another run is writing to"), run_folder(tmp_path, clear=False):
+        pass
+    monkeypatch.setitem(sys.modules, "msvcrt", None)
+    with run_folder(tmp_path, clear=False):  # no locks at all
+        pass
+
+
+def test_every_module_is_imported_without_the_names_of_unix():
+    """Windows has neither fcntl nor most signals."""
+    script = (
+        "import importlib, pkgutil, signal, subprocess, sys\n"
+        "import multiprocessing.util, pycocotools.coco, torch, torchvision\n"
+        "sys.modules |= dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp'))\n"
+        "kept = ('SIGINT', 'SIGTERM', 'SIGABRT', 'SIGFPE', 'SIGILL', 'SIGSEGV')\n"
+        "for name in [n for n in dir(signal) if n[:3] == 'SIG' and n[3] != '_' and n not in kept]:\n"
+        "    delattr(signal, name)\n"
+        "del signal.setitimer, signal.alarm\n"
+        "import solov2\n"
+        "for module in pkgutil.walk_packages(solov2.__path__, 'solov2.'):\n"
+        "    if module.name != 'solov2.__main__':\n"
+        "        importlib.import_module(module.name)\n"
+        "from solov2.training.signals import SIGNALS\n"
+        "print(len(SIGNALS))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr[-2000:]
 
 
 def test_ranks_that_find_different_checkpoints_are_an_error(tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ def make_sample(number: int, height: int, width: int, count: int = 2) -> dict:
         "boxes": torch.tensor([[0.0, 0, width, height]]).repeat(count, 1),
         "labels": torch.arange(count),
         "masks": torch.ones(count, height, width, dtype=torch.uint8),
-        "extents": torch.tensor([0, 0, width, height]).repeat(count, 1),
         "image_id": 100 + number,
         "original_size": (2 * height, 2 * width),
     }
@@ -76,7 +75,7 @@ def test_targets_see_unpadded_instances_and_the_padded_size():
     ((instances, size),) = received
     assert size == (48, 80)
     for instance, sample in zip(instances, samples):
-        assert set(instance) == {"boxes", "labels", "masks", "extents"}
+        assert set(instance) == {"boxes", "labels", "masks"}
         assert all(instance[key] is sample[key] for key in instance)
 
 

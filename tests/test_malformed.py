@@ -6,6 +6,7 @@ finds exactly what was planted; the repaired file loads and has nothing repairab
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,12 @@ import pytest
 from helpers.coco_files import HEIGHT, WIDTH, CocoTree, annotation, png_header, rectangle
 from PIL import Image
 
-from solov2.commands.check_data import UNUSABLE_FILES, main
+from solov2.commands.check_data import main
 from solov2.config import Config, load_config
 from solov2.data.annotations import load_json
 from solov2.data.coco import CocoInstances
 from solov2.data_check.check import check_data
 from solov2.data_check.findings import REPAIRABLE
-from solov2.data_check.repair import repair
 from solov2.errors import InputError
 
 SETTINGS = ("data.train_scales=[48]", "data.train_long_edge=64")
@@ -111,12 +111,20 @@ def twice(tree: CocoTree) -> None:
     tree.content["annotations"].append(annotation(41, 4, 1, (20, 26, 12, 12)))
 
 
+def as_corners(tree: CocoTree) -> None:
+    for entry in tree.content["annotations"]:
+        x, y, width, height = entry["bbox"]
+        entry["bbox"] = [x, y, x + width, y + height]
+
+
 UNCOMPRESSED = [10 * HEIGHT + 8, *([16, HEIGHT - 16] * 19), 16, HEIGHT * WIDTH - 29 * HEIGHT - 24]
 CROWD = {
     "size": [HEIGHT, WIDTH],
     "counts": [10 * HEIGHT + 30, *([8, HEIGHT - 8] * 7), 8, HEIGHT * WIDTH - 17 * HEIGHT - 38],
 }
 FINE, LEFT_OUT = None, "first is annotation 11"
+MANY = "warning: have iscrowd 1"
+[RECTANGLE] = rectangle(10, 8, 20, 16)
 # name: (change to the tree, outcome of loading: None, "warning: ..." or the error, kinds of findings)
 CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "clean": (lambda tree: None, FINE, set()),
@@ -129,12 +137,16 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "segmentation null": (set_first(segmentation=None), "annotation 11 .*list of polygons", {"segmentation"}),
     "segmentation text": (set_first(segmentation="1,2,3"), "annotation 11 .*list of polygons", {"segmentation"}),
     "polygon null": (set_first(segmentation=[None]), "annotation 11 .*list of numbers", {"segmentation"}),
-    "polygon of text": (set_first(segmentation=[["1"] * 6]), "annotation 11 .*list of numbers", {"segmentation"}),
-    "polygon of points": (
-        set_first(segmentation=[[[1, 2], [9, 2], [9, 9]]]), "annotation 11 .*list of numbers", {"segmentation"},
+    "polygon of text": (
+        set_first(segmentation=[list(map(str, RECTANGLE))]), "annotation 11 .*list of numbers", {"segmentation"},
     ),
-    "polygon not nested": (
-        set_first(segmentation=[1, 2, 9, 2, 9, 9]), "annotation 11 .*list of numbers", {"segmentation"},
+    "polygon of points": (
+        set_first(segmentation=[[RECTANGLE[:2], RECTANGLE[2:4], RECTANGLE[4:6], RECTANGLE[6:]]]),
+        "annotation 11 .*list of numbers", {"segmentation"},
+    ),
+    "polygon not nested": (set_first(segmentation=RECTANGLE), "annotation 11 .*list of numbers", {"segmentation"}),
+    "polygon of numbers and text": (
+        set_first(segmentation=[[1, 2, 9, 2, 9, "x"]]), "annotation 11 .*list of numbers", {"segmentation"},
     ),
     "odd polygon": (set_first(segmentation=[[1, 2, 9, 2, 9, 9, 5]]), "annotation 11 .* even ", {"segmentation"}),
     "NaN in polygon": (
@@ -156,14 +168,17 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "polygon outside the image": (set_first(segmentation=rectangle(100, 100, 9, 9)), FINE, {"empty mask"}),
     "polygon without area": (set_first(segmentation=[[5, 5, 5, 5, 5, 5]]), FINE, {"empty mask"}),
     "uncompressed RLE": (rle(UNCOMPRESSED), FINE, {"uncompressed RLE"}),
-    "crowd RLE": (a_crowd(CROWD), FINE, {"crowd"}),
-    "broken crowd": (a_crowd([[1, 2]]), FINE, {"crowd", "segmentation"}),
+    "crowd RLE": (a_crowd(CROWD), MANY, {"crowd", "many crowds"}),
+    "broken crowd": (a_crowd([[1, 2]]), MANY, {"crowd", "many crowds", "segmentation"}),
     "RLE of another size": (rle([100], (10, 10)), "annotation 11 .*size", {"segmentation"}),
     "RLE with sides swapped": (rle([HEIGHT * WIDTH], (WIDTH, HEIGHT)), "annotation 11 .*size", {"segmentation"}),
     "RLE too short": (rle([5, 6]), "annotation 11 .*add up", {"segmentation"}),
     "RLE with a negative run": (rle([HEIGHT * WIDTH + 5, -5]), "annotation 11 .*add up", {"segmentation"}),
     "RLE of fractions": (rle([10.5, HEIGHT * WIDTH - 10.5]), "annotation 11 .*run lengths", {"segmentation"}),
-    "RLE of text": (rle(["10", str(HEIGHT * WIDTH - 10)]), "annotation 11 .*run lengths", {"segmentation"}),
+    "RLE of text": (rle(list(map(str, UNCOMPRESSED))), "annotation 11 .*run lengths",
+                    {"segmentation", "uncompressed RLE"}),
+    "RLE of other text": (rle(["x", "y"]), "annotation 11 .*run lengths", {"segmentation"}),
+    "RLE of a huge integer": (rle([10**400]), "annotation 11 .*run lengths", {"segmentation"}),
     "RLE without counts": (rle(None), "annotation 11 .*no counts", {"segmentation"}),
     "RLE without runs": (rle([]), "annotation 11 .*add up", {"segmentation"}),
     "RLE with a number as size": (rle([5], 5), "annotation 11 .*size", {"segmentation"}),
@@ -181,7 +196,10 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "area of something else": (set_first(area=2000), FINE, {"area differs"}),
     "box missing": (without("bbox"), "annotation 11 .*no bbox", {"box"}),
     "box of 3 numbers": (set_first(bbox=[1, 2, 3]), "annotation 11 .*no bbox", {"box"}),
-    "box text": (set_first(bbox=["1", "2", "3", "4"]), "annotation 11 .*no bbox", {"box"}),
+    "box text": (set_first(bbox=["10", "8", "20", "16"]), "annotation 11 .*no bbox", {"box"}),
+    "box of 1e30": (set_first(bbox=[1e30, 8, 20, 16]), f"warning: {LEFT_OUT} with a box outside",
+                    {"left out", "box beyond image"}),
+    "boxes as corners": (as_corners, FINE, {"boxes as corners", "box differs", "box beyond image"}),
     "box NaN": (set_first(bbox=[1, 2, 3, float("nan")]), "annotation 11 .*no bbox", {"box"}),
     "box of a huge integer": (set_first(bbox=[1, 2, 3, 10**400]), "annotation 11 .*no bbox", {"box"}),
     "box without width": (
@@ -219,7 +237,9 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "category without name": (
         append("categories", {"id": 3}), "category 3 .*no name", {"category name"},
     ),
-    "category name a number": (append("categories", {"id": 3, "name": 3}), "category 3 .*no name", {"category name"}),
+    "category name a number": (append("categories", {"id": 3, "name": 3}), "category 3 .*no name",
+                               {"category name", "unused category"}),
+    "category name null": (append("categories", {"id": 3, "name": None}), "category 3 .*no name", {"category name"}),
     "category without id": (append("categories", {"name": "van"}), "category without an integer id", {"no id"}),
     "category id twice": (append("categories", {"id": 2, "name": "bus"}), "category id 2 twice", {"id twice"}),
     "category name twice": (
@@ -228,15 +248,22 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "category never used": (append("categories", {"id": 5, "name": "van"}), FINE, {"unused category"}),
     "annotation of no image": (set_first(image_id=99), "annotation 11 .*image 99", {"unknown image"}),
     "image_id null": (set_first(image_id=None), "annotation 11 .*image None", {"unknown image"}),
-    "image_id text": (set_first(image_id="1"), "annotation 11 .*image 1", {"unknown image"}),
+    "image_id text": (set_first(image_id="1"), "annotation 11 .*image '1'", {"unknown image"}),
     "image_id a list": (set_first(image_id=[1]), "annotation 11 .*image", {"unknown image"}),
     "annotation id twice": (set_first(id=12), "annotation id 12 twice", {"id twice"}),
+    "annotation id 0": (set_first(id=0), FINE, {"id 0"}),
+    "annotation id of 100 digits": (set_first(id=10**100), "annotation without an integer id", {"no id"}),
+    "annotation id of 62 bits": (set_first(id=2**62), FINE, set()),
+    "image id of 100 digits": (set_image(id=10**100), "image without an integer id",
+                               {"no id", "unknown image", "no instance"}),
     "annotation without id": (without("id"), "annotation without an integer id", {"no id"}),
     "annotation id a fraction": (set_first(id=1.5), "annotation without an integer id", {"no id"}),
     "annotation a number": (append("annotations", 5), "annotation without an integer id", {"no id"}),
     "annotation null": (append("annotations", None), "annotation without an integer id", {"no id"}),
     "iscrowd text": (set_first(iscrowd="0"), "annotation 11 .*iscrowd", {"iscrowd"}),
-    "iscrowd 2": (set_first(iscrowd=2), "annotation 11 .*iscrowd", {"iscrowd"}),
+    "iscrowd 2": (set_first(iscrowd=2), "annotation 11 .*iscrowd", {"iscrowd", "crowd", "many crowds"}),
+    "iscrowd true": (set_first(iscrowd=True), MANY, {"crowd", "many crowds"}),
+    "iscrowd false": (set_first(iscrowd=False), FINE, set()),
     "iscrowd null": (set_first(iscrowd=None), "annotation 11 .*iscrowd", {"iscrowd"}),
     "iscrowd missing": (without("iscrowd"), FINE, set()),
     "annotation twice": (append("annotations", annotation(13, 1, 1, (10, 8, 20, 16))), FINE, {"annotation twice"}),
@@ -259,8 +286,21 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "file_name leaves the folder": (set_image(file_name="../../x.jpg"), "image 1 .*outside", {"file outside"}),
     "file_name leaves in the middle": (set_image(file_name="a/../../x.jpg"), "image 1 .*outside", {"file outside"}),
     "file_name absolute": (set_image(file_name="/etc/passwd"), "image 1 .*outside", {"file outside"}),
-    "file_name with a zero byte": (set_image(file_name="1\0.png"), "does not exist", {"missing file"}),
-    "file_name with half a character": (set_image(file_name="\ud800.png"), "does not exist", {"missing file"}),
+    "file_name of Windows": (
+        set_image(file_name="images\\1.png"), r"image 1 .*images\\1\.png with Windows's separator", {"missing file"},
+    ),
+    "file_name of Windows, missing": (
+        set_image(file_name="images\\9.png"), r"image 1 .*images\\9\.png with Windows's separator", {"missing file"},
+    ),
+    "file_name with a backslash": (stored_as("a\\b.png", noise()), FINE, set()),
+    "file_name with a dot": (set_image(file_name="./1.png"), FINE, set()),
+    "file_name with a doubled folder": (set_image(file_name="images/1.png"), "1.png", {"missing file"}),
+    "file_name of LVIS": (
+        lambda tree: tree.image.update(file_name=None, coco_url="http://cocodataset.org/images/1.png"),
+        "image 1 .*coco_url, as in LVIS", {"file name"},
+    ),
+    "file_name with a zero byte": (set_image(file_name="1\0.png"), "1.*png", {"missing file"}),
+    "file_name with half a character": (set_image(file_name="\ud800.png"), "png", {"missing file"}),
     "file_name too long": (set_image(file_name="x" * 5000), "xxx.* (cannot be read|does not exist)", {"missing file"}),
     "width 0": (set_image(width=0), "image 1 .*width and height", {"size"}),
     "width text": (set_image(width="64"), "image 1 .*width and height", {"size"}),
@@ -269,7 +309,7 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     "width enormous": (set_image(width=10**12), "image 1 .*more than", {"size"}),
     # files
     "file missing": (lambda tree: (tree.images / "1.png").unlink(), "1.png does not exist", {"missing file"}),
-    "file a folder": (lambda tree: ((tree.images / "d").mkdir(), tree.rename("d")), "d does not", {"missing file"}),
+    "file a folder": (lambda tree: ((tree.images / "d").mkdir(), tree.rename("d")), "/d (is|do)", {"missing file"}),
     "file of another size": (stored_as("b.png", np.zeros((40, 50, 3), np.uint8)), "b.png is 50 x 40", {"wrong size"}),
     "truncated PNG": (cut("cut.png", 0.5), "cut.png cannot be read", {"unreadable file"}),
     "truncated JPEG": (cut("cut.jpg", 0.6), "cut.jpg cannot be read", {"unreadable file"}),
@@ -280,7 +320,7 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
         "p.jpg .*EPS", {"unreadable file"},
     ),
     "decompression bomb": (file_of("x.png", png_header(50_000, 50_000)), "x.png.* pixels", {"unreadable file"}),
-    "smaller bomb": (file_of("x.png", png_header(14_000, 14_000)), "x.png: .*pixels", {"unreadable file"}),
+    "smaller bomb": (file_of("x.png", png_header(14_000, 14_000)), "x.png.* pixels", {"unreadable file"}),
     "header only": (file_of("x.png", png_header(WIDTH, HEIGHT)), "x.png cannot be read", {"unreadable file"}),
     "gray": (stored_as("g.png", noise(1)), FINE, {"gray"}),
     "gray with alpha": (stored_as("la.png", noise(2), "LA"), FINE, {"gray", "alpha"}),
@@ -298,6 +338,16 @@ CASES: dict[str, tuple[Callable[[CocoTree], object], str | None, set[str]]] = {
     ),
 }  # fmt: skip
 NOT_COCO = {
+    "nested 150 deep": b'{"info": ' + b"[" * 150 + b"]" * 150 + b', "images": [], "annotations": [], "categories": []}',
+    "nested 900 deep": b'{"images": [], "annotations": [{"segmentation": '
+    + b"[" * 900
+    + b"]" * 900
+    + b'}], "categories": []}',
+    "a key nested deeply": b'{"images": [{"id": '
+    + b'{"a":' * 600
+    + b"1"
+    + b"}" * 600
+    + b'}], "annotations": [], "categories": []}',
     "empty": b"",
     "cut": b'{"images": [',
     "not text": b"\xff\xfe\xfa",
@@ -306,6 +356,8 @@ NOT_COCO = {
     "no categories": b'{"images": [], "annotations": []}',
     "sections are not lists": b'{"images": {}, "annotations": [], "categories": []}',
     "nested 100,000 deep": b"[" * 100_000,
+    "compressed": gzip.compress(b"{}"),
+    "in Latin-1": '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "Käfer"}]}'.encode("latin-1"),
     "a number of 5,000 digits": b'{"images": [' + b"9" * 5000 + b'], "annotations": [], "categories": []}',
 }
 
@@ -339,12 +391,13 @@ def test_malformed(tree: CocoTree, config: Config, name: str, caplog: pytest.Log
 
     report = check_data(load_json(tree.file), tree.images, config)
     assert {finding.kind for finding in report.findings} == kinds, [finding.sentence() for finding in report.findings]
+    assert bool(report.changes) == bool(kinds & REPAIRABLE)
+    assert all(bool(finding.fix) == (finding.kind in REPAIRABLE) for finding in report.findings)
 
-    unusable = {finding.image_id: finding.message for finding in report.findings if finding.kind in UNUSABLE_FILES}
-    repaired, changes = repair(load_json(tree.file), unusable)
-    assert bool(changes) == bool(kinds & REPAIRABLE)
+    repaired = report.repaired
     tree.file.with_name("repaired.json").write_text(json.dumps(repaired))
-    assert load_everything(tree.file.with_name("repaired.json"), tree.images, caplog) == []
+    warned = load_everything(tree.file.with_name("repaired.json"), tree.images, caplog)
+    assert len(warned) <= ("many crowds" in kinds), warned
     again = check_data(repaired, tree.images, config)
     assert not {finding.kind for finding in again.findings} & REPAIRABLE
     assert tree.file.read_bytes() == before

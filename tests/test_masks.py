@@ -9,6 +9,7 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 
+import solov2.ops.masks
 from solov2.errors import InputError
 from solov2.ops.masks import (
     _first_and_last,
@@ -16,9 +17,11 @@ from solov2.ops.masks import (
     centers_of_mass,
     check_segmentation,
     decode_rle,
+    draw_window,
     encode_rle,
     masks_to_boxes,
     polygons_to_mask,
+    run_lengths,
     segmentation_to_mask,
     segmentations_to_masks,
 )
@@ -102,6 +105,26 @@ def test_rle_of_any_memory_order(masks):
     assert encode_rle(masks.mT.contiguous().mT) == encode_rle(masks)
     assert encode_rle(masks.repeat_interleave(2, dim=0)[::2]) == encode_rle(masks)
     assert encode_rle(torch.zeros(0, 5, 5, dtype=torch.bool)) == []
+
+
+@pytest.mark.parametrize("budget", [1, 2 * 11 * 17, 2**30])
+def test_rle_in_chunks(masks, monkeypatch, budget):
+    expected = encode_rle(masks)
+    monkeypatch.setattr(solov2.ops.masks, "CHUNK_BYTES", budget)
+    sizes = []
+    encode = coco_mask.encode
+    monkeypatch.setattr(coco_mask, "encode", lambda planes: sizes.append(planes.shape[2]) or encode(planes))
+    assert encode_rle(masks) == expected
+    assert sizes == {1: [1] * 6, 2 * 11 * 17: [2] * 3, 2**30: [6]}[budget]
+
+
+def test_windows_are_tight(masks):
+    for lengths, mask, box in zip(
+        run_lengths(encode_rle(masks), (11, 17)), masks, masks_to_boxes(masks).int().tolist()
+    ):
+        window, found = draw_window(lengths, 11)
+        x1, y1, x2, y2 = found
+        assert list(found) == box and np.array_equal(window.T, mask[y1:y2, x1:x2].numpy())
 
 
 def test_decode_accepts_every_kind_of_counts():

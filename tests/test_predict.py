@@ -14,10 +14,11 @@ from helpers.tiny_models import save_content
 from PIL import Image
 
 from solov2.build import build_model
-from solov2.commands.predict import find_images, main, plan_outputs
+from solov2.commands.predict import find_sources, main, plan_outputs
 from solov2.config import load_config
 from solov2.errors import InputError
 from solov2.ops.masks import decode_rle, encode_rle
+from solov2.outputs import check_outputs
 
 NAMES = ["disc", "ring", "square", "star"]
 
@@ -151,19 +152,98 @@ def test_inputs_and_existing_outputs_are_not_overwritten(
 
 def test_equal_names_give_distinct_outputs(tmp_path: Path) -> None:
     paths = [tmp_path / path for path in ("x/a.jpg", "y/a.jpg", "y/A.JPG", "y/a.bmp", "z/a.png")]
-    names = [picture.name for _, picture in plan_outputs(paths, tmp_path / "out")]
+    sources = [(path, Path()) for path in paths]
+    names = [picture.name for _, picture in plan_outputs(sources, tmp_path / "out")]
     assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a.png", "a_2.png"]
-    assert [image for image, _ in plan_outputs(paths, tmp_path / "out")] == paths
+    assert [image for image, _ in plan_outputs(sources, tmp_path / "out")] == paths
+    apart = [(path, Path(path.parent.name)) for path in paths]
+    pictures = [picture.relative_to(tmp_path / "out") for _, picture in plan_outputs(apart, tmp_path / "out")]
+    assert [str(picture) for picture in pictures] == ["x/a.jpg", "y/a.jpg", "y/A_2.JPG", "y/a.png", "z/a.png"]
 
 
-def test_finding_images(photos: Path, tmp_path: Path) -> None:
-    assert [path.name for path in find_images([photos])] == ["a.jpg", "b.png", "c.bmp"]
-    assert [path.name for path in find_images([photos / "b.png", photos])] == ["b.png", "a.jpg", "c.bmp"]
+def test_places_where_no_picture_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "a.jpg").mkdir()
+    for name, folder in (("b.jpg", "file"), ("a.jpg", "")):
+        [(_, picture)] = plan_outputs([(Path("photos") / name, Path(folder))], tmp_path)
+        with pytest.raises(InputError, match=f"{folder or 'a.jpg'} is "):
+            check_outputs([("--output", picture)], overwrite=True)
+
+
+def test_finding_sources(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert find_sources([photos], out) == [(photos / name, Path()) for name in ("a.jpg", "b.png", "c.bmp")]
+    again = [path.name for path, _ in find_sources([photos / "b.png", photos, photos / ".." / "photos"], out)]
+    assert again == ["b.png", "a.jpg", "c.bmp"]
+    assert find_sources([photos / "notes.txt"], out) == [(photos / "notes.txt", Path())]  # by name: its reading tells
+    assert [path for path, _ in find_sources([photos], photos)] == [
+        photos / name for name in ("a.jpg", "b.png", "c.bmp")
+    ]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="contains no images"):
-        find_images([tmp_path / "empty"])
-    with pytest.raises(InputError, match=r"nowhere\.jpg does not exist"):
-        find_images([tmp_path / "nowhere.jpg"])
+    for path, words in (
+        (tmp_path / "empty", "contains no images"),
+        (tmp_path / "nowhere.jpg", r"nowhere\.jpg does not exist"),
+        ("https://example.org/a.jpg", "is a URL"),
+        ("/dev/null", "not a regular file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            find_sources([path], out)
+
+
+def test_subfolders_and_a_second_run(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Subfolders are kept, what is passed over is counted, and earlier pictures are no images."""
+    inner = photos / "day 1" / "left"
+    inner.mkdir(parents=True)
+    Image.open(photos / "a.jpg").save(inner / "d.jfif", format="JPEG")
+    Image.open(photos / "a.jpg").save(inner / "a.jpg")
+    (photos / "scan.pdf").write_text("no image")
+    arguments = (photos, "--weights", weights, "--output", photos / "found", "--results", tmp_path / "found.json")
+    for _ in range(2):
+        assert run(*arguments, "--overwrite", "--max-instances", "1") == 0
+        written = {str(path.relative_to(photos / "found")) for path in (photos / "found").rglob("*.*")}
+        assert written == {"a.jpg", "b.png", "c.png", "day 1/left/a.jpg", "day 1/left/d.png"}
+        files = [entry["file_name"] for entry in json.loads((tmp_path / "found.json").read_text())]
+        assert files == [str(path) for path in sorted([*photos.glob("[abc].*"), inner / "a.jpg", inner / "d.jfif"])]
+        error = capsys.readouterr().err
+        assert "2 files" in error and "1 .txt" in error and "1 .pdf" in error
+
+
+def test_the_limit_of_pixels_is_a_setting(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """a.jpg has 120 x 100 pixels, b.png 120 x 90, c.bmp 120 x 110."""
+    limit = ("--set", "data.max_image_pixels=12000")
+    assert run(photos, "--weights", weights, "--output", tmp_path / "out", "--batch-size", "2", *limit) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.jpg", "b.png"]
+    error = capsys.readouterr().err
+    assert "c.bmp has 120 x 110 pixels" in error and "12000" in error and "max_image_pixels" in error
+
+
+def test_names_cannot_steer_a_terminal(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = b"a\xff\x1b[31m\n.jpg".decode("utf-8", "surrogateescape")
+    (photos / "a.jpg").rename(photos / name)
+    (photos / f"broken{name}").write_bytes(b"")
+    arguments = ("--weights", weights, "--output", tmp_path / "out", "--results", tmp_path / "found.json")
+    assert run(photos, *arguments, "--max-instances", "1") == 1
+    output = "".join(capsys.readouterr())
+    assert "\x1b[31m" not in output and "\\x1b[31m\\n.jpg" in output and (tmp_path / "out" / name).is_file()
+    entries = json.loads((tmp_path / "found.json").read_text())
+    assert str(photos / name) in [entry["file_name"] for entry in entries]
+
+
+def test_an_animation_is_drawn_by_its_first_frame(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Image.open(photos / "b.png") as image:
+        image.save(photos / "moving.gif", save_all=True, append_images=[image.rotate(180)])
+    assert run(photos / "moving.gif", "--weights", weights, "--output", tmp_path, "--score-threshold", "1") == 0
+    assert "moving.gif" in capsys.readouterr().err
+    with Image.open(photos / "moving.gif") as before, Image.open(tmp_path / "moving.png") as after:
+        assert after.tobytes() == before.convert("RGB").tobytes()
 
 
 def test_mistakes_are_one_line(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

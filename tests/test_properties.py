@@ -71,7 +71,6 @@ def samples(draw: st.DrawFn) -> dict:
         "boxes": torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4),
         "labels": torch.from_numpy(generator.randint(0, CLASSES, len(kinds))).long(),
         "masks": planes,
-        "extents": masks_to_boxes(planes).long(),
         "image_id": 1,
         "original_size": (int(height), int(width)),
     }

@@ -22,6 +22,7 @@ import solov2
 SIGNATURES = {
     ("solov2", "build_model"): "(name_or_config, *, weights=None, num_classes=None, device=None, **overrides)",
     ("solov2", "list_models"): "()",
+    ("solov2", "find_images"): "(folder)",
     ("solov2", "draw_instances"): "(image, result, class_names)",
     ("solov2", "to_supervision"): "(result, class_names=None)",
     ("solov2", "train"): (
@@ -32,6 +33,9 @@ SIGNATURES = {
     ("solov2", "SOLOv2.preprocess"): "(images)",
     ("solov2", "SOLOv2.postprocess"): "(raw, sizes, original_sizes, *, mask_format='bool', **settings)",
     ("solov2", "SOLOv2.predict"): (
+        "(images, *, score_threshold=None, max_instances=None, batch_size=1, mask_format='bool')"
+    ),
+    ("solov2", "SOLOv2.predict_iter"): (
         "(images, *, score_threshold=None, max_instances=None, batch_size=1, mask_format='bool')"
     ),
     ("solov2.targets", "TargetAssigner"): "(grid_sizes, scale_ranges, *, num_classes, center_sigma=0.2)",
@@ -90,7 +94,10 @@ def test_the_comparison_sees_differences() -> None:
 
 
 def test_public_names_are_exported() -> None:
-    names = ["SOLOv2", "TrainResult", "build_model", "draw_instances", "list_models", "to_supervision", "train"]
+    names = [
+        *("SOLOv2", "TrainResult", "build_model", "draw_instances", "find_images", "list_models", "to_supervision"),
+        "train",
+    ]
     modules = ["convert", "data", "evaluation", "losses", "models", "ops", "targets"]
     assert solov2.__all__ == names
     assert dir(solov2) == sorted([*names, *modules, "__version__"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import resource
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,13 +28,16 @@ from solov2.checkpoint import load_file
 from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.train import main
 from solov2.data.loader import TrainBatchSampler
-from solov2.errors import InputError
+from solov2.errors import InputError, RunFailed
 from solov2.ops.images import read_image
+from solov2.training.environment import images_sha256
+from solov2.training.epochs import _ready_on_all_ranks
 from solov2.training.folder import latest_checkpoint, newest_loadable, save_step, step_checkpoints, step_file
 from solov2.training.optim import build_optimizer
 from solov2.training.randomness import determinism
 from solov2.training.resume import match_memory_format
-from solov2.training.signals import STOPPED, StopSignal
+from solov2.training.signals import FAILED, STOPPED, StopSignal, _Suspension
+from solov2.weights import read_checkpoint
 
 WORDS = [
     word
@@ -219,6 +225,52 @@ def test_build_model_loads_the_averaged_weights(data, tmp_path):
     assert not torch.equal(content["model"][name], content["averaged"][name])
 
 
+def test_a_rank_saves_and_ends_with_one_that_has_no_batch(monkeypatch):
+    """The other rank's worker has died; this one, which has its batch, saves the step that both have completed."""
+    saved = []
+    run = SimpleNamespace(
+        dataset=None, config=SimpleNamespace(train=SimpleNamespace(stall_seconds=1)), global_step=3,
+        save=lambda: saved.append(3), logger=SimpleNamespace(print=print),
+    )  # fmt: skip
+    stop = SimpleNamespace(poll=lambda *, failed: FAILED, check=int)
+    monkeypatch.setattr("solov2.training.epochs.watched", lambda *_loader, **_options: iter([{}]))
+    monkeypatch.setattr("solov2.distributed.all_gather_objects", lambda own: [own, "a worker was killed"])
+    with pytest.raises(RunFailed, match="rank 1 failed: a worker was killed"):
+        next(_ready_on_all_ranks(run, None, stop))
+    assert saved == [3]
+
+
+@pytest.mark.parametrize(
+    ("error", "missing", "suspended", "words"),
+    [
+        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:37033", [1, 3], 0, ("rank 1, 3 does not", "--resume")),
+        ("Timed out waiting 60000ms for recv operation", [1], 20, ("rank 1 does not", "60 seconds", "stall_seconds")),
+        ("Timed out waiting 60000ms for recv operation", [1], 70, ("suspended for 70 seconds", "--resume")),
+        ("Timed out waiting 60000ms for recv operation", [], 0, ("all respond now", "--resume")),
+        ("out of memory", [], 0, None),
+    ],
+)
+def test_a_lost_rank_is_named(monkeypatch, error, missing, suspended, words):
+    stop = StopSignal(60, Path())
+    stop._group = object()
+    monkeypatch.setattr("solov2.distributed.missing_ranks", lambda _seconds: missing)
+    monkeypatch.setattr("solov2.training.signals._Suspension.seconds", lambda _self, *, within: suspended)
+    with pytest.raises(RuntimeError) as failed, stop.report_unresponsive_ranks():
+        raise RuntimeError(error)
+    assert isinstance(failed.value, RunFailed) == (words is not None)
+    assert all(word in str(failed.value) for word in words or [error])
+
+
+def test_a_suspension_is_measured(monkeypatch):
+    monkeypatch.setattr("solov2.training.signals.BEAT_SECONDS", 0.01)
+    clock = itertools.chain([0, 1, 21, 22, 23], itertools.repeat(24))
+    monkeypatch.setattr("solov2.training.signals.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    suspension = _Suspension()
+    time.sleep(0.3)
+    assert (suspension.seconds(within=60), suspension.seconds(within=2)) == (20, 0)
+    suspension.ended.set()
+
+
 def test_a_signal_is_reported_and_handlers_are_restored():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with StopSignal(60, Path()) as stop:
@@ -228,10 +280,25 @@ def test_a_signal_is_reported_and_handlers_are_restored():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+@pytest.mark.parametrize(("enabled", "warn_only", "workspace"), [(False, False, None), (True, True, ":16:8")])
+def test_determinism_restores_the_settings_of_its_caller(monkeypatch, enabled, warn_only, workspace):
+    def settings():
+        flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        return *flags, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if workspace is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    try:
+        with determinism(True):
+            assert settings() == (True, False, workspace or ":4096:8")
+        assert settings() == (enabled, warn_only, workspace)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_deterministic_runs_are_identical(data, tmp_path):
-    with determinism(True):
-        assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
     words = [*WORDS, "--epochs", "1", "--evaluate-every", "0", "--deterministic"]
     for name in "ab":
         assert main(arguments(data, tmp_path / name, *words)) == 0
@@ -318,7 +385,37 @@ def test_an_unresponsive_rank_is_named(data, tmp_path, repo_root, moment):
     _, errors = process.communicate(timeout=120)
     watching.cancel()
     assert process.returncode == 1 and "rank 0 waited" in errors and "10 seconds (train.stall_seconds)" in errors
-    assert "anks 1 failed" in errors  # torch's message
+    assert "rank 1 does not respond" in errors
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_named(data, tmp_path, repo_root):
+    words = [*WORDS, "--epochs", "500", "--evaluate-every", "0"]
+    process = started_training(LAUNCHER, arguments(data, tmp_path / "run", *words), repo_root)
+    (second,) = (p for p in children_of(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "rank 0 waited" in errors and "rank 1 does not respond" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], LAUNCHER])
+def test_a_killed_worker_loses_no_step(data, tmp_path, repo_root, launcher):
+    """With several ranks, all of them save the step that they have in common; the resumed run equals a whole one."""
+    words = [*WORDS, "--evaluate-every", "0", "--set", "train.checkpoint_steps=0", "--set", "data.workers=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = started_training(launcher, arguments(data, tmp_path / "cut", *words), repo_root, until="step 1")
+    trainers = children_of(process.pid) if launcher else [process.pid]
+    workers = [worker for trainer in trainers for worker in children_of(trainer)]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "killed" in errors
+    *_, last = (row for row in log_of(tmp_path / "cut") if row["kind"] == "train")
+    assert step_checkpoints(tmp_path / "cut")[0].name == step_file(last["step"])
+    for name, more in (("cut", ["--resume"]), ("whole", [])):
+        command = [sys.executable, *launcher, "train.py", *arguments(data, tmp_path / name, *words, *more)]
+        subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, timeout=200, check=True)
+    assert same(*(load_file(tmp_path / name / "last.pth") for name in ("whole", "cut")))
 
 
 def test_moments_take_the_memory_format_of_their_parameters():
@@ -390,7 +487,7 @@ def test_the_configuration_comes_with_the_checkpoint(finished, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--epochs", "1"], ("step_00000008.pth is in epoch 3", "1 epoch;", "--epochs")),
+        (["--epochs", "1"], ("step_00000008.pth", "after 2 epochs,", "1 epoch;", "--epochs")),
         (["--optimizer", "sgd"], ("step_00000008.pth", "adamw", "sgd", "--optimizer adamw", "--weights")),
     ],
 )
@@ -427,6 +524,63 @@ def test_resuming_an_earlier_step_renames_later_checkpoints(finished, tmp_path, 
     assert [path.name for path in step_checkpoints(run)] == ["step_00000008.pth"]
     whole, again = (load_file(folder / "last.pth") for folder in (finished, run))
     assert same(whole["model"], again["model"])
+
+
+def test_a_larger_batch_resumes_without_setting_its_checkpoint_aside(finished, tmp_path, capsys):
+    """Epochs have fewer steps then, so the resumed step has a smaller number than the file it comes from."""
+    run = copy_of(finished, tmp_path / "run")
+    source = run / "step_00000007.pth"
+    words = ["--device", "cpu", "--batch-size", "8", "--epochs", "3", "--evaluate-every", "0"]
+    content = source.read_bytes()
+    (run / "last.pth").unlink()
+    assert main(["--resume", str(source), "--output", str(run), *words, "--set", "train.keep_checkpoints=2"]) == 0
+    assert "8 images per step, now 16" in capsys.readouterr().err
+    assert source.read_bytes() == content
+    assert sorted(path.name for path in run.glob("*.aside")) == [f"{step_file(step)}.aside" for step in (4, 5, 6, 8)]
+    newest, _ = newest_loadable(run)
+    assert newest.training.position == (3, 0)
+    assert [path.name for path in step_checkpoints(run)] == [step_file(step) for step in (7, 6, 5)]
+
+
+def test_what_changed_since_the_checkpoint_is_logged(finished, tmp_path, capsys):
+    """A bit-identical resume needs the same data and the same machine."""
+    run = copy_of(finished, tmp_path / "run")
+    words = ["--resume", "--output", str(run), "--device", "cpu"]
+    assert main(words) == 0
+    assert "since" not in capsys.readouterr().err
+    checkpoint = read_checkpoint(run / "last.pth")
+    known = checkpoint.training.conditions
+    assert {"device", "CPU threads", "processes", "torch", "training images", "validation annotations"} == set(known)
+    other = {name: "other" for name in known} | {"unknown": "name"}
+    for conditions, changed in ((other, list(known)), ({}, [])):  # {}: a checkpoint without this entry
+        replace(checkpoint, training=replace(checkpoint.training, conditions=conditions)).save(run / "last.pth")
+        shutil.copy(run / "last.pth", run / step_file(8))
+        assert main(words) == 0
+        errors, logged = capsys.readouterr().err, [row for row in log_of(run) if row["kind"] == "resume"][-1]
+        assert logged["changed"] == changed
+        for part in ("CPU threads other -> 1", "processes other -> 1", "torch", "images in", "validation", "best.pth"):
+            assert (part in errors) == bool(changed), (part, errors)
+
+
+def test_changed_images_are_noticed(tmp_path):
+    dataset = SimpleNamespace(image_root=tmp_path, image_ids=list(range(2500)), file_name=lambda i: f"{i}.jpg")
+    for index in range(2500):
+        (tmp_path / f"{index}.jpg").write_bytes(b"x" * index)
+    first = images_sha256(dataset)
+    assert images_sha256(dataset) == first
+    (tmp_path / "3.jpg").write_bytes(b"xyx")  # one of the thousand that are read
+    changed = images_sha256(dataset)
+    (tmp_path / "3.jpg").unlink()
+    assert len({first, changed, images_sha256(dataset)}) == 3
+
+
+def test_the_best_checkpoint_of_a_cut_run_equals_that_of_a_whole_one(finished, tmp_path, monkeypatch):
+    """Killed in its evaluation, the run resumes, evaluates again and saves the same entries."""
+    run = copy_of(finished, tmp_path / "run")
+    (run / "best.pth").unlink()
+    assert main(["--resume", "--output", str(run), "--device", "cpu"]) == 0
+    whole, cut = (load_file(folder / "best.pth") for folder in (finished, run))
+    assert [key for key in whole if not same(whole[key], cut.get(key))] == []
 
 
 def test_a_checkpoint_resumes_in_another_folder(finished, tmp_path, capsys):

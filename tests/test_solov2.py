@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +85,14 @@ def test_preprocess(predictor: SOLOv2) -> None:
 
 
 def test_every_kind_of_image_gives_the_same_result(predictor: SOLOv2, tmp_path: Path) -> None:
-    """str, Path, PIL image, array and tensor, mixed in one call; inputs are not modified."""
+    """str, Path, bytes, file, PIL image, array and tensor, mixed in one call; inputs are not modified."""
     array = picture(80, 110)
     PIL.Image.fromarray(array).save(tmp_path / "image.png")
     forms = [
         tmp_path / "image.png",
         str(tmp_path / "image.png"),
+        (tmp_path / "image.png").read_bytes(),
+        io.BytesIO((tmp_path / "image.png").read_bytes()),
         PIL.Image.fromarray(array),
         array,
         torch.from_numpy(array).permute(2, 0, 1),
@@ -122,8 +127,62 @@ def test_single_images_generators_and_mistakes(predictor: SOLOv2) -> None:
     for batch_size in (0, -1):
         with pytest.raises(ValueError, match=f"batch_size .*{batch_size}"):
             predictor.predict(given, batch_size=batch_size)
+    for value, name in (([None], "NoneType"), (None, "NoneType"), (5, "int"), ({"a.jpg": 1}, "dict"), ([[1]], "list")):
+        with pytest.raises(TypeError, match=f"an image must be a path, .*not {name}"):
+            predictor.predict(value)
+    for batch in (np.zeros((2, 64, 96, 3), dtype=np.uint8), torch.zeros(2, 3, 64, 96)):
+        with pytest.raises(InputError, match="as a list"):
+            predictor.predict(batch)
+    with pytest.raises(InputError, match=r"tests is a folder.*solov2\.find_images"):
+        predictor.predict(Path(__file__).parent)
+    with pytest.raises(InputError, match="is a URL"):
+        predictor.predict("https://example.org/street.jpg")
+
+
+def test_results_one_at_a_time(predictor: SOLOv2) -> None:
+    """The results of `predict`, from a generator without end that is read one batch ahead."""
+    given, taken = [picture(64, 96, seed) for seed in range(3)], []
+
+    def endless():
+        for number in itertools.count():
+            taken.append(number)
+            yield given[number % 3]
+
+    wanted = predictor.predict(given, max_instances=4)
+    results = predictor.predict_iter(endless(), max_instances=4, batch_size=2)
+    assert taken == []
+    for number, result in enumerate(itertools.islice(results, 7)):
+        assert len(taken) == number + 2 - number % 2
+        assert torch.allclose(result["scores"], wanted[number % 3]["scores"], atol=1e-4)
+    (single,) = predictor.predict_iter(given[0], mask_format="rle", max_instances=4)
+    assert all(rle["size"] == [64, 96] for rle in single["masks"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_results_that_were_used_are_not_kept(predictor: SOLOv2, batch_size: int) -> None:
+    results = predictor.predict_iter([picture(64, 96, seed) for seed in range(4)], batch_size=batch_size)
+    for result in results:
+        masks = weakref.ref(result["masks"])
+        del result
+        assert masks() is None
+
+
+def test_mistakes_are_found_before_the_first_result(predictor: SOLOv2) -> None:
+    for wrong in ({"batch_size": 0}, {"mask_format": "png"}, {"precision": "int8"}):
+        with pytest.raises(ValueError, match=str(*wrong)):
+            predictor.predict_iter([], **wrong)
     with pytest.raises(TypeError, match="not NoneType"):
-        predictor.predict([None])
+        predictor.predict_iter(None)
+    results = predictor.predict_iter([picture(64, 96), b"", picture(64, 96)])
+    assert len(next(results)["scores"]) > 3  # an image that cannot be read raises in its turn
+    with pytest.raises(InputError, match="empty"):
+        next(results)
+
+
+def test_precision_of_predictions(predictor: SOLOv2) -> None:
+    (full,), (mixed,) = (predictor.predict(picture(64, 96), precision=name) for name in ("float32", "bf16"))
+    assert mixed["scores"].dtype == torch.float32 and not torch.equal(full["scores"][:3], mixed["scores"][:3])
+    assert torch.allclose(full["scores"][:3], mixed["scores"][:3], atol=0.05)
 
 
 def test_predict_settings(predictor: SOLOv2) -> None:
@@ -164,6 +223,8 @@ def test_predict_keeps_the_mode_of_the_model() -> None:
     with pytest.raises(ValueError):
         model.predict([np.full((4, 4, 3), 255, dtype=np.float32)])
     assert model.training
+    for _ in model.predict_iter([picture(64, 96)] * 2):
+        assert model.training  # between results
     model.eval().predict(picture(64, 96))
     assert not model.training
 

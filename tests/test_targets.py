@@ -9,6 +9,8 @@ import torch
 from helpers.parity import instances
 from helpers.training_parity import SCENES, TARGETS, assert_targets, scene_assigner
 
+from solov2.ops.encoded_masks import EncodedMasks
+from solov2.ops.masks import encode_rle
 from solov2.targets import TargetAssigner
 
 
@@ -120,16 +122,19 @@ def test_targets_refer_to_the_padded_size() -> None:
         assert torch.equal(padded[key], large[key])
 
 
-def test_extents_change_nothing() -> None:
-    """Extents only bound the pixels of a mask; an empty mask gets no cell although its box has an area."""
-    truth = square(20, 10, 12)
-    truth = {key: torch.cat([value, value]) for key, value in truth.items()}
+@pytest.mark.parametrize("chunk_bytes", [1, 2**30])
+def test_encoded_masks_give_the_same_targets(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    """Whatever the number that is drawn at a time; an empty mask gets no cell although its box has an area."""
+    monkeypatch.setattr(EncodedMasks.chunks, "__defaults__", (chunk_bytes,))
+    truth, other = square(20, 10, 12), square(50, 30, 20)
+    truth = {key: torch.cat([truth[key], truth[key], other[key]]) for key in truth}
     truth["masks"][1] = 0
-    extents = torch.tensor([[19, 9, 34, 22], [0, 0, 0, 0]])
-    expected, targets = (small_assigner()([given], (64, 96)) for given in (truth, {**truth, "extents": extents}))
-    assert len(expected["positives"]) > 0 and set(expected["positives"][:, 2].tolist()) == {0}
-    for key in ("category", "positives", "masks"):
-        assert torch.equal(targets[key], expected[key])
+    for given in (truth, nothing()):
+        encoded = EncodedMasks.from_segmentations(encode_rle(given["masks"]), (64, 96))
+        expected, targets = (small_assigner()([x], (64, 96)) for x in (given, {**given, "masks": encoded}))
+        for key in ("category", "positives", "masks"):
+            assert torch.equal(targets[key], expected[key])
+    assert set(small_assigner()([truth], (64, 96))["positives"][:, 2].tolist()) == {0, 2}
 
 
 def test_instances_are_left_untouched() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -13,10 +14,11 @@ import torch
 from helpers.tiny_runs import SETTINGS
 
 import solov2
+from solov2.commands.train import main as train_main
 from solov2.config import SECTIONS, load_config, override_config
 from solov2.data.build import locate_data
 from solov2.errors import InputError, RunFailed
-from solov2.training.signals import STOPPED, Stopped
+from solov2.training.signals import SIGNALS, STOPPED, Stopped
 from solov2.weights import read_checkpoint
 
 TINY = load_config("quickstart", SETTINGS)
@@ -99,7 +101,8 @@ def test_a_signal_is_an_exception_that_tells_how_to_resume(run, tmp_path, monkey
     with pytest.raises(Stopped, match=f"SIGTERM.*--output {tmp_path}") as stopped:
         solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=0)
     assert stopped.value.code == STOPPED and isinstance(stopped.value, RunFailed)
-    assert read_checkpoint(tmp_path / "run" / "last.pth").training.position == (0, 1)
+    # The signal came while the first batch was read, so there was no step yet.
+    assert read_checkpoint(tmp_path / "run" / "last.pth").training.position == (0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -112,6 +115,24 @@ def test_a_run_that_fails_leaves_no_process(run, tmp_path, monkeypatch, workers)
         with pytest.raises(ZeroDivisionError):
             solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=workers)
     assert set(multiprocessing.active_children()) == before
+
+
+def test_a_thread_trains_and_leaves_signals_alone(run, tmp_path):
+    """As in Streamlit and some notebooks."""
+    data, result = run
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    found = []
+
+    def call():
+        settings = {"device": "cpu", "epochs": 2, "learning_rate": 0.001, "workers": 1}
+        found.append(solov2.train(TINY, data=data, output=tmp_path / "run", **settings))
+        found.append({number: signal.getsignal(number) for number in SIGNALS})
+        found.append(train_main(["--resume", "--output", str(tmp_path / "run"), "--device", "cpu"]))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert found[1:] == [before, 0] and found[0].metrics == result.metrics
 
 
 def test_an_interruption_tells_whether_there_is_a_checkpoint(run, tmp_path, monkeypatch):
@@ -136,7 +157,7 @@ def test_a_failed_resume_does_not_clear_the_folder(run, tmp_path):
     for more, named in (
         ({"resume": weights}, "weights.pth is not a checkpoint of a training run.*--weights"),
         ({"resume": ""}, "nothing to resume: . is not a file"),
-        ({"resume": result.last, "epochs": 1}, "last.pth is in epoch 3.* 1 epoch;.*--epochs"),
+        ({"resume": result.last, "epochs": 1}, "last.pth .* after 2 epochs, .* 1 epoch;.*--epochs"),
         ({"resume": result.last, "optimizer": "sgd"}, "adamw"),
     ):
         with pytest.raises(InputError, match=named):

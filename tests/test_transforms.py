@@ -18,7 +18,8 @@ from solov2.data.transforms import (
     seeded_generator,
     transpose_sample,
 )
-from solov2.ops.masks import masks_to_boxes
+from solov2.ops.encoded_masks import EncodedMasks
+from solov2.ops.masks import encode_rle, masks_to_boxes
 
 BOXES = torch.tensor([[3.0, 5, 20, 12], [0, 0, 30, 40], [10, 20, 11, 39]])
 
@@ -35,7 +36,6 @@ def make_sample(height: int = 40, width: int = 30, seed: int = 0) -> dict:
         "boxes": BOXES.clone(),
         "labels": torch.tensor([4, 0, 7]),
         "masks": masks,
-        "extents": masks_to_boxes(masks).long(),
         "image_id": 9,
         "original_size": (height, width),
     }
@@ -47,7 +47,6 @@ def empty_sample() -> dict:
         "boxes": torch.zeros(0, 4),
         "labels": torch.zeros(0, dtype=torch.int64),
         "masks": torch.zeros(0, 40, 30, dtype=torch.uint8),
-        "extents": torch.zeros(0, 4, dtype=torch.int64),
     }
 
 
@@ -60,9 +59,8 @@ def equal(first: dict, second: dict) -> bool:
 
 
 def assert_consistent(sample: dict) -> None:
-    """Boxes and extents match the masks, and the bright pixels are those of the first mask."""
+    """The boxes match the masks, and the bright pixels are those of the first mask."""
     assert torch.equal(sample["boxes"], masks_to_boxes(sample["masks"]))
-    assert torch.equal(sample["extents"], sample["boxes"].long())
     assert torch.equal(sample["image"].amin(0) >= 200, sample["masks"][0].bool())
 
 
@@ -94,7 +92,6 @@ def test_resize_doubles_exactly():
     assert resized["image"].shape == (3, 80, 60) and resized["masks"].shape == (3, 80, 60)
     assert torch.equal(resized["boxes"], BOXES * 2)
     assert torch.equal(resized["boxes"], masks_to_boxes(resized["masks"]))
-    assert torch.equal(resized["extents"], resized["boxes"].long())
     assert resized["original_size"] == (40, 30) and resized["image_id"] == 9
 
 
@@ -129,7 +126,7 @@ def test_inputs_are_not_changed():
 )
 def test_samples_without_instances(transform):
     result = transform(empty_sample())
-    assert result["boxes"].shape == result["extents"].shape == (0, 4) and len(result["labels"]) == 0
+    assert result["boxes"].shape == (0, 4) and len(result["labels"]) == 0
     assert result["masks"].shape == (0, *result["image"].shape[1:]) and result["masks"].dtype == torch.uint8
 
 
@@ -174,6 +171,36 @@ def test_dihedral_yields_all_eight_orientations():
 def test_eval_transform():
     result = EvalTransform(short=60, long=70)(make_sample())
     assert result["image"].shape == (3, 70, 53) and result["original_size"] == (40, 30)
+
+
+def encoded(sample: dict) -> dict:
+    rles = encode_rle(sample["masks"])
+    return {**sample, "masks": EncodedMasks.from_segmentations(rles, tuple(sample["image"].shape[1:]))}
+
+
+@pytest.mark.parametrize("max_bytes", [1, 5000, 2**30])
+def test_encoded_masks_give_the_same_sample(max_bytes):
+    """In every orientation and size, and whatever the number of masks that are drawn at a time."""
+    transform, seen = TrainTransform(scales=[17, 30, 55], max_size=70, dihedral=True), set()
+    for position in range(60):
+        sample = make_sample()
+        sample["masks"] = (torch.rand(3, 40, 30, generator=seeded_generator(position)) < 0.1).to(torch.uint8)
+        sample["masks"][:, :, : position // 3], sample["boxes"][1, 2:] = 0, -5  # the second instance is dropped
+        expected, found = (transform(x, seeded_generator(position)) for x in (sample, encoded(sample)))
+        assert found["masks"].shape == tuple(expected["masks"].shape) and len(found["masks"]) == 2
+        masks, extents = (torch.cat(parts) for parts in zip(*found["masks"].chunks(max_bytes)))
+        assert equal({**found, "masks": masks}, expected)
+        assert torch.equal(extents, masks_to_boxes(masks).long())
+        seen.add(masks.shape)
+    assert len(seen) == 6
+
+
+def test_encoded_masks_are_drawn_a_few_at_a_time():
+    masks = encoded(make_sample())["masks"].resize((20, 15))
+    assert [len(planes) for planes, _ in masks.chunks(2 * 20 * 15)] == [2, 1]
+    assert [len(planes) for planes, _ in masks.chunks(1)] == [1, 1, 1]
+    ((planes, extents),) = encoded(empty_sample())["masks"].resize((20, 15)).chunks(1)
+    assert planes.shape == (0, 20, 15) and extents.shape == (0, 4)
 
 
 class Samples(Dataset):

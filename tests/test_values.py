@@ -48,7 +48,7 @@ INVALID = [
     ("train.step_epochs", [11, 8], "ascending [11, 8]"),
     ("train.step_epochs", [8, 8], "ascending [8, 8]"),
     ("train.stall_seconds", 3_000_000, "1 1000000 3000000"),
-    ("train.picture_images", 0, "at least 1 0"),
+    ("train.picture_images", -1, "at least 0 -1"),
     ("train.pretrained_backbone", "", "text ''"),
     ("data.flip_probability", 7, "0 to 1 7"),
     ("data.train_scales", [-3], "1 32768 [-3]"),

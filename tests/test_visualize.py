@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+import weakref
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import max_pool2d
 
+import solov2.visualize as visualize
 from solov2.errors import InputError
 from solov2.ops.masks import encode_rle
 from solov2.visualize import CELL, FILL, contact_sheet, draw_instances, instance_color
@@ -149,6 +155,79 @@ def test_invalid_arguments_are_named() -> None:
         draw_instances(GRAY, result_of((0, 0, 9, 9), (20, 20, 29, 29)), NAMES[:1])
     with pytest.raises(InputError, match="at least one pair"):
         contact_sheet([])
+
+
+def crowd(count: int, height: int, width: int) -> dict[str, Any]:
+    """Blobs of noise anywhere, single pixels far away from them, and a full mask."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(count, height, width, dtype=torch.bool)
+    masks[0] = True
+    for mask in masks[1:]:
+        y, x, size = (
+            int(value * 0.7 * side) for value, side in zip(torch.rand(3, generator=generator), (height, width, 60))
+        )
+        mask[y : y + size, x : x + size] = torch.rand(mask[y : y + size, x : x + size].shape, generator=generator) < 0.6
+        mask[-1, 0] = True
+    return {"labels": torch.arange(count) % len(NAMES), "masks": masks}
+
+
+def painted_plainly(image: np.ndarray, result: dict[str, Any], width: int) -> np.ndarray:
+    """Fills and outlines with full-size masks in floating point, one after the other."""
+
+    def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
+        plane = torch.from_numpy(mask).float()[None, None]
+        return max_pool2d(plane, 2 * pixels + 1, stride=1, padding=pixels)[0, 0].bool().numpy()
+
+    pixels, order = image.copy(), np.argsort([-int(mask.sum()) for mask in result["masks"]], kind="stable")
+    instances = [(result["masks"][i].numpy(), np.asarray(instance_color(int(i)), np.float32)) for i in order]
+    for mask, color in instances:
+        pixels[mask] = (1 - FILL) * image[mask] + FILL * color
+    for mask, color in instances:
+        rim, line = grow(mask, max(1, width // 2)) & ~mask, mask & grow(~mask, width)
+        pixels[rim] = 0.4 * pixels[rim] + 0.15 * color
+        pixels[line] = 0.7 * color + 0.3 * 255
+    return pixels
+
+
+@pytest.mark.parametrize("band", [1, 16, 10**6])
+def test_bands_and_crops_do_not_change_a_pixel(monkeypatch: pytest.MonkeyPatch, band: int) -> None:
+    monkeypatch.setattr(visualize, "BAND", band)
+    monkeypatch.setattr(visualize, "_draw_labels", lambda picture, instances: None)
+    image = np.random.default_rng(0).integers(0, 256, (140, 300, 3), dtype=np.uint8)
+    result = crowd(8, 140, 300)
+    for masks in (result["masks"], result["masks"].to(torch.uint8) * 255, encode_rle(result["masks"])):
+        picture = np.array(draw_instances(image, {**result, "masks": masks}, NAMES))
+        assert np.array_equal(picture, painted_plainly(image, result, width=1))
+    if band == 1:
+        return  # slow on a larger image
+    large = np.random.default_rng(0).integers(0, 256, (720, 800, 3), dtype=np.uint8)
+    result = crowd(3, 720, 800)
+    assert np.array_equal(np.array(draw_instances(large, result, NAMES)), painted_plainly(large, result, width=3))
+
+
+def test_drawing_keeps_no_plane_per_instance() -> None:
+    height, width, count = 300, 400, 40
+    rles = encode_rle(torch.ones(1, height, width)) * count  # each as large as the image
+    tracemalloc.start()
+    draw_instances(np.zeros((height, width, 3), np.uint8), {"labels": [0] * count, "masks": rles}, NAMES)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * height * width  # bytes
+
+
+def test_contact_sheet_keeps_one_pair_of_pictures() -> None:
+    alive: list[weakref.ref] = []
+
+    def pairs() -> Iterator[tuple[Image.Image, Image.Image]]:
+        for _ in range(4):
+            gc.collect()
+            assert sum(reference() is not None for reference in alive) <= 1
+            picture = Image.new("RGB", (600, 500))
+            alive.append(weakref.ref(picture))
+            yield picture, picture
+
+    contact_sheet(pairs())
+    assert len(alive) == 4
 
 
 def test_contact_sheet() -> None:

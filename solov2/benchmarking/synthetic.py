@@ -36,7 +36,6 @@ def synthetic_sample(count: int, size: tuple[int, int], num_classes: int, genera
         "boxes": boxes,
         "labels": torch.randint(num_classes, (count,), generator=generator),
         "masks": masks,
-        "extents": boxes.long(),
         "image_id": 0,
         "original_size": size,
     }

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -40,12 +42,14 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse has overloads for the class of the namespace
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As in argparse, but the error for an unknown flag suggests the closest ones.
+        """As in argparse, but the error for an unknown flag suggests the closest ones, and `~` is the home folder in
+        `--flag=~/x` as well, which shells leave as it is.
 
         Raises:
             InputError: invalid arguments.
         """
-        parsed, unknown = self.parse_known_args(args, namespace)
+        words = [_expand_home(word) for word in (sys.argv[1:] if args is None else args)]
+        parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
             if word.startswith("-"):
@@ -56,6 +60,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the error, which `run_command` prints in one line."""
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _expand_home(word: str) -> str:
+    """The argument, or its value after `--flag=`, with a leading `~/` expanded."""
+    return re.sub(r"^(--[\w-]+=)?~(?=/|$)", lambda found: f"{found[1] or ''}{os.path.expanduser('~')}", word)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

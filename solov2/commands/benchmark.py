@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from solov2.commands import screen
 from solov2.commands.arguments import (
     Parser,
     add_data_root,
@@ -79,12 +80,12 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.benchmarking.workloads import measure_workload
     from solov2.compute import select_device
 
-    check_outputs([("--json", args.json)], overwrite=args.overwrite)
+    check_outputs([("--json", args.json)], overwrite=args.overwrite, inputs=[args.model, args.compare])
     is_main = distributed.launched_rank() == 0
 
     def show(text: str) -> None:
         if is_main:
-            print(text, file=text_stream(args.json), flush=True)
+            screen.show(*text.split("\n"), file=text_stream(args.json))
 
     if args.sweep is not None:
         report = sweep(args.sweep[0], _sweep_commands(args), show)

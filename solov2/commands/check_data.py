@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solov2.commands.arguments import Parser, add_shared_arguments, at_least, text_stream
 from solov2.commands.exit import run_command
+from solov2.commands.screen import show
 from solov2.config import load_config
 from solov2.errors import InputError
 from solov2.outputs import check_outputs, write_json
 
 if TYPE_CHECKING:
     from solov2.data_check.check import Report
-
-UNUSABLE_FILES = ("missing file", "unreadable file", "wrong size")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,24 +63,31 @@ def _run(args: argparse.Namespace) -> int:
     fixed = None if args.fix is None else Path(args.fix)
     changes_file = None if fixed is None else fixed.with_name(f"{fixed.name}.changes.json")
     outputs = (("--json", args.json), ("--fix", fixed), ("--fix", changes_file))
-    check_outputs(outputs, overwrite=args.overwrite, inputs=[args.annotations])
+    check_outputs(outputs, overwrite=args.overwrite, inputs=[args.annotations, args.model])
     content = load_json(args.annotations)
+    check_outputs(outputs, overwrite=args.overwrite, inputs=_image_files(content, args.images))
     workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
     report = check_data(content, args.images, config, workers=workers)
-    screen = text_stream(args.json)
-    print("\n".join(report_lines(report, args.annotations, config, model=args.model, show=args.show)), file=screen)
-    if args.json is not None:
-        write_json(args.json, to_json(report, args.annotations, config), indent=1)
-    if fixed is not None and changes_file is not None:
-        print(_write_repaired(content, report, fixed, changes_file), file=screen)
+    lines = report_lines(report, args.annotations, config, model=args.model, show=args.show)
+    try:
+        if args.json is not None:
+            write_json(args.json, to_json(report, args.annotations, config), indent=1)
+        if fixed is not None and changes_file is not None:
+            lines.append(_write_repaired(report, fixed, changes_file))
+    finally:  # the findings are not lost with a file that cannot be written
+        show(*lines, file=text_stream(args.json))
     return 1 if report.counts()["error"] else 0
 
 
-def _write_repaired(content: dict[str, Any], report: Report, path: Path, changes_file: Path) -> str:
-    from solov2.data_check.repair import repair
+def _image_files(content: Any, folder: Path) -> Iterator[Path]:
+    images = content.get("images") if isinstance(content, dict) else None
+    for image in images if isinstance(images, list) else ():
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str):
+            yield folder / image["file_name"]
 
-    unusable = {f.image_id: f.message for f in report.findings if f.kind in UNUSABLE_FILES and f.image_id is not None}
-    repaired, changes = repair(content, unusable)
+
+def _write_repaired(report: Report, path: Path, changes_file: Path) -> str:
+    repaired, changes = report.repaired, report.changes
     if not repaired["images"] or not repaired["annotations"] or not repaired["categories"]:
         raise InputError(f"nothing usable would be left in {path}, so it was not written")
     write_json(changes_file, changes, indent=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from solov2.commands.arguments import Parser, add_shared_arguments
 from solov2.commands.exit import run_command
+from solov2.commands.screen import show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,5 +31,5 @@ def build_parser(typed: str = "solov2 convert") -> Parser:
 def _run(args: argparse.Namespace) -> int:
     from solov2.weights import convert_file
 
-    print(convert_file(args.source, args.target, to=args.to, overwrite=args.overwrite))
+    show(convert_file(args.source, args.target, to=args.to, overwrite=args.overwrite))
     return 0

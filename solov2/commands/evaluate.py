@@ -19,6 +19,7 @@ from solov2.commands.arguments import (
     text_stream,
 )
 from solov2.commands.exit import own_command, run_command
+from solov2.commands.screen import show
 from solov2.config import Config, parse_overrides
 from solov2.errors import InputError
 from solov2.outputs import check_outputs, write_json
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from solov2.data.coco import CocoInstances
     from solov2.evaluation.coco import CocoEvaluator
     from solov2.evaluation.loop import LaunchAndCollect
-    from solov2.predict import Predictor
+    from solov2.models.solov2 import SOLOv2
     from solov2.targets import TargetAssigner
 
 LOG = logging.getLogger(__name__)
@@ -76,13 +77,14 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     from solov2 import distributed
-    from solov2.build import build_assigner
+    from solov2.build import build_assigner, build_compute
     from solov2.compute import select_device
     from solov2.data.build import oracle_dataset, prepare_data, validation_dataset, validation_loader, with_classes
     from solov2.data.watch import watched
-    from solov2.evaluation.coco import CocoEvaluator
+    from solov2.evaluation.coco import CocoEvaluator, limit_warning
     from solov2.evaluation.loop import evaluate
     from solov2.evaluation.oracle import Oracle
+    from solov2.predict import Predictor
     from solov2.weights import find_checkpoint
 
     if args.weights is None and not args.oracle:
@@ -91,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
             "is expected in data/coco or --data-root"
         )
     outputs = (("--json", args.json), ("--results", args.results))
-    check_outputs(outputs, overwrite=args.overwrite, inputs=[] if args.weights is None else [args.weights])
+    check_outputs(outputs, overwrite=args.overwrite, inputs=[args.weights, args.model])
     checkpoint = find_checkpoint(args.weights, args.model)
     config = _configuration(args, checkpoint)
     if args.nproc is not None:
@@ -102,21 +104,33 @@ def _run(args: argparse.Namespace) -> int:
         if args.oracle or checkpoint is None:
             dataset = oracle_dataset(config.data, args.split)
             config = with_classes(config, dataset)
+            category_ids: list[int | None] = [*dataset.category_ids]
             assigner: TargetAssigner | None = build_assigner(config.model)
-            predictor: LaunchAndCollect = Oracle(
-                config.model.grid_sizes, config.model.num_classes, config.model.postprocess_settings
-            )
+            settings = config.model.postprocess_settings
+            predictor: LaunchAndCollect = Oracle(config.model.grid_sizes, config.model.num_classes, settings)
         else:
             dataset, assigner = validation_dataset(config.data, args.split), None
-            predictor = _predictor(args, config, checkpoint, dataset, device)
+            model = _model(args, config, checkpoint, device)
+            category_ids = _category_ids(model, checkpoint, dataset)
+            compute = build_compute(config, device, args.precision)
+            compute.place(model)
+            predictor, settings = Predictor(model, compute), model.settings
+        images = (dataset.image_root / image["file_name"] for image in dataset.coco.imgs.values())
+        check_outputs(outputs, overwrite=args.overwrite, inputs=[dataset.annotation_file, *images])
         source, checkpoint = None if checkpoint is None else checkpoint.source, None  # frees its large training state
+        warning = limit_warning(dataset.coco, config.data.max_detections, settings.max_instances)
+        if warning is not None:
+            LOG.warning(warning)
         evaluator = CocoEvaluator(
-            dataset.coco, dataset.category_ids, backend="faster-coco-eval" if args.fast else "pycocotools"
+            dataset.coco,
+            category_ids,
+            backend="faster-coco-eval" if args.fast else "pycocotools",
+            max_detections=config.data.max_detections,
         )
         loader = validation_loader(config, dataset, device=device, batch_size=args.batch_size, assigner=assigner)
         summary = evaluate(
             predictor,
-            watched(loader, dataset),
+            watched(loader, dataset, stall_seconds=config.train.stall_seconds),
             evaluator,
             overlap=device.type != "cpu",
             progress=len(loader) if distributed.is_main() else None,
@@ -133,35 +147,33 @@ def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> C
     from solov2.data.build import locate_data
 
     overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers"})
+    if args.data_root is not None:  # evaluate what is there: a mistyped folder must not be filled with generated shapes
+        overrides = {"data.shapes": False, **overrides}
     config = resolve_config(args.model, checkpoint, overrides)
     return locate_data(config, data_places(args), chosen=overrides)
 
 
-def _predictor(
-    args: argparse.Namespace, config: Config, checkpoint: Checkpoint, dataset: CocoInstances, device: torch.device
-) -> Predictor:
-    from solov2.build import build_compute, build_model
-    from solov2.data.categories import class_difference, default_class_names
-    from solov2.predict import Predictor
+def _model(args: argparse.Namespace, config: Config, checkpoint: Checkpoint, device: torch.device) -> SOLOv2:
+    from solov2.build import build_model
 
     changes = model_settings(parse_overrides(args.set))
-    model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
+    return build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
+
+
+def _category_ids(model: SOLOv2, checkpoint: Checkpoint, dataset: CocoInstances) -> list[int | None]:
+    """The file's category id of each class of the model: by name, or by position if the checkpoint has no names."""
+    from solov2.data.class_matching import can_match, check_categories, match_categories
+
+    if model.class_names == checkpoint.class_names and can_match(model.class_names, dataset.class_names):
+        check_categories(model.class_names, dataset, checkpoint.source)
+        return match_categories(model.class_names, dataset)
     if len(model.class_names) != len(dataset.class_names):
         raise InputError(
-            f"{checkpoint.source} has {len(model.class_names)} classes and {dataset.annotation_file} "
-            f"{len(dataset.class_names)}; evaluate on the data it was trained on, or fine-tune it with "
-            "train.py --weights"
+            f"{checkpoint.source} has no class names to match by, and {len(model.class_names)} classes, but "
+            f"{dataset.annotation_file} {len(dataset.class_names)}; evaluate on the data it was trained on, or "
+            "fine-tune it with train.py --weights"
         )
-    if model.class_names not in (dataset.class_names, default_class_names(len(model.class_names))):
-        LOG.warning(
-            "%s was trained on other classes than %s has: %s; they are matched by label index",
-            checkpoint.source,
-            dataset.annotation_file,
-            class_difference(model.class_names, dataset.class_names),
-        )
-    compute = build_compute(config, device, args.precision)
-    compute.place(model)
-    return Predictor(model, compute)
+    return [*dataset.category_ids]
 
 
 def _report(
@@ -169,16 +181,18 @@ def _report(
 ) -> None:
     from solov2.evaluation.coco import format_table
 
-    print(format_table(summary), file=text_stream(args.json, args.results))
-    if args.json is not None:
-        content = {
-            "config": config.name,
-            "weights": source,
-            "oracle": args.oracle,
-            "split": args.split,
-            "images": len(evaluator.coco.imgs),
-            **summary,
-        }
-        write_json(args.json, content, indent=2)
-    if args.results is not None:
-        write_json(args.results, evaluator.results())
+    try:
+        if args.json is not None:
+            content = {
+                "config": config.name,
+                "weights": source,
+                "oracle": args.oracle,
+                "split": args.split,
+                "images": len(evaluator.images),
+                **summary,
+            }
+            write_json(args.json, content, indent=2)
+        if args.results is not None:
+            write_json(args.results, evaluator.results())
+    finally:  # the figures are not lost with a file that cannot be written
+        show(*format_table(summary).split("\n"), file=text_stream(args.json, args.results))

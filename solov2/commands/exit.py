@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import multiprocessing
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from solov2.commands.arguments import Parser
-from solov2.data.watch import kill_children
+from solov2.commands.screen import is_rank_zero, reports_on_stderr, safe_streams, show
+from solov2.data.watch import kill_children, worker_message
 from solov2.errors import InputError, RunFailed, printable
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
@@ -40,7 +38,7 @@ def run_command(
 
     Returns:
         The code of `run`; 2 for a user error, a full disk or missing permission; 1 for a failed run (a non-finite
-        loss, a process that does not respond); 130 after Ctrl-C.
+        loss, a process that does not respond); 130 after Ctrl-C. A pipe that its reader closed changes nothing.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C if `words` were given, so that a caller in Python learns of it.
@@ -49,21 +47,26 @@ def run_command(
     earlier_children = set(multiprocessing.active_children())
     typed = list(sys.argv[1:] if words is None else words)
     code = INTERRUPTED
-    try:
-        with _reports_on_stderr():
-            args = build_parser(typed_name(name)).parse_args(typed, argparse.Namespace(words=typed))
-            code = run(args)
-    except KeyboardInterrupt as error:
-        if _is_rank_zero():
-            print(str(error) or interrupted, file=sys.stderr)
-    except (ImportError, RunFailed, TimeoutError) as error:
-        _print_error(error)
-        code = FAILED
-    except (InputError, OSError) as error:
-        _print_error(error)
-        code = USER_ERROR
-    finally:
-        kill_children(exclude=earlier_children)
+    with safe_streams() as standard_output:
+        try:
+            with reports_on_stderr():
+                args = build_parser(typed_name(name)).parse_args(typed, argparse.Namespace(words=typed))
+                code = run(args)
+        except KeyboardInterrupt as error:
+            if is_rank_zero():
+                show(str(error) or interrupted, file=sys.stderr)
+        except (RunFailed, TimeoutError) as error:
+            _print_error(error)
+            code = FAILED
+        except (InputError, OSError) as error:
+            _print_error(error)
+            code = USER_ERROR
+        finally:
+            kill_children(exclude=earlier_children)
+        lost = standard_output.end()
+        if lost is not None:
+            _print_error(OSError(lost.errno, lost.strerror, "standard output"))
+            code = code or USER_ERROR
     if code == INTERRUPTED and words is not None:
         raise KeyboardInterrupt
     return code
@@ -93,53 +96,13 @@ def _print_error(error: BaseException) -> None:
     A launcher ends all processes as soon as one has ended. So rank 0 prints immediately, and the others wait to be
     ended; a rank that is the only one to fail prints after the wait.
     """
-    if not _is_rank_zero():
+    if not is_rank_zero():
         time.sleep(HEAD_START + STAGGER * int(os.environ.get("LOCAL_RANK", 0)))
-    print(f"error: {error_message(error)}", file=sys.stderr, flush=True)
-
-
-class _Console(logging.Handler):
-    """Prints what the library logs: warnings with that word in front, the rest as it is."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _print_report(record.getMessage(), mark="warning: " if record.levelno >= logging.WARNING else "")
-
-
-@contextlib.contextmanager
-def _reports_on_stderr() -> Iterator[None]:
-    """Print on stderr what the library logs (from INFO) and the warnings of Python and torch."""
-    log, console = logging.getLogger("solov2"), _Console()
-    level = log.level
-    log.addHandler(console)
-    log.setLevel(logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_details, **_named: _print_report(str(message), mark="warning: ")
-            yield
-    finally:
-        log.removeHandler(console)
-        log.setLevel(level)
-
-
-def _print_report(message: str, *, mark: str) -> None:
-    """Print on rank 0 only, but in all DataLoader workers, each of which warns about its own images."""
-    worker = multiprocessing.parent_process() is not None
-    if not (_is_rank_zero() or worker):
-        return
-    text = mark + "\n".join(printable(line) for line in message.splitlines())
-    with contextlib.suppress(OSError):  # a run continues where nobody can read it
-        if worker or "tqdm" not in sys.modules:  # a worker that is killed must not hold tqdm's lock
-            print(text, file=sys.stderr, flush=True)
-        else:
-            sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)  # above a progress bar
-
-
-def _is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    show(f"error: {error_message(error)}", file=sys.stderr)
 
 
 def error_message(error: BaseException) -> str:
-    """The message of an error, without the traceback that a DataLoader worker puts in front of it."""
-    text = str(error)
-    marker = f"{type(error).__name__}: "
-    return printable(text.rsplit(marker, 1)[-1].strip() if "Original Traceback" in text else text)
+    """The message of an error in one line, without the traceback that a DataLoader worker puts in front of it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return printable(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return printable(worker_message(error))

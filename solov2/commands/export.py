@@ -16,6 +16,7 @@ from solov2.commands.arguments import (
     model_settings,
 )
 from solov2.commands.exit import run_command
+from solov2.commands.screen import show
 from solov2.config import parse_overrides
 from solov2.outputs import check_outputs
 
@@ -69,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.weights import find_checkpoint
 
     check_format(args.output)
-    check_outputs([("--output", args.output)], overwrite=args.overwrite, inputs=[args.weights])
+    check_outputs([("--output", args.output)], overwrite=args.overwrite, inputs=[args.weights, args.model])
     checkpoint = find_checkpoint(args.weights, args.model)
     overrides = parse_overrides(args.set)
     config = resolve_config(args.model, checkpoint, overrides)
@@ -81,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     save_program(program, args.output, model.class_names)
     rows = model.settings.max_instances or model.settings.max_candidates
     found = "raw outputs" if args.raw else f"scores, labels, masks of {rows} instances"
-    print(
+    show(
         f"{args.output} ({args.output.stat().st_size / 1e6:.0f} MB): pixels uint8 [B, 3, {height}, {width}], "
         f"sizes int64 [B, 2] -> {found}"
     )

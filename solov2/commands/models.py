@@ -8,6 +8,7 @@ from typing import Any
 
 from solov2.commands.arguments import Parser, add_shared_arguments, text_stream
 from solov2.commands.exit import run_command
+from solov2.commands.screen import show
 from solov2.config import list_models, load_config
 from solov2.outputs import check_outputs, write_json
 
@@ -37,9 +38,9 @@ def _run(args: argparse.Namespace) -> int:
         published = "-" if row["mask_AP"] is None else f"{100 * row['mask_AP']:.1f}"
         parameters = f"{row['parameters'] / 1e6:.1f} M"
         lines.append(f"{row['model']:<30}{parameters:>12}{f'{long} x {short}':>14}{published:>20}")
-    print("\n".join(lines), file=text_stream(args.json))
     if args.json is not None:
         write_json(args.json, rows, indent=1)
+    show(*lines, file=text_stream(args.json))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +14,15 @@ from tqdm import tqdm
 from solov2.commands.arguments import LIMITS, Parser, add_shared_arguments, given, model_settings, text_stream
 from solov2.commands.exit import run_command
 from solov2.config import parse_overrides
-from solov2.errors import InputError
-from solov2.outputs import check_outputs, write_json
+from solov2.errors import InputError, printable
+from solov2.outputs import check_outputs, write_json, write_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from solov2.models.solov2 import SOLOv2
-    from solov2.predict import Predictor
 
 SCORE_THRESHOLD = 0.3
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")  # pictures of other inputs are written as PNG
 
 
@@ -45,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(typed: str = "solov2 predict") -> Parser:
     """Build the parser; `typed` is the command as the user typed it."""
     parser = Parser(prog=typed, description="Segment images and draw the results.")
-    parser.add_argument("images", nargs="+", metavar="SOURCE", help="image file or folder of images")
+    parser.add_argument(
+        "images", nargs="+", metavar="SOURCE", help="image file, or folder of images with its subfolders"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder for the pictures"
     )
@@ -74,15 +74,14 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     from solov2.build import build_model, resolve_config
-    from solov2.compute import Compute, select_device
-    from solov2.predict import Predictor
+    from solov2.compute import select_device
     from solov2.weights import find_checkpoint
 
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"--output {args.output} is a file; name a folder for the pictures")
-    jobs = plan_outputs(find_images(args.images), args.output, overwrite=args.overwrite)
-    files = [args.weights, *(path for job in jobs for path in job)]
-    check_outputs([("--results", args.results)], overwrite=args.overwrite, inputs=files)
+    jobs = plan_outputs(find_sources(args.images, args.output), args.output)
+    outputs = [*(("--output", picture) for _, picture in jobs), ("--results", args.results)]
+    check_outputs(outputs, overwrite=args.overwrite, inputs=[args.weights, args.model, *(image for image, _ in jobs)])
     checkpoint = find_checkpoint(args.weights, args.model)
     overrides = parse_overrides(args.set)
     if args.score_threshold is None and "model.score_threshold" not in overrides:
@@ -91,53 +90,53 @@ def _run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     changes = model_settings(overrides) | given(args, LIMITS)
     model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
-    return _predict_all(model, Predictor(model, Compute(device, args.precision)), jobs, args)
+    return _predict_all(model, jobs, args, config.data.max_image_pixels)
 
 
-def find_images(inputs: Sequence[str | Path]) -> list[Path]:
-    """List image files, given by paths and folders; those of a folder are sorted by name. Duplicates are dropped.
+def find_sources(inputs: Sequence[str | Path], output: Path) -> list[tuple[Path, Path]]:
+    """List the images to predict: the files given, and those in the folders given and their subfolders.
+
+    Pictures that an earlier run wrote to `output` are left out, if it is inside one of the folders; so are duplicates.
+
+    Returns:
+        (image, folder of its picture relative to `output`): the subfolders are kept.
 
     Raises:
-        InputError: a path does not exist, or a folder contains no images.
+        InputError: a path does not exist or is no file or folder, or a folder contains no images.
     """
-    found: dict[Path, Path] = {}
+    from solov2.ops.image_files import check_file, find_images
+
+    found: dict[Path, tuple[Path, Path]] = {}
     for path in map(Path, inputs):
-        if not path.exists():
-            raise InputError(f"{path} does not exist; give image files or folders of images")
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if _is_image(file))
-            if not files:
-                raise InputError(f"folder {path} contains no images ({' '.join(IMAGE_SUFFIXES)})")
-        for file in files:
-            found.setdefault(file.resolve(), file)
+        if not path.is_dir():
+            check_file(path)
+            found.setdefault(path.resolve(), (path, Path()))
+            continue
+        earlier = output.resolve()
+        nested = path.resolve() in earlier.parents
+        for file in find_images(path):
+            if not (nested and earlier in file.resolve().parents):
+                found.setdefault(file.resolve(), (file, file.parent.relative_to(path)))
+    if not found:
+        raise InputError(f"the only images are those in --output {output}, which are not predicted again")
     return list(found.values())
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-
-def plan_outputs(images: Sequence[Path], folder: str | Path, *, overwrite: bool = False) -> list[tuple[Path, Path]]:
+def plan_outputs(sources: Sequence[tuple[Path, Path]], folder: str | Path) -> list[tuple[Path, Path]]:
     """Pair each image with the picture to write: the same name in `folder`, with _2, _3, ... added to duplicate names.
 
-    Raises:
-        InputError: a picture would replace an input, or an existing file without `overwrite`.
+    Args:
+        sources: see `find_sources`.
+        folder: of the pictures.
     """
-    inputs = {image.resolve() for image in images}
     jobs, taken = [], set()
-    for image in images:
+    for image, subfolder in sources:
         suffix = image.suffix if image.suffix.lower() in PICTURE_SUFFIXES else ".png"
-        number, name = 1, f"{image.stem}{suffix}"
-        while name.casefold() in taken:  # some file systems ignore case
+        number, picture = 1, Path(folder, subfolder, f"{image.stem}{suffix}")
+        while str(picture).casefold() in taken:  # some file systems ignore case
             number += 1
-            name = f"{image.stem}_{number}{suffix}"
-        taken.add(name.casefold())
-        picture = Path(folder) / name
-        if picture.resolve() in inputs:
-            raise InputError(f"the picture of {image} would replace the input {picture}; give another --output")
-        if picture.exists() and not overwrite:
-            raise InputError(f"{picture} already exists; give another --output or --overwrite")
+            picture = picture.with_name(f"{image.stem}_{number}{suffix}")
+        taken.add(str(picture).casefold())
         jobs.append((image, picture))
     return jobs
 
@@ -166,46 +165,48 @@ def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], model
     ]
 
 
-def _predict_all(
-    model: SOLOv2, predictor: Predictor, jobs: Sequence[tuple[Path, Path]], args: argparse.Namespace
-) -> int:
+def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argparse.Namespace, max_pixels: int) -> int:
     from solov2.visualize import draw_instances
 
     args.output.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    unreadable = 0
+    done = 0
+    waiting: deque[tuple[int, Tensor]] = deque()  # images whose results have not arrived: one batch at most
     with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
-        for batch in _batches(jobs, args.batch_size):
-            readable = list(_read(jobs, batch))
-            unreadable += len(batch) - len(readable)
-            if readable:
-                predictor.launch(model.load_batch([pixels for _, pixels in readable]))
-            for (number, pixels), result in zip(readable, predictor.collect() if readable else [], strict=True):
-                image, picture = jobs[number]
-                drawn = draw_instances(pixels, result, model.class_names, score_threshold=0.0)
-                drawn.save(picture, quality=95, subsampling=0)  # chroma subsampling would blur the labels
-                entries += coco_entries(number + 1, str(image), result, model)
-                line = _report(image, picture, result["labels"].tolist(), model)
-                progress.write(line, file=text_stream(args.results))
-            progress.update(len(batch))
+        results = model.predict_iter(
+            _read(jobs, waiting, max_pixels),
+            batch_size=args.batch_size,
+            mask_format="rle",
+            precision=args.precision,
+        )
+        for result in results:
+            number, pixels = waiting.popleft()
+            done += 1
+            image, picture = jobs[number]
+            write_picture(picture, draw_instances(pixels, result, model.class_names, score_threshold=0.0))
+            entries += coco_entries(number + 1, str(image), result, model)
+            line = printable(_report(image, picture, result["labels"].tolist(), model))
+            progress.write(line, file=text_stream(args.results))
+            progress.update(number + 1 - progress.n)  # also past images that could not be read
     if args.results is not None:
         write_json(args.results, entries)
-    return 1 if unreadable else 0
+    return 0 if done == len(jobs) else 1
 
 
-def _batches(jobs: Sequence[Any], size: int) -> list[range]:
-    return [range(start, min(start + size, len(jobs))) for start in range(0, len(jobs), size)]
+def _read(jobs: Sequence[tuple[Path, Path]], waiting: deque[tuple[int, Tensor]], max_pixels: int) -> Iterator[Tensor]:
+    """Yield each readable image, uint8 [3, H, W], upright by EXIF, and append it to `waiting` with its number; report
+    the others on stderr.
+    """
+    from solov2.ops.images import to_rgb_tensor
 
-
-def _read(jobs: Sequence[tuple[Path, Path]], batch: range) -> Iterator[tuple[int, Tensor]]:
-    """Yield (number, uint8 [3, H, W], upright by EXIF) for each readable image; report the others on stderr."""
-    from solov2.ops.images import read_image
-
-    for number in batch:
+    for number, (image, _) in enumerate(jobs):
         try:
-            yield number, read_image(jobs[number][0], apply_exif=True)
-        except (InputError, OSError) as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            pixels = to_rgb_tensor(image, max_pixels=max_pixels)
+        except InputError as error:
+            tqdm.write(f"error: {printable(str(error))}", file=sys.stderr)
+            continue
+        waiting.append((number, pixels))
+        yield pixels
 
 
 def _report(image: Path, picture: Path, labels: Sequence[int], model: SOLOv2) -> str:

@@ -18,6 +18,7 @@ from solov2.commands.arguments import (
     given,
 )
 from solov2.commands.exit import own_command, run_command
+from solov2.commands.screen import show
 from solov2.config import parse_overrides
 
 SETTINGS = (
@@ -125,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
         train(args.model, **job, device=args.device, tensorboard=args.tensorboard, **overrides)
     except Stopped as stopped:
         if distributed.launched_rank() == 0:
-            print(stopped, file=sys.stderr)
+            show(str(stopped), file=sys.stderr)
         return stopped.code
     return 0
 
@@ -144,5 +145,5 @@ def _dry_run(args: argparse.Namespace, job: dict[str, Any], overrides: dict[str,
         if distributed.is_main():
             processes = args.nproc or distributed.world_size()
             for section in describe(config, device=device, processes=processes, splits=splits_of(config)):
-                print("\n".join(section), end="\n\n", flush=True)
+                show(*section, "")
     return 0

@@ -6,18 +6,24 @@ A `Problem` is a fault that stops loading; `reason_unusable` says why an annotat
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from solov2.errors import InputError
+from solov2.data.recognize import describe_bytes, describe_json
+from solov2.errors import InputError, count
 from solov2.ops.images import MAX_PIXELS
 from solov2.ops.masks import check_segmentation
 
+LOG = logging.getLogger(__name__)
 SECTIONS = {"images": "image", "annotations": "annotation", "categories": "category"}
+MAX_DEPTH = 100  # of nested values; COCO's have 5, and Python's own recursion ends at a few hundred
+MAX_ID = 2**63 - 1
+MAX_CROWD_SHARE = 0.1  # of the annotations; COCO has 0.012. More are probably single objects that a tool has flagged
 
 
 class ImageRecord(NamedTuple):
@@ -48,45 +54,111 @@ def load_json(path: Path) -> dict[str, Any]:
     """Parse an annotation file and check that it has its three lists, but not their entries.
 
     Raises:
-        InputError: the file is missing, not JSON, or not in COCO's instance format.
+        InputError: the file is missing, not JSON, or not in COCO's instance format; the message says what it is.
     """
+    if path.is_dir():
+        raise InputError(f"annotation file {path} is a folder; name the JSON file")
     if not path.is_file():
         raise InputError(f"annotation file {path} does not exist")
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content = json.loads(data)
+    except OSError as error:
+        raise InputError(f"annotation file {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"annotation file {path} is not valid JSON; it may be truncated ({error})") from error
+        reason = describe_bytes(data) or f"is not valid JSON; it may be truncated ({error})"
+        raise InputError(f"annotation file {path} {reason}") from error
     except RecursionError as error:
         raise InputError(f"annotation file {path} is nested too deeply to be COCO's instance format") from error
+    what = describe_json(content)
+    if what is not None:
+        raise InputError(f"annotation file {path} {what}")
     for key in SECTIONS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"annotation file {path} has no list `{key}`, so it is not in COCO's instance format")
+    if _is_deeper(content, MAX_DEPTH):
+        raise InputError(f"annotation file {path} is nested too deeply to be COCO's instance format")
     return content
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
+def _is_deeper(content: Any, limit: int) -> bool:
+    """Whether JSON values are nested more than `limit` levels deep, found without recursion."""
+    level = [content]
+    for _ in range(limit):
+        inner = (value.values() if type(value) is dict else value for value in level)
+        level = [value for values in inner for value in values if type(value) is dict or type(value) is list]
+    return bool(level)
+
+
+def read_annotations(path: Path, *, crowd: str = "ignore", max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """Load a COCO annotation file and check its ids, references, file names and numbers, but not its segmentations.
 
-    A missing `iscrowd` is set to 0, as pycocotools' evaluation needs it.
+    A missing `iscrowd` is set to 0, as pycocotools' evaluation needs it. The share of crowds is logged.
+
+    Args:
+        path: the file.
+        crowd: the setting `data.crowd`; "instance" sets every `iscrowd` to 0.
+        max_pixels: maximum width x height of an image.
 
     Raises:
         InputError: the message names the file and the image, annotation or category.
     """
     content = load_json(path)
-    for problem in find_problems(content):
+    annotations = content["annotations"]
+    if lacks_masks(annotations):
+        raise InputError(f"{path} {NO_MASKS}")
+    for problem in find_problems(content, max_pixels=max_pixels):
         raise InputError(problem.sentence(path))
-    for annotation in content["annotations"]:
-        annotation.setdefault("iscrowd", 0)
+    for annotation in annotations:
+        annotation["iscrowd"] = 0 if crowd == "instance" else annotation.get("iscrowd", 0)
+    crowds = count_crowds(annotations)
+    if crowds:
+        LOG.log(
+            logging.WARNING if crowds > MAX_CROWD_SHARE * len(annotations) else logging.INFO,
+            "%s: %s",
+            path,
+            crowd_message(crowds, len(annotations)),
+        )
     return content
 
 
-def find_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
+NO_MASKS = (
+    "has boxes or keypoints but no masks: not one annotation has a segmentation, and instance segmentation is learned "
+    "from masks"
+)
+
+
+def lacks_masks(annotations: Sequence[Any]) -> bool:
+    """Whether there are annotations, but none with a segmentation, as in a file for detection."""
+    return bool(annotations) and not any(isinstance(a, dict) and a.get("segmentation") for a in annotations)
+
+
+def count_crowds(annotations: Iterable[Mapping[str, Any]]) -> int:
+    """Number of annotations with `iscrowd` 1."""
+    return sum(annotation.get("iscrowd", 0) in (1, True) for annotation in annotations)
+
+
+def crowd_message(crowds: int, total: int) -> str:
+    """How many of the annotations are crowds and, if their share is unusual, what to do."""
+    text = (
+        f"{crowds:,} of {count(total, 'annotation')} ({crowds / total:.1%}) have iscrowd 1: training leaves them out "
+        "and evaluation ignores them"
+    )
+    if crowds <= MAX_CROWD_SHARE * total:
+        return text
+    return (
+        f"{text}; if they are single objects, which some tools flag when they are drawn with a brush, set "
+        "data.crowd=instance or write a corrected file with solov2 check-data --set data.crowd=instance --fix FILE"
+    )
+
+
+def find_problems(content: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) -> Iterator[Problem]:
     """All faults that stop loading: first those of ids, then the first of each entry. Segmentations are not checked."""
     for section in SECTIONS:
         yield from _id_problems(content[section], section)
     image_ids = {image["id"] for image in content["images"] if has_id(image)}
     checks = {
-        "images": image_fault,
+        "images": lambda image: image_fault(image, max_pixels),
         "categories": category_fault,
         "annotations": lambda annotation: annotation_fault(annotation, image_ids),
     }
@@ -103,8 +175,8 @@ def has_id(entry: Any) -> bool:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a JSON value is an integer; booleans, which are integers in Python, do not count."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a JSON value is an integer of 64 bits; booleans, which are integers in Python, do not count."""
+    return isinstance(value, int) and not isinstance(value, bool) and -MAX_ID <= value <= MAX_ID
 
 
 def all_finite(values: Iterable[Any]) -> bool:
@@ -127,18 +199,20 @@ def _id_problems(entries: list[Any], section: str) -> Iterator[Problem]:
             ids.add(entry["id"])
 
 
-def image_fault(image: dict[str, Any]) -> tuple[str, str] | None:
+def image_fault(image: dict[str, Any], max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
     """(kind, message) of the first fault in an entry of `images`, or None."""
     name = image.get("file_name")
     size: list[Any] = [image.get("width"), image.get("height")]
     if not isinstance(name, str) or not name:
-        return "file name", "has no file_name"
+        hint = ", but a coco_url, as in LVIS (solov2 check-data --fix takes the name from it)" * ("coco_url" in image)
+        return "file name", f"has no file_name{hint}"
     if PurePath(name).is_absolute() or PurePath(os.path.normpath(name)).parts[:1] == ("..",):
         return "file outside", f"has the file_name {name}, which is outside the image folder"
     if not (all_finite(size) and min(size) >= 1 and all(side == int(side) for side in size)):
         return "size", "has no positive width and height in whole pixels"
-    if size[0] * size[1] > MAX_PIXELS:
-        return "size", f"has {size[0]} x {size[1]} pixels, more than the maximum of {MAX_PIXELS}"
+    if size[0] * size[1] > max_pixels:
+        limit = f"more than the maximum of {max_pixels} set by data.max_image_pixels"
+        return "size", f"has {size[0]} x {size[1]} pixels, {limit}"
     return None
 
 
@@ -151,7 +225,7 @@ def annotation_fault(annotation: dict[str, Any], image_ids: set[int]) -> tuple[s
     """(kind, message) of the first fault in an entry of `annotations`, not counting its segmentation, or None."""
     image_id, box = annotation.get("image_id"), annotation.get("bbox")
     if not is_integer(image_id) or image_id not in image_ids:
-        return "unknown image", f"belongs to image {image_id}, which is not in `images`"
+        return "unknown image", f"belongs to image {image_id!r}, which is not in `images`"
     if not is_integer(annotation.get("category_id")):
         return "category id", "has no integer category_id"
     if not isinstance(box, list) or len(box) != 4 or not all_finite(box):
@@ -165,11 +239,41 @@ def annotation_fault(annotation: dict[str, Any], image_ids: set[int]) -> tuple[s
 
 def segmentation_fault(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
     """What is wrong with an annotation's segmentation in an image of `size` (h, w), or None."""
+    if annotation.get("segmentation") in (None, [], {}, ""):
+        return "the segmentation is missing or empty; it must be a list of polygons or an RLE: a box is not enough"
     try:
         check_segmentation(annotation.get("segmentation"), size)
     except InputError as error:
         return str(error)
     return None
+
+
+def check_separators(records: Iterable[ImageRecord], root: Path, path: Path) -> None:
+    """Refuse file names that were written on Windows and are none here.
+
+    Raises:
+        InputError: a file_name has a backslash, and `root` has no file of that name.
+    """
+    for record in records:
+        if "\\" in record.file_name and not is_file(root / record.file_name):
+            raise InputError(
+                f"image {record.image_id} of {path} has the file_name {record.file_name} with Windows's separator \\, "
+                f"and {root} has no file of that name; write / (solov2 check-data --fix does)"
+            )
+
+
+def require_folder(path: Path) -> None:
+    """Raises InputError if an image folder does not exist or is a file."""
+    if not path.is_dir():
+        raise InputError(f"image folder {path} {'is a file, not a folder' if path.exists() else 'does not exist'}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file exists; False for a name that the file system rejects."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def reason_unusable(annotation: dict[str, Any], record: ImageRecord) -> str | None:

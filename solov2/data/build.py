@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader
 
 from solov2 import distributed
 from solov2.config import Config, DataConfig, override_config
+from solov2.data.annotations import is_file
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import Collate, EvalSampler, TrainBatchSampler, build_loader
+from solov2.data.recognize import describe_folder
 from solov2.data.shapes import generate_shapes
 from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDataset
-from solov2.errors import InputError
+from solov2.errors import InputError, count
 
 LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -83,18 +85,66 @@ def require_data(data: DataConfig, *, splits: Sequence[str]) -> None:
     """Check that the annotation file and image folder of each split exist.
 
     Raises:
-        InputError: the message names the missing path, how to get COCO, and how to use other data.
+        InputError: the message names the missing path, says what the data folder holds instead, and what to do.
     """
+    missing = missing_path(data, splits)
+    if missing is not None:
+        split, key, path = missing
+        what = "validation data" if split == "val" and "train" in splits else "data"
+        raise InputError(f"no {what}: {path} does not exist{_advice(data, splits, split, key)}")
+
+
+def missing_path(data: DataConfig, splits: Sequence[str]) -> tuple[str, str, Path] | None:
+    """The first file or folder of the splits that does not exist, as (split, setting, path); None if all exist."""
     for split in splits:
-        for path in split_paths(data, split):
+        for kind, path in zip(("annotations", "images"), split_paths(data, split)):
             if not path.exists():
-                raise InputError(
-                    f"no data: {path} does not exist. "
-                    "For COCO, unpack http://images.cocodataset.org/zips/train2017.zip, "
-                    ".../zips/val2017.zip and .../annotations/annotations_trainval2017.zip into data/coco or name "
-                    "another folder with --data; for your own data use --train-annotations, --train-images, "
-                    "--val-annotations and --val-images; the model quickstart generates its own data"
-                )
+                return split, f"{split}_{kind}", path
+    return None
+
+
+def _advice(data: DataConfig, splits: Sequence[str], split: str, key: str) -> str:
+    """What to do about a missing path, as the end of the sentence that names it."""
+    root, flags = Path(data.root), f"--{split}-annotations and --{split}-images"
+    if split == "val" and "train" in splits:  # what training needs is there
+        return f"; name validation data with {flags}, or train without: --evaluate-every 0"
+    if any(getattr(data, name) != getattr(DataConfig, name) for name in PATHS if name.startswith(split)):
+        return f"; name it with --{key.replace('_', '-')}"
+    if root.is_file():
+        return f": {root} is a file; name the folder of the data with --data, or an annotation file with {flags}"
+    if root.is_dir() and key.endswith("images"):  # the annotations are there
+        return f"; put the images there, or name their folder with --{split}-images"
+    if root.is_dir():
+        return f"; {describe_folder(root)}"
+    if data.root != DataConfig.root:
+        return f": there is no folder {root}; name the folder of the data with --data, or use {flags}"
+    return (
+        ". For COCO, unpack http://images.cocodataset.org/zips/train2017.zip, "
+        ".../zips/val2017.zip and .../annotations/annotations_trainval2017.zip into data/coco or name "
+        "another folder with --data; for your own data use --train-annotations, --train-images, "
+        "--val-annotations and --val-images; the model quickstart generates its own data"
+    )
+
+
+def require_evaluable(validation: CocoInstances) -> None:
+    """Check before training that a validation set gives an AP and that its images exist.
+
+    Raises:
+        InputError: no annotation counts in evaluation, or an image file is missing.
+    """
+    known, without = set(validation.category_ids), "train without validation with --evaluate-every 0"
+    if all(a["iscrowd"] or a["category_id"] not in known for a in validation.coco.dataset["annotations"]):
+        raise InputError(
+            f"{validation.annotation_file} has no annotations to evaluate against (crowds do not count); name another "
+            f"file with --val-annotations, or {without}"
+        )
+    names = [image["file_name"] for image in validation.coco.dataset["images"]]
+    missing = [name for name in names if not is_file(validation.image_root / name)]
+    if missing:
+        raise InputError(
+            f"{len(missing):,} of {count(len(names), 'image')} of {validation.annotation_file} are not in "
+            f"{validation.image_root}, such as {missing[0]}; name their folder with --val-images, or {without}"
+        )
 
 
 def split_paths(data: DataConfig, split: str) -> tuple[Path, Path]:
@@ -116,7 +166,10 @@ def training_dataset(data: DataConfig) -> CocoInstances:
         training=True,
         keep_empty=data.keep_empty,
         min_size=data.min_image_size,
+        crowd=data.crowd,
         skip_broken_images=data.skip_broken_images,
+        max_pixels=data.max_image_pixels,
+        decode_masks=False,
     )
 
 
@@ -127,7 +180,7 @@ def validation_dataset(data: DataConfig, split: str = "val") -> CocoInstances:
         InputError: files are missing or annotations are broken.
     """
     annotations, images = split_paths(data, split)
-    return CocoInstances(annotations, images, training=False)
+    return CocoInstances(annotations, images, training=False, crowd=data.crowd, max_pixels=data.max_image_pixels)
 
 
 def oracle_dataset(data: DataConfig, split: str) -> CocoInstances:
@@ -137,7 +190,16 @@ def oracle_dataset(data: DataConfig, split: str) -> CocoInstances:
         InputError: files are missing or annotations are broken.
     """
     annotations, images = split_paths(data, split)
-    return CocoInstances(annotations, images, training=True, keep_empty=True, min_size=0)
+    return CocoInstances(
+        annotations,
+        images,
+        training=True,
+        keep_empty=True,
+        min_size=0,
+        crowd=data.crowd,
+        max_pixels=data.max_image_pixels,
+        decode_masks=False,
+    )
 
 
 def training_loader(
@@ -172,7 +234,6 @@ def training_loader(
         batch_sampler=sampler,
         collate=Collate(assigner),
         workers=data.workers,
-        timeout=train.stall_seconds,
         pin_memory=device.type != "cpu",
     )
     return loader, sampler
@@ -196,7 +257,6 @@ def validation_loader(
         batch_size=batch_size,
         collate=Collate(assigner),
         workers=config.data.workers,
-        timeout=config.train.stall_seconds,
         pin_memory=device.type != "cpu",
     )
 

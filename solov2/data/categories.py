@@ -1,4 +1,4 @@
-"""COCO's categories, and the difference between two lists of class names."""
+"""COCO's categories."""
 
 from __future__ import annotations
 
@@ -29,9 +29,3 @@ def default_category_ids(class_names: Sequence[str]) -> list[int]:
     if list(class_names) == list(COCO_CLASSES):
         return list(COCO_CATEGORY_IDS)
     return list(range(1, len(class_names) + 1))
-
-
-def class_difference(first: Sequence[str], second: Sequence[str]) -> str:
-    """Up to five names that are in only one of two class lists, as text for a message."""
-    unmatched = sorted(set(first) ^ set(second))
-    return ", ".join(unmatched[:5]) if unmatched else "the same names with different ids"

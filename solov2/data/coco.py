@@ -1,7 +1,7 @@
 """COCO instance annotations as a dataset of samples.
 
-sample  image uint8 [3, H, W] RGB | boxes float32 [N, 4] xyxy | labels int64 [N] | masks uint8 [N, H, W]
-        extents int64 [N, 4] xyxy, outside which the masks are 0 | image_id int | original_size (h, w)
+sample  image uint8 [3, H, W] RGB | boxes float32 [N, 4] xyxy | labels int64 [N] | image_id int | original_size (h, w)
+        masks uint8 [N, H, W], or EncodedMasks, which are only drawn at the size of the targets
 
 Which annotations become instances follows mmdetection (`CocoDataset.parse_data_info`). An image must have the width and
 height given in the JSON; EXIF rotation is not applied, because annotations refer to the stored pixels.
@@ -26,13 +26,16 @@ from torch.utils.data import Dataset
 from solov2.compute import span
 from solov2.data.annotations import (
     ImageRecord,
+    check_separators,
     count_short_polygons,
     read_annotations,
     reason_unusable,
+    require_folder,
     segmentation_fault,
 )
 from solov2.errors import InputError, count
-from solov2.ops.images import read_image
+from solov2.ops.encoded_masks import EncodedMasks
+from solov2.ops.images import MAX_PIXELS, read_image
 from solov2.ops.masks import segmentations_to_masks
 
 LOG = logging.getLogger(__name__)
@@ -47,7 +50,11 @@ class CocoInstances(Dataset):
         training: True gives images with their usable instances; False gives every image without instances (N = 0).
         keep_empty: in training, keep images without a usable instance.
         min_size: in training, leave out images whose shorter edge is below this many pixels.
+        crowd: the setting `data.crowd`: "ignore" leaves out annotations with `iscrowd` 1, "instance" takes them as
+            instances, also in the index for evaluation.
         skip_broken_images: instead of an image that cannot be read, return the next readable sample and warn.
+        max_pixels: maximum width x height of an image; larger ones are rejected.
+        decode_masks: False gives `EncodedMasks`: in a crowded image, full-size masks can take gigabytes.
 
     Attributes:
         class_names: in order of category id; a label is an index into this list.
@@ -68,19 +75,23 @@ class CocoInstances(Dataset):
         training: bool,
         keep_empty: bool = False,
         min_size: int = 32,
+        crowd: str = "ignore",
         skip_broken_images: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        decode_masks: bool = True,
     ) -> None:
         self.annotation_file, self.image_root = Path(annotations), Path(images)
-        self.training, self.skip_broken_images = training, skip_broken_images
+        self.training, self.skip_broken_images, self.decode_masks = training, skip_broken_images, decode_masks
         self._warned: set[str] = set()
         self.unknown_categories: Counter[int] = Counter()
-        if not self.image_root.is_dir():
-            raise InputError(f"image folder {self.image_root} does not exist")
-        content = read_annotations(self.annotation_file)
+        require_folder(self.image_root)
+        self._crowd, self.max_pixels = crowd, max_pixels
+        content = read_annotations(self.annotation_file, crowd=crowd, max_pixels=max_pixels)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids: list[int] = [category["id"] for category in categories]
         self.class_names: list[str] = [category["name"] for category in categories]
         records = [ImageRecord(x["id"], x["file_name"], int(x["height"]), int(x["width"])) for x in content["images"]]
+        check_separators(records, self.image_root, self.annotation_file)
         instances = self._collect_instances(content["annotations"], {record.image_id: record for record in records})
         if training:
             records = [
@@ -106,8 +117,18 @@ class CocoInstances(Dataset):
     def coco(self) -> COCO:
         """pycocotools' index of the annotation file, for evaluation; in training, first use reads the file again."""
         if self._coco is None:
-            self._coco = _build_index(read_annotations(self.annotation_file))
+            content = read_annotations(self.annotation_file, crowd=self._crowd, max_pixels=self.max_pixels)
+            sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]}
+            for annotation in content["annotations"]:  # training checked its instances only
+                if annotation["category_id"] in self.category_ids:
+                    self._require_segmentation(annotation, sizes[annotation["image_id"]])
+            self._coco = _build_index(content)
         return self._coco
+
+    def _require_segmentation(self, annotation: dict[str, Any], size: tuple[int, int]) -> None:
+        fault = segmentation_fault(annotation, size)
+        if fault is not None:
+            raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {fault}")
 
     def file_name(self, image_id: int) -> str:
         """The file name of an image, relative to the image folder."""
@@ -158,24 +179,29 @@ class CocoInstances(Dataset):
     def _load(self, position: int) -> dict[str, Any]:
         record, instances = self._unpack(position)
         size = (record.height, record.width)
+        image = self._read_image(record)  # first: the size that the file states may not be true
         with span("annotation masks"):
-            masks, extents = segmentations_to_masks([segmentation for _, _, segmentation in instances], size)
+            masks = self._read_masks([segmentation for _, _, segmentation in instances], size)
         return {
-            "image": self._read_image(record),
+            "image": image,
             "boxes": torch.tensor([box for box, _, _ in instances], dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor([label for _, label, _ in instances], dtype=torch.int64),
             "masks": masks,
-            "extents": extents,
             "image_id": record.image_id,
             "original_size": size,
         }
+
+    def _read_masks(self, segmentations: list, size: tuple[int, int]) -> Tensor | EncodedMasks:
+        if not self.decode_masks:
+            return EncodedMasks.from_segmentations(segmentations, size)
+        return segmentations_to_masks(segmentations, size)[0]
 
     def _read_image(self, record: ImageRecord) -> Tensor:
         path = self.image_root / record.file_name
         stated = f"{self.annotation_file} says {record.width} x {record.height}"
         try:
             with span("decode"):
-                image = read_image(path, apply_exif=False)
+                image = read_image(path, apply_exif=False, max_pixels=self.max_pixels)
         except InputError as error:
             raise InputError(f"{error} ({stated})") from error
         height, width = image.shape[1:]
@@ -207,9 +233,7 @@ class CocoInstances(Dataset):
                 continue
             reason = reason_unusable(annotation, record)
             if reason is None or not self.training:
-                fault = segmentation_fault(annotation, (record.height, record.width))
-                if fault is not None:
-                    raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {fault}")
+                self._require_segmentation(annotation, (record.height, record.width))
                 if count_short_polygons(annotation["segmentation"]):
                     ignored["have polygons with fewer than three points, which are ignored"].append(annotation["id"])
             if reason is None and self.training:

@@ -13,21 +13,23 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from solov2.compute import span
 from solov2.data.transforms import Sample, seeded_generator
+from solov2.data.watch import OUT_OF_FILES, shared_memory_full
+from solov2.errors import RunFailed
 from solov2.ops.resize import padded_size
 
-Instances = dict[str, torch.Tensor]
+Instances = dict[str, Any]  # boxes and labels Tensor, masks Tensor or EncodedMasks
 
 
 class Collate:
     """Samples -> batch. Runs in the worker, so that no full-size mask reaches the training process.
 
     Args:
-        assign_targets: called with the instances (boxes, labels, masks and extents per image, masks at the resized,
-            unpadded size) and the padded size (H, W); without it the batch has no `targets`.
+        assign_targets: called with the instances (boxes, labels and masks per image, masks at the resized, unpadded
+            size) and the padded size (H, W); without it the batch has no `targets`.
         divisor: height and width of the batch are padded to multiples of it.
     """
 
@@ -51,10 +53,32 @@ class Collate:
             "image_ids": [sample["image_id"] for sample in samples],
         }
         if self.assign_targets is not None:
-            instances = [{key: sample[key] for key in ("boxes", "labels", "masks", "extents")} for sample in samples]
+            instances = [{key: sample[key] for key in ("boxes", "labels", "masks")} for sample in samples]
             with span("targets"):
                 batch["targets"] = self.assign_targets(instances, (height, width))
+        if get_worker_info() is not None:
+            _share(batch)
         return batch
+
+
+def _share(batch: dict[str, Any]) -> None:
+    """Move the tensors of a batch into shared memory, from where the training process reads them.
+
+    torch would do the same, but in a thread whose errors nobody hears: a batch for which there is no room would be lost
+    without a word.
+
+    Raises:
+        RunFailed: shared memory is full, or this process has too many open files.
+    """
+    for value in batch.values():
+        if isinstance(value, dict):
+            _share(value)
+        elif isinstance(value, torch.Tensor) and value.numel():
+            try:
+                value.share_memory_()
+            except (RuntimeError, OSError) as error:
+                reason = OUT_OF_FILES if "Too many open files" in str(error) else shared_memory_full()
+                raise RunFailed(f"a DataLoader worker {reason}") from error
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
@@ -144,16 +168,16 @@ def build_loader(
     batch_sampler: Sampler[list[tuple[int, int, int]]] | None = None,
     sampler: Sampler[int] | None = None,
     batch_size: int = 1,
-    timeout: float = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
     """A DataLoader that uses either `batch_sampler`, or `sampler` and `batch_size`.
+
+    It waits forever for a batch; `data.watch.watched` does not.
 
     Args:
         dataset: indexed with what the sampler yields.
         collate: samples -> batch, called in the workers.
         workers: number of worker processes, kept alive between epochs; 0 loads in this process.
-        timeout: seconds to wait for a batch from the workers before raising an error; 0 waits forever.
         pin_memory: put batches in page-locked memory, so that copies to an accelerator can be asynchronous.
     """
     batching: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
@@ -165,7 +189,6 @@ def build_loader(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        timeout=timeout if workers else 0,
         generator=torch.Generator(),  # for the workers' unused seeds, so that the global generator is not advanced
         pin_memory=pin_memory,
         worker_init_fn=_init_worker,

@@ -95,7 +95,10 @@ def _already_generated(root: Path, recipe: dict[str, int]) -> bool:
     marker = root / "shapes.json"
     if marker.is_file() and json.loads(marker.read_text()) == recipe:
         return True
-    raise InputError(f"{root} already holds other data; remove it or name another folder with --data-root")
+    raise InputError(
+        f"{root} holds other data than the shapes that data.shapes generates; name another folder with --data, or "
+        "train on what is there with --set data.shapes=false"
+    )
 
 
 def _write_split(root: Path, split: str, count: int, size: int, seed: int, progress: bool) -> None:

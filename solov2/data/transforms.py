@@ -6,26 +6,26 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from solov2.compute import span
 from solov2.data.coco import CocoInstances
-from solov2.ops.resize import resize_extents, resize_image, resize_masks, resized_size
+from solov2.ops.encoded_masks import EncodedMasks
+from solov2.ops.resize import resize_image, resize_masks, resized_size
 
 Sample = dict[str, Any]
 
 
 def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
     """Resize to `size` (h, w): image bilinearly, masks by nearest neighbor; boxes are scaled and clipped."""
+    masks = sample["masks"]
     return {
         **sample,
         "image": resize_image(sample["image"], size),
         "boxes": resize_boxes(sample["boxes"], tuple(sample["image"].shape[1:]), size),
-        "masks": resize_masks(sample["masks"], size, sample["extents"]),
-        "extents": resize_extents(sample["extents"], tuple(sample["image"].shape[1:]), size),
+        "masks": masks.resize(size) if isinstance(masks, EncodedMasks) else resize_masks(masks, size),
     }
 
 
@@ -42,13 +42,11 @@ def flip_sample(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
     if not dims:
         return sample
     size = tuple(sample["image"].shape[1:])
-    extents = _flip_boxes(sample["extents"], size, horizontal=horizontal, vertical=vertical)
     return {
         **sample,
         "image": sample["image"].flip(dims),
         "boxes": _flip_boxes(sample["boxes"], size, horizontal=horizontal, vertical=vertical),
-        "masks": _flip_masks(sample["masks"], sample["extents"], extents, horizontal=horizontal, vertical=vertical),
-        "extents": extents,
+        "masks": sample["masks"].flip(dims),
     }
 
 
@@ -61,17 +59,6 @@ def _flip_boxes(boxes: Tensor, size: tuple[int, int], *, horizontal: bool, verti
     return torch.stack((x1, y1, x2, y2), dim=1)
 
 
-def _flip_masks(masks: Tensor, extents: Tensor, flipped: Tensor, *, horizontal: bool, vertical: bool) -> Tensor:
-    """Mirror the part of each mask inside its extents; the rest is 0. `flipped` are the mirrored extents."""
-    mirrored = np.zeros(masks.shape, dtype=np.uint8)
-    rows, columns = (slice(None, None, -1 if wanted else 1) for wanted in (vertical, horizontal))
-    for target, source, (x1, y1, x2, y2), (left, top, right, bottom) in zip(
-        mirrored, masks.numpy(), extents.tolist(), flipped.tolist()
-    ):
-        target[top:bottom, left:right] = source[y1:y2, x1:x2][rows, columns]
-    return torch.from_numpy(mirrored)
-
-
 def transpose_sample(sample: Sample) -> Sample:
     """Mirror across the main diagonal: rows become columns, and `original_size` is swapped too."""
     return {
@@ -79,7 +66,6 @@ def transpose_sample(sample: Sample) -> Sample:
         "image": sample["image"].mT,
         "boxes": sample["boxes"][:, [1, 0, 3, 2]],
         "masks": sample["masks"].mT,
-        "extents": sample["extents"][:, [1, 0, 3, 2]],
         "original_size": sample["original_size"][::-1],
     }
 
@@ -90,7 +76,7 @@ def drop_flat_instances(sample: Sample) -> Sample:
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     if keep.all():
         return sample
-    return {**sample, **{key: sample[key][keep] for key in ("boxes", "labels", "masks", "extents")}}
+    return {**sample, **{key: sample[key][keep] for key in ("boxes", "labels", "masks")}}
 
 
 class TrainTransform:

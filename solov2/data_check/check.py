@@ -11,27 +11,51 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from solov2.build import build_assigner
 from solov2.config import Config
-from solov2.data.annotations import ImageRecord, category_id_shift, find_problems
-from solov2.data_check.findings import CheckSettings, Finding, ImageCheck, check_image
-from solov2.data_check.quick import off_by_one_message
-from solov2.data_check.repair import normalize_file_name
-from solov2.data_check.statistics import summarize
+from solov2.data.annotations import (
+    MAX_CROWD_SHARE,
+    NO_MASKS,
+    SECTIONS,
+    ImageRecord,
+    category_id_shift,
+    count_crowds,
+    crowd_message,
+    find_problems,
+    has_id,
+    lacks_masks,
+    require_folder,
+)
+from solov2.data_check.findings import REPAIRABLE, CheckSettings, Finding, ImageCheck, check_image
+from solov2.data_check.normalize import Change, normalize
+from solov2.data_check.quick import CORNERS, off_by_one_message
+from solov2.data_check.repair import normalize_file_name, repair
+from solov2.data_check.statistics import boxes_look_like_corners, summarize
 from solov2.errors import InputError
 
 CHUNK = 8  # images that a checking process takes at a time
+UNUSABLE_FILES = ("missing file", "unreadable file", "wrong size")
+NOTATION = ("missing file", "segmentation")  # kinds of `normalize` that `find_problems` does not report
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, first of the annotation file, then image by image, and the statistics of `summarize`."""
+    """The result of a check.
+
+    Attributes:
+        findings: first those of the annotation file, then image by image.
+        statistics: of `summarize`.
+        repaired, changes: what `repair` makes of the annotations; without changes, they are as they were.
+    """
 
     findings: list[Finding]
     statistics: dict[str, Any]
+    repaired: Mapping[str, Any]
+    changes: list[Change]
 
     def counts(self) -> dict[str, int]:
         """Number of findings of each severity."""
@@ -40,20 +64,29 @@ class Report:
 
 
 def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *, workers: int = 0) -> Report:
-    """Check annotations and image files; every file is read once.
+    """Check annotations and image files, and repair the annotations; every file is decoded once.
+
+    What is written in another notation (`normalize`) is reported, and then checked as if it were repaired.
 
     Args:
         content: a parsed annotation file (`solov2.data.annotations.load_json`); its entries may be malformed.
         images: the folder that `file_name` is relative to.
-        config: its scale ranges, grids and sizes are what the data is checked against.
+        config: its scale ranges, grids and sizes, and `data.crowd`, are what the data is checked against.
         workers: number of checking processes; 0 and 1 check in this one.
 
     Raises:
         InputError: the folder does not exist, or a checking process was killed.
     """
-    if not Path(images).is_dir():
-        raise InputError(f"image folder {images} does not exist")
-    findings, faulty = _annotation_file_findings(content)
+    require_folder(Path(images))
+    original, crowd, max_pixels = content, config.data.crowd, config.data.max_image_pixels
+    findings = list(_problem_findings(original, max_pixels))
+    content, changes = normalize(original, Path(images), crowd=crowd, max_pixels=max_pixels)
+    findings += _notation_findings(content, changes)
+    faulty = {(problem.section, problem.index) for problem in find_problems(content, max_pixels=max_pixels)}
+    findings += _annotation_file_findings(
+        {s: [entry for i, entry in enumerate(content[s]) if (s, i) not in faulty] for s in SECTIONS},
+        _file_names(content["images"]),
+    )
     categories = [entry for index, entry in enumerate(content["categories"]) if ("categories", index) not in faulty]
     categories.sort(key=lambda category: category["id"])
     records = [
@@ -72,42 +105,96 @@ def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *
         short_edges=tuple(sorted({min(short_edges), max(short_edges)})),
         long_edge=config.data.train_long_edge,
         min_size=config.data.min_image_size,
+        max_pixels=max_pixels,
         assign=build_assigner(replace(config.model, num_classes=max(1, len(categories)))),
     )
     checks = check_images(records, [annotations[record.image_id] for record in records], settings, workers)
-    findings += [finding for check in checks for finding in check.findings]
+    found = [finding for check in checks for finding in check.findings]
+    unusable = {f.image_id: f.message for f in found if f.kind in UNUSABLE_FILES and f.image_id is not None}
+    findings += found
+    repaired: Mapping[str, Any] = original
+    if changes or any(finding.kind in REPAIRABLE for finding in findings):
+        repaired, changes = repair(original, Path(images), unusable, crowd=crowd, max_pixels=max_pixels)
     names = [category["name"] for category in categories]
     statistics = summarize(checks, [record.image_id for record in records], names, config)
-    return Report(findings, statistics)
+    return Report(_with_fixes(findings, content, changes), statistics, repaired, changes)
 
 
-def _annotation_file_findings(content: Mapping[str, Any]) -> tuple[list[Finding], set[tuple[str, int]]]:
-    """Findings of the annotation file alone, and (section, index) of the entries that would stop loading."""
-    findings, faulty = [], set()
-    names = {
-        image["id"]: image.get("file_name")
-        for image in content["images"]
-        if isinstance(image, dict) and isinstance(image.get("id"), int)
-    }
-    for problem in find_problems(content):
-        faulty.add((problem.section, problem.index))
+def _problem_findings(content: Mapping[str, Any], max_pixels: int) -> Iterator[Finding]:
+    """Findings of what would stop loading."""
+    names = _file_names(content["images"])
+    for problem in find_problems(content, max_pixels=max_pixels):
         entry = content[problem.section][problem.index]
         entry = entry if isinstance(entry, dict) else {}
         image_id = entry.get({"images": "id", "annotations": "image_id"}.get(problem.section, ""))
         image_id = image_id if isinstance(image_id, int) else None
         annotation_id = entry.get("id") if problem.section == "annotations" else None
-        name = names.get(image_id)
+        name = None if image_id is None else names.get(image_id)
         message = problem.message if problem.section != "categories" else f"{problem.where} {problem.message}"
-        findings.append(
-            Finding(problem.kind, message, image_id, annotation_id, name if isinstance(name, str) else None)
-        )
-    usable = {
-        section: [entry for index, entry in enumerate(content[section]) if (section, index) not in faulty]
-        for section in ("images", "annotations", "categories")
+        name, place = name if isinstance(name, str) else None, (problem.section, problem.index)
+        yield Finding(problem.kind, message, image_id, annotation_id, name, place)
+
+
+def _notation_findings(content: Mapping[str, Any], changes: Sequence[Change]) -> Iterator[Finding]:
+    """Findings of what loading would stumble over later than `find_problems`, and `normalize` has corrected."""
+    names = _file_names(content["images"])
+    for change in changes:
+        if change["kind"] in NOTATION:
+            section, index = change["section"], change["index"]
+            image_id = change["id"] if section == "images" else content[section][index]["image_id"]
+            annotation_id = None if section == "images" else change["id"]
+            place = (section, index)
+            yield Finding(change["kind"], change["reason"], image_id, annotation_id, names.get(image_id), place)
+
+
+def _annotation_file_findings(usable: Mapping[str, list[dict]], names: Mapping[int, Any]) -> Iterator[Finding]:
+    """Findings of the entries that loading accepts, taken together; `names` are the files of all images."""
+    annotations, sizes = usable["annotations"], {x["id"]: (x["height"], x["width"]) for x in usable["images"]}
+    crowds = count_crowds(annotations)
+    if crowds > MAX_CROWD_SHARE * len(annotations):
+        yield Finding("many crowds", crowd_message(crowds, len(annotations)))
+    if lacks_masks(annotations):
+        yield Finding("no masks", NO_MASKS)
+    boxes = [(*a["bbox"], *sizes[a["image_id"]]) for a in annotations if a["image_id"] in sizes]
+    table = np.array(boxes, dtype=np.float64).reshape(-1, 6)
+    if boxes_look_like_corners(table[:, :4], table[:, 4:]):
+        yield Finding("boxes as corners", CORNERS)
+    for annotation in annotations:
+        if annotation["id"] == 0:
+            text = "has the id 0, which pycocotools takes for 'no match': evaluation counts it as missed"
+            yield Finding("id 0", text, annotation["image_id"], 0, names[annotation["image_id"]])
+    yield from _duplicate_files(usable["images"])
+    yield from _category_findings(annotations, usable["categories"], names)
+
+
+def _file_names(images: Sequence[Any]) -> dict[int, Any]:
+    return {image["id"]: image.get("file_name") for image in images if has_id(image)}
+
+
+def _with_fixes(findings: Sequence[Finding], content: Mapping[str, Any], changes: Sequence[Change]) -> list[Finding]:
+    """The findings with what `repair` did to their entries."""
+    places: dict[tuple[str, int | None], tuple[str, int]] = {
+        (section, entry["id"]): (section, index)
+        for section in ("images", "annotations")
+        for index, entry in reversed(list(enumerate(content[section])))
+        if has_id(entry)
     }
-    findings += _duplicate_files(usable["images"])
-    findings += _category_findings(usable["annotations"], usable["categories"], names)
-    return findings, faulty
+    removed, changed = (
+        {(change["section"], change["index"]) for change in changes if change["action"] == action}
+        for action in ("removed", "changed")
+    )
+
+    def fix(finding: Finding) -> str | None:
+        if finding.kind not in REPAIRABLE:
+            return None
+        if finding.place is None and finding.image_id is None:  # of the whole file
+            return "repairs" if changed else None
+        of_image = finding.annotation_id is None
+        key = ("images", finding.image_id) if of_image else ("annotations", finding.annotation_id)
+        place = finding.place or places.get(key)
+        return "removes" if place in removed else "repairs" if place in changed else None
+
+    return [finding._replace(fix=fix(finding)) for finding in findings]
 
 
 def check_images(
@@ -148,8 +235,9 @@ def _category_findings(
     shift = category_id_shift(used, declared)
     if shift:
         yield Finding("categories off by one", off_by_one_message(shift, set(used), declared))
+    known = set(declared)
     for annotation in annotations:
-        if annotation["category_id"] not in declared:
+        if annotation["category_id"] not in known:
             text = f"category_id {annotation['category_id']} is not in `categories`; training leaves it out"
             image_id = annotation["image_id"]
             yield Finding("unknown category", text, image_id, annotation["id"], names.get(image_id))

@@ -17,7 +17,13 @@ import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
-from solov2.data.annotations import ImageRecord, count_short_polygons, reason_unusable, segmentation_fault
+from solov2.data.annotations import (
+    ImageRecord,
+    count_short_polygons,
+    is_file,
+    reason_unusable,
+    segmentation_fault,
+)
 from solov2.data.transforms import resize_boxes
 from solov2.errors import InputError
 from solov2.ops.images import ImageHeader, read_header, read_image
@@ -35,18 +41,19 @@ SEVERITIES = {
     **dict.fromkeys(("missing file", "unreadable file", "wrong size"), "error"),
     # silently lose or change data
     **dict.fromkeys(("unknown category", "categories off by one", "left out", "short polygon"), "error"),
-    **dict.fromkeys(("empty mask", "no cell"), "error"),
+    **dict.fromkeys(("empty mask", "no cell", "no masks"), "error"),
+    **dict.fromkeys(("many crowds", "boxes as corners", "id 0"), "warning"),
     **dict.fromkeys(("file twice", "annotation twice", "near duplicate", "category name twice"), "warning"),
     **dict.fromkeys(("box differs", "area differs", "box beyond image"), "warning"),
-    **dict.fromkeys(("unused category", "16 bit", "EXIF rotation", "no mask pixel"), "warning"),
+    **dict.fromkeys(("unused category", "16 bit", "animation", "EXIF rotation", "no mask pixel"), "warning"),
     **dict.fromkeys(("crowd", "uncompressed RLE", "gray", "CMYK", "alpha", "small image", "no instance"), "note"),
 }
-# What solov2.data_check.repair removes or corrects.
+# What solov2.data_check.repair corrects or, where the data does not determine the right value, removes.
 REPAIRABLE = {
     *("no id", "id twice", "file name", "file outside", "size", "category name", "unknown image", "category id"),
     *("box", "area", "iscrowd", "segmentation", "missing file", "unreadable file", "wrong size", "unknown category"),
     *("categories off by one", "left out", "short polygon", "empty mask", "file twice", "annotation twice"),
-    *("box differs", "area differs", "box beyond image"),
+    *("box differs", "area differs", "box beyond image", "boxes as corners", "id 0"),
 }
 NEAR_DUPLICATE = 0.95  # IoU above which two instances of a class are probably the same object
 INSTANCES_AT_ONCE = 64  # whose masks are in memory together
@@ -54,13 +61,19 @@ _GRAY, _ALPHA = ("1", "L", "LA", "La"), ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 class Finding(NamedTuple):
-    """One fault or remark. Ids are None if it is not about one image or annotation; `file` is the image's file name."""
+    """One fault or remark. Ids are None if it is not about one image or annotation.
+
+    `file` is the image's file name; `place`, where the ids do not say it, the entry's section and index; `fix` what
+    --fix does about it: "repairs", "removes" the entry, or None.
+    """
 
     kind: str  # a key of SEVERITIES
     message: str
     image_id: int | None = None
     annotation_id: int | None = None
     file: str | None = None
+    place: tuple[str, int] | None = None
+    fix: str | None = None
 
     @property
     def severity(self) -> str:
@@ -88,6 +101,7 @@ class CheckSettings:
         short_edges: smallest and largest short edge in training, in pixels.
         long_edge: limit of the long edge in training, in pixels.
         min_size: training leaves out images with an edge below this, in pixels.
+        max_pixels: maximum width x height of an image.
         assign: a `solov2.targets.TargetAssigner`.
     """
 
@@ -96,6 +110,7 @@ class CheckSettings:
     short_edges: tuple[int, ...]
     long_edge: int
     min_size: int
+    max_pixels: int
     assign: Callable[[Sequence[dict[str, Tensor]], tuple[int, int]], dict[str, Any]]
 
 
@@ -133,7 +148,7 @@ def check_image(record: ImageRecord, annotations: Sequence[dict[str, Any]], sett
         annotations: those of the image in which `annotation_fault` finds nothing.
         settings: what to check against.
     """
-    findings = list(image_file_findings(settings.root / record.file_name, record, settings.min_size))
+    findings = list(image_file_findings(record, settings))
     rles: dict[int, dict[str, Any]] = {}  # index into annotations -> mask
     usable = []
     for index, annotation in enumerate(annotations):
@@ -153,18 +168,15 @@ def check_image(record: ImageRecord, annotations: Sequence[dict[str, Any]], sett
     return ImageCheck(findings + found, instances, shared)
 
 
-def image_file_findings(path: Path, record: ImageRecord, min_size: int) -> Iterator[Finding]:
+def image_file_findings(record: ImageRecord, settings: CheckSettings) -> Iterator[Finding]:
     """Whether the file can be read and has the stated size, and what is lost when its pixels become RGB."""
-    try:
-        exists = path.is_file()
-    except OSError:  # the file system rejects the name
-        exists = False
-    if not exists:
+    path, min_size, limit = settings.root / record.file_name, settings.min_size, settings.max_pixels
+    if not is_file(path):
         yield _finding("missing file", f"{path} does not exist", record)
         return
     try:
-        header = read_header(path)
-        read_image(path, apply_exif=False)
+        header = read_header(path, max_pixels=limit)
+        read_image(path, apply_exif=False, max_pixels=limit)
     except InputError as error:
         yield _finding("unreadable file", str(error), record)
         return
@@ -184,6 +196,8 @@ def pixel_findings(header: ImageHeader) -> Iterator[tuple[str, str]]:
         yield "EXIF rotation", "has an EXIF rotation, which is not applied: annotations refer to the stored pixels"
     if header.deep:
         yield "16 bit", "has 16 bits per channel, of which only the upper eight are kept; rescale it if it is dark"
+    if header.animated:
+        yield "animation", "is an animation, of which only the first frame is used"
     if header.mode == "CMYK":
         yield "CMYK", "is CMYK and is converted to RGB without a color profile"
     if header.mode in _GRAY:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from solov2.config import Config
 from solov2.data.annotations import category_id_shift
 from solov2.data.coco import CocoInstances
-from solov2.data_check.statistics import unseen_by_range
+from solov2.data_check.statistics import boxes_look_like_corners, unseen_by_range
 from solov2.errors import printable
+
+CORNERS = (
+    "the boxes look like corners x1, y1, x2, y2, but COCO's bbox is x, y, width, height: instances are assigned to the "
+    "wrong sizes; solov2 check-data --fix computes them from the masks"
+)
 
 
 def quick_check(dataset: CocoInstances, config: Config) -> list[str]:
@@ -32,7 +39,10 @@ def quick_check(dataset: CocoInstances, config: Config) -> list[str]:
             f"{len(missing)} of {len(dataset.class_names)} classes have no instances and cannot be learned: "
             f"{', '.join(missing[:8])}{more}"
         )
-    unseen = unseen_by_range(boxes, dataset.image_sizes()[positions], config.model, config.data)
+    sizes = dataset.image_sizes()[positions]
+    if boxes_look_like_corners(np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1), sizes):
+        messages.append(CORNERS)
+    unseen = unseen_by_range(boxes, sizes, config.model, config.data)
     if unseen.any():
         messages.append(
             f"{unseen.sum()} of {len(unseen)} instances ({unseen.mean():.1%}) have a size outside model.scale_ranges "

@@ -1,15 +1,16 @@
-"""Repair a COCO annotation file: remove what cannot be used, recompute what follows from the masks.
+"""Repair a COCO annotation file: rewrite what the data determines, remove what cannot be used.
 
-Nothing is guessed: where a fault is ambiguous (two images with one id, a file of another size than stated), the entries
+`solov2.data_check.normalize` reads other notations; here follows what takes the masks or several entries. Nothing is
+guessed: where a fault is ambiguous (two images with one id, a file of another size than stated), the entries
 are removed. All changes are listed.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pycocotools.mask as coco_mask
@@ -28,31 +29,44 @@ from solov2.data.annotations import (
     segmentation_fault,
 )
 from solov2.data_check.findings import area_differs, box_differs, box_exceeds
+from solov2.data_check.normalize import Change, normalize
+from solov2.ops.images import MAX_PIXELS
 from solov2.ops.masks import segmentation_to_rle
 
-Change = dict[str, Any]  # section, id, action, reason
 
-
-def repair(content: Mapping[str, Any], unusable_images: Mapping[int, str]) -> tuple[dict[str, Any], list[Change]]:
+def repair(
+    content: Mapping[str, Any],
+    images: Path,
+    unusable_images: Mapping[int, str],
+    *,
+    crowd: str = "ignore",
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[dict[str, Any], list[Change]]:
     """A repaired copy of a parsed annotation file, and the list of changes.
 
     Args:
         content: has the three lists; their entries may be malformed.
-        unusable_images: image id -> why its file cannot be used (missing, unreadable, of another size).
+        images: the folder that `file_name` is relative to.
+        unusable_images: image id (as `normalize` has it) -> why its file cannot be used (missing, unreadable, of
+            another size).
+        crowd: the setting `data.crowd`; "instance" sets every `iscrowd` to 0.
+        max_pixels: maximum width x height of an image.
 
     Returns:
-        (content that `CocoInstances` loads, changes: section, id, action "removed" or "changed", reason).
+        (content that `CocoInstances` loads, changes: section, index of the entry in `content`, id, action "removed" or
+        "changed", reason).
     """
-    content = {**content, **{section: copy.deepcopy(content[section]) for section in SECTIONS}}
-    changes: list[Change] = []
+    content, changes = normalize(content, images, crowd=crowd, max_pixels=max_pixels)
+    places = {id(entry): index for section in SECTIONS for index, entry in enumerate(content[section])}
 
-    def report(section: str, entry: Any, action: str, reason: str) -> None:
-        number = entry["id"] if has_id(entry) else None
-        changes.append({"section": section, "id": number, "action": action, "reason": reason})
+    def report(section: str, entry: Any, action: str, reason: str, index: int | None = None) -> None:
+        number, index = entry["id"] if has_id(entry) else None, places[id(entry)] if index is None else index
+        changes.append({"section": section, "index": index, "id": number, "action": action, "reason": reason})
 
     for section in SECTIONS:
         content[section] = _with_unique_ids(content[section], section, report)
-    content["images"] = _filter(content["images"], "images", _image_removal_reason(unusable_images), report)
+    removal_reason = _image_removal_reason(unusable_images, max_pixels)
+    content["images"] = _filter(content["images"], "images", removal_reason, report)
     for category in content["categories"]:
         if category_fault(category) is not None:
             category["name"] = f"category {category['id']}"
@@ -64,13 +78,13 @@ def repair(content: Mapping[str, Any], unusable_images: Mapping[int, str]) -> tu
     }
     _shift_categories(content, records, report)
     categories = {category["id"] for category in content["categories"]}
+    first: dict[tuple, int] = {}
     content["annotations"] = _filter(
         content["annotations"],
         "annotations",
-        lambda annotation: _repair_annotation(annotation, records, categories, report),
+        lambda annotation: _repair_annotation(annotation, records, categories, first, report),
         report,
     )
-    content["annotations"] = _without_duplicates(content["annotations"], records, report)
     return content, changes
 
 
@@ -94,17 +108,19 @@ def _with_unique_ids(entries: list[Any], section: str, report: Callable[..., Non
         if has_id(entry):
             groups[entry["id"]].append(entry)
     free, taken, kept = max([0, *groups]) + 1, set(), []
-    for entry in entries:
-        ambiguous = has_id(entry) and any(other != entry for other in groups[entry["id"]])
+    differing = {number for number, group in groups.items() if any(entry != group[0] for entry in group)}
+    for index, entry in enumerate(entries):
+        ambiguous = has_id(entry) and entry["id"] in differing
         repeated = has_id(entry) and entry["id"] in taken
         if not isinstance(entry, dict) or (not has_id(entry) and section != "annotations"):
-            report(section, entry, "removed", f"has no integer id: {str(entry)[:80]}")
+            report(section, entry, "removed", f"has no integer id: {str(entry)[:80]}", index)
         elif repeated and not ambiguous:
             report(section, entry, "removed", "repeats an identical entry")
         elif ambiguous and section != "annotations":
             report(section, entry, "removed", f"other {section} have the same id, so references are ambiguous")
         else:
-            if repeated or not has_id(entry):
+            # Only pycocotools objects to an annotation's id 0: it takes it for "no match".
+            if repeated or not has_id(entry) or (section == "annotations" and entry["id"] == 0):
                 old, entry["id"] = entry.get("id"), free
                 free += 1
                 report(section, entry, "changed", f"new id, was {old!r}")
@@ -113,9 +129,9 @@ def _with_unique_ids(entries: list[Any], section: str, report: Callable[..., Non
     return kept
 
 
-def _image_removal_reason(unusable_images: Mapping[int, str]) -> Callable[[dict], str | None]:
+def _image_removal_reason(unusable_images: Mapping[int, str], max_pixels: int) -> Callable[[dict], str | None]:
     def reason(image: dict) -> str | None:
-        fault = image_fault(image)
+        fault = image_fault(image, max_pixels)
         return fault[1] if fault is not None else unusable_images.get(image["id"])
 
     return reason
@@ -157,18 +173,21 @@ def _shift_categories(content: dict[str, Any], records: Mapping[int, Any], repor
 
 
 def _repair_annotation(
-    annotation: dict, records: Mapping[int, ImageRecord], categories: set[int], report: Callable[..., None]
+    annotation: dict,
+    records: Mapping[int, ImageRecord],
+    categories: set[int],
+    first: dict[tuple, int],
+    report: Callable[..., None],
 ) -> str | None:
-    """Repair one annotation in place; returns the reason if it must be removed instead."""
+    """Repair one annotation in place; returns the reason if it must be removed instead.
+
+    `first` collects (image, class, mask) -> annotation id of those that are kept.
+    """
     record = records.get(annotation["image_id"]) if is_integer(annotation.get("image_id")) else None
     if record is None:
         return f"belongs to image {annotation.get('image_id')}, which is not in `images` or was removed"
     if not is_integer(annotation.get("category_id")) or annotation["category_id"] not in categories:
         return f"category_id {annotation.get('category_id')!r} is not in `categories`"
-    crowd = annotation.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        annotation["iscrowd"] = 0 if crowd in (None, "", "0") else 1
-        report("annotations", annotation, "changed", f"iscrowd {annotation['iscrowd']}, was {crowd!r}")
     size = (record.height, record.width)
     fault = segmentation_fault(annotation, size)
     if fault is not None:
@@ -176,10 +195,18 @@ def _repair_annotation(
     if count_short_polygons(annotation["segmentation"]):
         annotation["segmentation"] = [polygon for polygon in annotation["segmentation"] if len(polygon) >= 6]
         report("annotations", annotation, "changed", "removed polygons with fewer than three points")
-    rle = segmentation_to_rle(annotation["segmentation"], size)
+    rle = coco_mask.merge([segmentation_to_rle(annotation["segmentation"], size)])  # merge: counts are always bytes
     pixels, tight = int(coco_mask.area(rle)), [float(x) for x in coco_mask.toBbox(rle)]
     if pixels == 0:
         return "has no mask pixel inside the image"
+    crowd = annotation.get("iscrowd", 0)
+    number = (
+        annotation["id"]
+        if crowd
+        else first.setdefault((annotation["image_id"], annotation["category_id"], rle["counts"]), annotation["id"])
+    )
+    if number != annotation["id"]:
+        return f"has the same mask and class as annotation {number}"
     broken = annotation_fault({**annotation, "area": 1}, {record.image_id}) is not None
     if not broken:
         reason = reason_unusable({**annotation, "iscrowd": 0, "area": 1}, record)
@@ -187,28 +214,8 @@ def _repair_annotation(
     if broken:
         report("annotations", annotation, "changed", f"bbox {tight} from the mask, was {annotation.get('bbox')!r}")
         annotation["bbox"] = tight
-    crowd = annotation.get("iscrowd", 0)
     broken = annotation_fault(annotation, {record.image_id}) is not None or annotation["area"] <= 0
     if broken or (not crowd and area_differs(annotation["area"], pixels, tight)):
         report("annotations", annotation, "changed", f"area {pixels} from the mask, was {annotation.get('area')!r}")
         annotation["area"] = pixels
     return None
-
-
-def _without_duplicates(
-    annotations: list[dict], records: Mapping[int, ImageRecord], report: Callable[..., None]
-) -> list[dict]:
-    first: dict[tuple, int] = {}
-
-    def reason(annotation: dict) -> str | None:
-        if annotation.get("iscrowd"):
-            return None
-        record = records[annotation["image_id"]]
-        rle = coco_mask.merge([segmentation_to_rle(annotation["segmentation"], (record.height, record.width))])
-        key = (annotation["image_id"], annotation["category_id"], rle["counts"])
-        if key in first:
-            return f"has the same mask and class as annotation {first[key]}"
-        first[key] = annotation["id"]
-        return None
-
-    return _filter(annotations, "annotations", reason, report)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from solov2.config import Config, config_folder, find_config
 from solov2.data_check.check import Report
-from solov2.data_check.findings import REPAIRABLE, SEVERITIES, Finding
+from solov2.data_check.findings import SEVERITIES, Finding
 from solov2.errors import printable
 
 
@@ -32,7 +32,7 @@ def report_lines(report: Report, source: Path, config: Config, *, model: str | P
         by_kind[finding.kind].append(finding)
     for kind in sorted(by_kind, key=lambda kind: (("error", "warning", "note").index(SEVERITIES[kind]), kind)):
         found = by_kind[kind]
-        lines.append(f"{SEVERITIES[kind]}: {kind} ({len(found)}{', --fix repairs it' if kind in REPAIRABLE else ''})")
+        lines.append(f"{SEVERITIES[kind]}: {kind} ({len(found)}{_fix_text(found)})")
         lines += [f"    {finding.sentence()}" for finding in found[:show]]
         if len(found) > show:
             lines.append(f"    and {len(found) - show} more (--show {len(found)} or --json lists them all)")
@@ -41,6 +41,15 @@ def report_lines(report: Report, source: Path, config: Config, *, model: str | P
     if statistics["suggestion"] is not None:
         lines += ["", *suggested_config(statistics["suggestion"], model)]
     return [printable(line) for line in lines]
+
+
+def _fix_text(findings: Sequence[Finding]) -> str:
+    """What --fix does about these findings, such as ", --fix repairs 3 and removes 1"."""
+    fixes = Counter(finding.fix for finding in findings if finding.fix is not None)
+    if len(fixes) == 1 and fixes.total() == len(findings):
+        return f", --fix {next(iter(fixes))} {'it' if len(findings) == 1 else 'them'}"
+    parts = [f"{fix} {fixes[fix]}" for fix in ("repairs", "removes") if fixes[fix]]
+    return f", --fix {' and '.join(parts)}" if parts else ""
 
 
 def statistics_lines(statistics: Mapping[str, Any], config: Config) -> list[str]:
@@ -83,7 +92,7 @@ def suggested_config(suggestion: Mapping[str, Any], model: str | Path) -> list[s
 
 def to_json(report: Report, source: Path, config: Config) -> dict[str, Any]:
     """The report as JSON types."""
-    findings = [{"severity": f.severity, "repairable": f.kind in REPAIRABLE, **f._asdict()} for f in report.findings]
+    findings = [{"severity": finding.severity, **finding._asdict()} for finding in report.findings]
     return {
         "annotations": str(source),
         "config": config.name,

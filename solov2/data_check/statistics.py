@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from solov2.config import Config, DataConfig, ModelConfig
+from solov2.data.class_matching import distinct_names
 from solov2.data_check.findings import ImageCheck, Instances
 
 PERCENTILES = (1, 10, 50, 90, 99)
@@ -21,6 +22,7 @@ BORDER_QUANTILES = (0.44, 0.65, 0.83, 0.96)
 PUBLISHED_BORDERS = (68, 136, 272, 543)
 PUBLISHED_CELLS = (800 / 40, 800 / 36, 800 / 24, 800 / 16, 800 / 12)  # px
 MIN_INSTANCES = 20  # for a suggestion
+LEAVING = 0.2  # share of boxes beyond their images above which they are probably not x, y, width, height
 CROWDED = 0.06  # maximum `crowded_share`; the published grids have 3 to 5 %
 
 
@@ -62,7 +64,7 @@ def summarize(
         "shared_cells_by_image": {
             str(image_ids[i]): int(shared[i]) for i in np.argsort(-shared, kind="stable") if shared[i]
         },
-        "instances_by_class": dict(zip(class_names, counts)),
+        "instances_by_class": dict(zip(distinct_names(class_names), counts)),
         "suggestion": suggest(instances, images, config),
     }
 
@@ -102,11 +104,25 @@ def suggest(instances: Instances, images: np.ndarray, config: Config) -> dict[st
     scaled = sorted(
         {_multiple_of_32(edge * short / max(data.train_scales)) for edge in data.train_scales}, reverse=True
     )
+    limits = suggest_limits(int(np.bincount(images).max()), config)
     return {
-        "model": {"grid_sizes": grids, "scale_ranges": ranges, "input_scale": [int(long), int(short)]},
+        "model": {"grid_sizes": grids, "scale_ranges": ranges, "input_scale": [int(long), int(short)],
+                  **limits.get("model", {})},
         "data": {"train_scales": scaled if short != max(data.train_scales) else list(data.train_scales),
-                 "train_long_edge": int(long)},
+                 "train_long_edge": int(long), **limits.get("data", {})},
     }  # fmt: skip
+
+
+def suggest_limits(instances: int, config: Config) -> dict[str, dict[str, int]]:
+    """Limits of detections that suit images with up to this many instances; empty if those of `config` do.
+
+    The next hundred, and as candidates before NMS at least twice as many.
+    """
+    limit, model = 100 * -(-instances // 100), config.model
+    if instances <= min(config.data.max_detections, model.max_instances or instances):
+        return {}
+    candidates = {"max_candidates": max(model.max_candidates, 2 * limit)} if model.max_candidates else {}
+    return {"model": {"max_instances": limit, **candidates}, "data": {"max_detections": limit}}
 
 
 def suggest_grids(
@@ -175,6 +191,22 @@ def unseen_by_range(boxes: np.ndarray, image_sizes: np.ndarray, model: ModelConf
         for low, high in model.scale_ranges:
             covered |= (scales >= low) & (scales <= high)
     return ~covered
+
+
+def boxes_look_like_corners(boxes: np.ndarray, image_sizes: np.ndarray) -> bool:
+    """Whether boxes that should be x, y, width, height are probably x1, y1, x2, y2.
+
+    All of them fit as corners, and many leave their images as sizes.
+
+    Args:
+        boxes: float64 [N, 4] in pixels of the image.
+        image_sizes: [N, 2], (h, w) of the image of each box.
+    """
+    if not len(boxes):
+        return False
+    first, second, limits = boxes[:, :2], boxes[:, 2:], image_sizes[:, ::-1]
+    leaves = (first + second > limits + 1).any(axis=1)
+    return bool(leaves.mean() > LEAVING and ((first < second) & (second <= limits + 1)).all())
 
 
 def _multiple_of_32(value: float) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from solov2.data.class_matching import match_categories
 from solov2.data.coco import CocoInstances
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.images import read_image
@@ -17,15 +19,20 @@ from solov2.visualize import contact_sheet, draw_instances, instance_color
 
 def draw_predictions(model: SOLOv2, validation: CocoInstances, *, count: int, score_threshold: float) -> Image.Image:
     """One sheet with ground truth and predictions of the first `count` validation images that have instances."""
-    labels = {category: label for label, category in enumerate(validation.category_ids)}
-    rows: list[tuple[Image.Image, Image.Image]] = []
+    return contact_sheet(itertools.islice(_pairs(model, validation, score_threshold), count))
+
+
+def _pairs(
+    model: SOLOv2, validation: CocoInstances, score_threshold: float
+) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """Pictures of ground truth and predictions of each validation image that has instances, at their full size."""
+    labels = {category: label for label, category in enumerate(match_categories(model.class_names, validation))}
     for image_id in validation.image_ids:
-        if len(rows) == count:
-            break
         entries = [a for a in validation.coco.imgToAnns[image_id] if not a["iscrowd"] and a["category_id"] in labels]
         if not entries:
             continue
-        image = read_image(validation.image_root / validation.coco.imgs[image_id]["file_name"], apply_exif=False)
+        path = validation.image_root / validation.coco.imgs[image_id]["file_name"]
+        image = read_image(path, apply_exif=False, max_pixels=validation.max_pixels)
         truth = {
             "labels": [labels[a["category_id"]] for a in entries],
             "masks": [validation.coco.annToRLE(a) for a in entries],
@@ -44,8 +51,7 @@ def draw_predictions(model: SOLOv2, validation: CocoInstances, *, count: int, sc
             )
             for side, result in (("truth", truth), ("found", found))
         )
-        rows.append((known, predicted))
-    return contact_sheet(rows)
+        yield known, predicted
 
 
 def matching_ranks(found: Mapping[str, Any], truth: Mapping[str, Any], *, min_iou: float = 0.5) -> list[int]:

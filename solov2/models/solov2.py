@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from solov2.compute import Compute, span
+from solov2.compute import HALF_TYPES, Compute, span
 from solov2.errors import InputError
 from solov2.models.fpn import FPN
 from solov2.models.head import SOLOv2Head
@@ -20,12 +18,10 @@ from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.optimize import optimize_for_inference
 from solov2.models.postprocess import postprocess
 from solov2.models.resnet import ResNet
-from solov2.ops.images import to_rgb_tensor
+from solov2.ops.images import ImageLike, is_image, not_an_image, to_rgb_tensor
 from solov2.ops.resize import padded_size, resize_image, resized_size
 from solov2.predict import Predictor
 from solov2.settings import PostprocessSettings
-
-ImageLike = str | Path | PIL.Image.Image | np.ndarray | Tensor
 
 
 class SOLOv2(nn.Module):
@@ -176,12 +172,11 @@ class SOLOv2(nn.Module):
         Raises:
             ValueError, TypeError: as in `preprocess`.
         """
-        images = _as_list(images)
-        if not images:
-            raise ValueError("preprocess needs at least one image")
         long, short = self.input_scale
         with span("decode"):
-            loaded = [to_rgb_tensor(image) for image in images]
+            loaded = [to_rgb_tensor(image) for image in _several(images)]
+        if not loaded:
+            raise ValueError("preprocess needs at least one image")
         original_sizes = [(image.shape[1], image.shape[2]) for image in loaded]
         with span("resize"):
             resized = [
@@ -223,50 +218,95 @@ class SOLOv2(nn.Module):
         max_instances: int | None = None,
         batch_size: int = 1,
         mask_format: str = "bool",
+        precision: str = "float32",
     ) -> list[dict[str, Any]]:
         """Segment the instances of each image.
 
         Args:
-            images: paths (EXIF orientation applied), PIL images (EXIF orientation ignored; call
-                `PIL.ImageOps.exif_transpose` first), arrays [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or gray [H, W],
-                tensors [3, H, W] in RGB or gray [1, H, W]. Arrays and tensors are uint8, or float in 0..1. Kinds may be
-                mixed; a single image counts as a list of one.
+            images: any number of images, or one, which counts as a list of one. An image is a path, the contents of an
+                image file (bytes), or a file opened in binary mode (EXIF orientation applied); a PIL image (EXIF
+                orientation ignored; call `PIL.ImageOps.exif_transpose` first); an array [H, W, 3] in RGB, [H, W, 4]
+                (alpha dropped) or gray [H, W]; a tensor [3, H, W] in RGB or gray [1, H, W]. Arrays and tensors are
+                uint8, or float in 0..1. Kinds may be mixed. For a folder, pass `solov2.find_images(folder)`.
             score_threshold: minimum final score; by default the model's own (0.05).
             max_instances: maximum number of instances per image, 0 for all; by default the model's own (100).
             batch_size: images per forward pass. The images of a batch are padded to a common size, which shifts the
                 grids slightly: 1 gives the published behavior.
             mask_format: "bool" for full-size masks; "rle" for COCO RLEs, made without them (100 full-size masks of a
                 12-megapixel image take 1.2 GB).
+            precision: of the network, "float32", or "bf16" and "fp16" for mixed precision.
 
         Returns:
             Per image: scores float [N] descending, labels int64 [N], masks bool [N, H, W] at the size of the input
-            image (or N RLEs), boxes float32 [N, 4] as x1, y1, x2, y2, maximum exclusive.
+            image (or N RLEs), boxes float32 [N, 4] as x1, y1, x2, y2, maximum exclusive. All of them are in memory
+            together; `predict_iter` returns one at a time.
 
         Raises:
             ValueError: an image that cannot be read or has an unsupported dtype, shape or value range; batch_size
-                below 1; unknown mask_format.
+                below 1; unknown mask_format or precision.
             TypeError: an image of an unsupported type.
         """
-        images = _as_list(images)
+        return list(
+            self.predict_iter(
+                images,
+                score_threshold=score_threshold,
+                max_instances=max_instances,
+                batch_size=batch_size,
+                mask_format=mask_format,
+                precision=precision,
+            )
+        )
+
+    def predict_iter(
+        self,
+        images: Iterable[ImageLike] | ImageLike,
+        *,
+        score_threshold: float | None = None,
+        max_instances: int | None = None,
+        batch_size: int = 1,
+        mask_format: str = "bool",
+        precision: str = "float32",
+    ) -> Iterator[dict[str, Any]]:
+        """Segment the instances of each image, with only one batch of images and results in memory.
+
+        Arguments, results and errors are those of `predict`. `images` is consumed one batch ahead of the results, so it
+        may be a generator without end. An image that cannot be read raises when its turn comes, and ends the iteration;
+        wrong arguments raise at once. Between batches the model is in the mode that the caller left it in.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        was_training, results = self.training, []
-        predictor = Predictor(
-            self,
-            Compute(self.device),
-            mask_format=mask_format,
-            score_threshold=score_threshold,
-            max_instances=max_instances,
-        )
-        try:
-            for start in range(0, len(images), batch_size):
-                predictor.launch(self.load_batch(images[start : start + batch_size]))
-                results.extend(predictor.collect())
-        finally:
-            self.train(was_training)
-        return results
+        if mask_format not in ("bool", "rle"):
+            raise ValueError(f"mask_format must be 'bool' or 'rle', got {mask_format!r}")
+        if precision not in HALF_TYPES:
+            raise ValueError(f"precision must be one of {', '.join(HALF_TYPES)}, got {precision!r}")
+        limits = {"score_threshold": score_threshold, "max_instances": max_instances}
+        return self._predict_batches(iter(_several(images)), batch_size, precision, mask_format, limits)
+
+    def _predict_batches(
+        self,
+        images: Iterator[ImageLike],
+        batch_size: int,
+        precision: str,
+        mask_format: str,
+        limits: Mapping[str, Any],
+    ) -> Iterator[dict[str, Any]]:
+        while batch := list(itertools.islice(images, batch_size)):
+            was_training = self.training
+            try:
+                predictor = Predictor(self, Compute(self.device, precision), mask_format=mask_format, **limits)
+                predictor.launch(self.load_batch(batch))
+                results = predictor.collect()
+            finally:
+                self.train(was_training)
+            del batch  # what waits for the caller keeps neither the images nor the results already used
+            while results:
+                yield results.pop(0)
 
 
-def _as_list(images: Iterable[ImageLike] | ImageLike) -> list[ImageLike]:
-    """Wrap a single image in a list; turn any other iterable of images into one."""
-    return [images] if isinstance(images, (str, Path, PIL.Image.Image, np.ndarray, Tensor)) else list(images)
+def _several(images: Iterable[ImageLike] | ImageLike) -> Iterable[ImageLike]:
+    """Wrap a single image in a list. Raises TypeError for what holds no images."""
+    if is_image(images):
+        return [images]
+    if isinstance(images, Mapping) or not isinstance(images, Iterable):
+        raise not_an_image(images)
+    return images  # type: ignore[return-value]  # a type guard narrows only where it holds

@@ -18,6 +18,7 @@ from torch import Tensor
 from solov2.errors import InputError
 
 MAX_DISTANCE = 16  # image sides; a polygon with a point beyond is a mistake, not an object at the border
+CHUNK_BYTES = 64 * 2**20  # full-size planes are made in chunks of at most this size, or one at a time
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
@@ -78,10 +79,17 @@ def centers_of_mass(masks: Tensor, extents: Tensor | None = None) -> tuple[Tenso
 
 def encode_rle(masks: Tensor) -> list[dict[str, Any]]:
     """Encode bool or uint8 masks [N, h, w] as compressed RLEs; `counts` is a str, so that JSON can hold it."""
-    # pycocotools reads down the columns: passing memory in that order avoids its own, slower transposition.
-    columns = masks.to(torch.uint8).mT.contiguous().cpu().numpy()  # [N, w, h]
-    rles = coco_mask.encode(columns.transpose(2, 1, 0)) if len(columns) else []
+    rles: list[dict[str, Any]] = []
+    for some in masks.split(planes_at_once((masks.shape[1], masks.shape[2]), CHUNK_BYTES)) if len(masks) else ():
+        # pycocotools reads down the columns: passing memory in that order avoids its own, slower transposition.
+        columns = some.to(torch.uint8).mT.contiguous().cpu().numpy()  # [n, w, h]
+        rles += coco_mask.encode(columns.transpose(2, 1, 0))
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
+
+
+def planes_at_once(size: tuple[int, int], max_bytes: int) -> int:
+    """How many masks of `size` (h, w), one byte per pixel, fit into `max_bytes`; at least 1."""
+    return max(1, max_bytes // max(1, size[0] * size[1]))
 
 
 def rle_from_columns(
@@ -156,25 +164,37 @@ def segmentations_to_masks(
         masks: uint8 [N, h, w], a view of column-major memory, the order of the runs, which resizing reads as it is.
         extents: int64 [N, 4], tight boxes x1, y1, x2, y2, maximum exclusive; zeros for an empty mask.
     """
-    # Write only the columns of an object: decoding full masks, mostly background, takes five times as long.
     columns = np.zeros((len(segmentations), size[1], size[0]), dtype=np.uint8)
-    extents = [_draw_runs(lengths, plane) for lengths, plane in zip(_all_run_lengths(segmentations, size), columns)]
+    extents = []
+    for lengths, plane in zip(run_lengths(segmentations, size), columns):
+        window, (x1, y1, x2, y2) = draw_window(lengths, size[0])
+        plane[x1:x2, y1:y2] = window
+        extents.append((x1, y1, x2, y2))
     return torch.from_numpy(columns).mT, torch.tensor(extents, dtype=torch.int64).reshape(-1, 4)
 
 
-def _draw_runs(lengths: np.ndarray, columns: np.ndarray) -> tuple[int, int, int, int]:
-    """Draw the runs of ones into `columns`, uint8 zeros [w, h], and return their tight box x1, y1, x2, y2."""
+def draw_window(lengths: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Decode the run lengths of one mask, but only the pixels of its tight box.
+
+    Args:
+        lengths: int64 run lengths, as from `run_lengths`.
+        height: of the image, in pixels.
+
+    Returns:
+        (uint8 [columns, rows]: transposed, since runs go down the columns; its box x1, y1, x2, y2, maximum exclusive).
+        An empty mask gives [0, 0] and zeros.
+    """
     if not lengths[1::2].any():
-        return 0, 0, 0, 0
-    height, ends = columns.shape[1], lengths.cumsum()
+        return np.zeros((0, 0), dtype=np.uint8), (0, 0, 0, 0)
+    # Draw only the columns of the object: decoding full masks, mostly background, takes five times as long.
+    ends = lengths.cumsum()
     last = len(ends) // 2 * 2  # number of runs up to the last run of ones
     left, right = int(ends[0]) // height, -(-int(ends[last - 1]) // height)
     inside = np.concatenate(([ends[0] - left * height], lengths[1:last], [right * height - ends[last - 1]]))
     window = np.repeat((np.arange(last + 1) & 1).astype(np.uint8), inside).reshape(-1, height)
     used_columns, used_rows = (np.flatnonzero(window.max(axis=axis)) for axis in (1, 0))
     (x1, x2), (y1, y2) = ((int(used[0]), int(used[-1]) + 1) for used in (used_columns, used_rows))
-    columns[left + x1 : left + x2, y1:y2] = window[x1:x2, y1:y2]
-    return left + x1, y1, left + x2, y2
+    return window[x1:x2, y1:y2], (left + x1, y1, left + x2, y2)
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
@@ -224,8 +244,8 @@ def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
         raise InputError(f"the counts of the RLE do not add up to its size {list(size)}")
 
 
-def _all_run_lengths(segmentations: Sequence[list | dict[str, Any]], size: tuple[int, int]) -> list[np.ndarray]:
-    """int64 run lengths of segmentations of any of the three kinds."""
+def run_lengths(segmentations: Sequence[list | dict[str, Any]], size: tuple[int, int]) -> list[np.ndarray]:
+    """int64 run lengths of segmentations of any of the three kinds that have passed `check_segmentation`."""
     counts = []
     for segmentation in segmentations:
         if isinstance(segmentation, list):

@@ -51,7 +51,7 @@ def resize_masks(masks: Tensor, size: tuple[int, int], extents: Tensor | None = 
         return masks
     extents = masks_to_boxes(masks).long() if extents is None else extents
     targets = resize_extents(extents, old_size, size).tolist()
-    rows, columns = (_source_indices(n, m) for n, m in zip(old_size, size))
+    rows, columns = (source_indices(n, m) for n, m in zip(old_size, size))
     resized = np.zeros((len(masks), *size), dtype=np.uint8)
     # Objects are small, so only the pixels in their extents are copied; numpy's take is several times faster on bytes
     # than index_select.
@@ -65,7 +65,7 @@ def resize_masks(masks: Tensor, size: tuple[int, int], extents: Tensor | None = 
 
 def resize_extents(extents: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
     """The extents, int64 [N, 4] as x1, y1, x2, y2, after `resize_masks` from `size` to `new_size` (h, w)."""
-    rows, columns = (_source_indices(n, m) for n, m in zip(size, new_size))
+    rows, columns = (source_indices(n, m) for n, m in zip(size, new_size))
     x, y = (np.searchsorted(indices, extents[:, axis::2].numpy()) for axis, indices in ((0, columns), (1, rows)))
     return torch.from_numpy(np.stack((x, y), axis=2)).flatten(1)
 
@@ -104,6 +104,7 @@ def _middle_row_sums(rows: np.ndarray) -> np.ndarray:
     return pairs
 
 
-def _source_indices(source: int, target: int) -> np.ndarray:
+def source_indices(source: int, target: int) -> np.ndarray:
+    """Index of the source pixel of each target pixel on one axis, nearest neighbor: int64 [target], ascending."""
     scale = 1.0 / (target / source)  # rounded twice, as in OpenCV
     return np.minimum((np.arange(target) * scale).astype(np.int64), source - 1)

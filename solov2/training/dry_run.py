@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from solov2.build import build_assigner, build_compute, build_criterion, construct
 from solov2.config import Config, DataConfig, ModelConfig, TrainConfig
-from solov2.data.build import require_data, training_dataset, training_loader, with_classes
+from solov2.data.build import missing_path, require_data, training_dataset, training_loader, with_classes
 from solov2.data.categories import default_class_names
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import TrainBatchSampler
@@ -63,12 +63,13 @@ def describe(config: Config, *, device: torch.device, processes: int, splits: Se
 
 def missing_data(data: DataConfig, splits: Sequence[str]) -> str | None:
     """One line that names a missing file of the splits and says what to do; None if no file is missing."""
+    missing = missing_path(data, splits)
+    if missing is not None and data.shapes:
+        return f"no data: {missing[2]} does not exist; a run without --dry-run generates the shapes in {data.root}"
     try:
         require_data(data, splits=splits)
     except InputError as error:
-        if not data.shapes:
-            return str(error)
-        return f"{str(error).partition('. ')[0]}; a run without --dry-run generates the shapes in {data.root}"
+        return str(error)
     return None
 
 

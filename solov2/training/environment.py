@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -12,18 +13,17 @@ import torch
 import torchvision
 
 from solov2 import version
+from solov2.data.coco import CocoInstances
 from solov2.distributed import world_size
+
+MAX_IMAGES, HEAD_BYTES = 1000, 2**16  # what `images_sha256` reads
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, CPU, load, threads, processes, versions and commit, as values for JSON."""
-    name = cpu_name()
-    if device.type != "cpu":
-        properties = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)(device)
-        name = getattr(properties, "name", device.type)
     return {
         "device": str(device),
-        "device_name": name,
+        "device_name": device_name(device),
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # Windows has no load average
@@ -36,6 +36,52 @@ def environment(device: torch.device) -> dict[str, Any]:
         "solov2": version.__version__,
         "commit": git_commit(),
     }
+
+
+def conditions(device: torch.device, dataset: CocoInstances, validation: CocoInstances | None) -> dict[str, str]:
+    """What a bit-identical resume depends on beside configuration and training annotations, by a name for messages."""
+    known = {
+        "device": device_name(device),
+        "CPU threads": str(torch.get_num_threads()),
+        "processes": str(world_size()),
+        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint may not contain
+        "training images": images_sha256(dataset),
+    }
+    return known if validation is None else known | {"validation annotations": file_sha256(validation.annotation_file)}
+
+
+def images_sha256(dataset: CocoInstances) -> str:
+    """SHA-256 of the name, size and first 64 KiB of at most 1,000 images, spread over the dataset.
+
+    It finds another set of images or a re-encoded one in seconds, even on slow storage; one changed image of a large
+    dataset may escape it.
+    """
+    digest, ids = hashlib.sha256(), dataset.image_ids
+    for index in range(0, len(ids), -(-len(ids) // MAX_IMAGES) or 1):
+        path = dataset.image_root / dataset.file_name(ids[index])
+        try:
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {os.fstat(file.fileno()).st_size}".encode() + file.read(HEAD_BYTES))
+        except OSError:  # loading it will say so
+            digest.update(f"{path.name} missing".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, so that a log or a checkpoint identifies it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the accelerator, or of the processor."""
+    if device.type == "cpu":
+        return cpu_name()
+    properties = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)(device)
+    return getattr(properties, "name", device.type)
 
 
 def cpu_name() -> str:

@@ -15,20 +15,22 @@ from solov2 import distributed
 from solov2.build import build_criterion
 from solov2.compute import Compute
 from solov2.data.build import validation_loader
+from solov2.data.class_matching import match_categories
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import TrainBatchSampler
 from solov2.data.watch import watched
-from solov2.errors import InputError, RunFailed
+from solov2.errors import RunFailed
 from solov2.evaluation.coco import CocoEvaluator, format_table, percent
 from solov2.evaluation.loop import evaluate
 from solov2.evaluation.picture import draw_predictions
 from solov2.losses import SOLOv2Criterion
+from solov2.outputs import write_picture
 from solov2.predict import Predictor
 from solov2.training.guard import NonFiniteGuard, first_nonfinite, stuck_mask_loss
 from solov2.training.logger import Meter
 from solov2.training.plan import Plan
 from solov2.training.run import Run, wrap
-from solov2.training.signals import Stopped, StopSignal
+from solov2.training.signals import FAILED, Stopped, StopSignal
 from solov2.training.step import grouped, repeat_forward, take_step, unwrap
 
 
@@ -123,7 +125,7 @@ def train_epochs(
             steps = train_one_epoch(
                 model,
                 criterion,
-                _save_on_failure(run, watched(loader, run.dataset)),
+                _ready_on_all_ranks(run, loader, stop),
                 run.optimizer,
                 run.scaler,
                 run.compute,
@@ -133,7 +135,7 @@ def train_epochs(
                 first_step=run.step,
             )
             for done in steps:
-                _after_step(run, done, stop, guard)
+                _after_step(run, done, guard)
             run.epoch, run.step = run.epoch + 1, 0
             means = run.logger.end_epoch(run.epoch, images_per_step=run.plan.global_batch)
             distributed.broadcast_buffers(run.model)
@@ -145,8 +147,8 @@ def train_epochs(
                 run.save()
 
 
-def _after_step(run: Run, done: StepDone, stop: StopSignal, guard: NonFiniteGuard) -> None:
-    """Log, update the weight average, save if it is due, and stop the run after a signal."""
+def _after_step(run: Run, done: StepDone, guard: NonFiniteGuard) -> None:
+    """Log, update the weight average, and save if it is due."""
     run.logger.advance()
     if done.figures is not None:
         run.logger.train(
@@ -161,11 +163,8 @@ def _after_step(run: Run, done: StepDone, stop: StopSignal, guard: NonFiniteGuar
     run.step = done.epoch_step
     if run.average is not None:
         run.average.update(run.model)
-    signal_number = stop.poll()
-    if signal_number or (_is_save_step(run) and run.step < run.plan.steps_per_epoch):
+    if _is_save_step(run) and run.step < run.plan.steps_per_epoch:
         run.save()
-    if signal_number:
-        raise Stopped(signal_number, run.folder)
 
 
 def _warn_if_stuck(run: Run, step: int, loss_mask: float) -> None:
@@ -188,31 +187,59 @@ def _is_save_step(run: Run) -> bool:
     return every > 0 and run.global_step % every == 0
 
 
-def _save_on_failure(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the batches; save a checkpoint if an image cannot be read or a worker dies.
+def _ready_on_all_ranks(run: Run, loader: DataLoader, stop: StopSignal) -> Iterator[dict[str, Any]]:
+    """Yield the batches; no rank starts a step before every rank has its batch.
 
-    Only with a single process: one of several ranks cannot save alone, since the others wait for it inside a step.
+    So all of them are after the same step if one receives a signal or has no batch, because an image cannot be read or
+    a worker has died. They save that step together and end the run.
+
+    Raises:
+        Stopped: a rank received a signal.
+        InputError, OSError, RunFailed: this rank has no batch.
+        RunFailed: another rank has none; the message says which and why.
     """
-    try:
-        yield from batches
-    except (InputError, OSError, RunFailed):
-        if distributed.world_size() == 1 and run.global_step:
+    batches = watched(loader, run.dataset, stall_seconds=run.config.train.stall_seconds, check=stop.check)
+    while True:
+        batch, failure = None, None
+        try:
+            batch = next(batches, None)
+        except Stopped:
+            pass  # the other ranks must learn of it
+        except Exception as error:
+            failure = error
+        status = stop.poll(failed=failure is not None)
+        if status == FAILED:
+            if run.global_step:
+                run.save()
+                run.logger.print(f"saved step {run.global_step} before the run fails; continue with --resume")
+            texts = distributed.all_gather_objects(None if failure is None else str(failure))
+            raise failure or RunFailed(
+                "; ".join(f"rank {rank} failed: {text}" for rank, text in enumerate(texts) if text is not None)
+            )
+        if status:
             run.save()
-            run.logger.print(f"saved step {run.global_step} before the run fails; continue with --resume")
-        raise
+            raise Stopped(status, run.folder)
+        if batch is None:
+            return
+        yield batch
 
 
 def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str, Any]:
     loader = validation_loader(run.config, validation, device=run.compute.device)
+    batches = watched(loader, validation, stall_seconds=run.config.train.stall_seconds, check=stop.check)
     summary = evaluate(
         Predictor(run.evaluated_model, run.compute),
-        stop.until_signaled(watched(loader, validation)),  # a checkpoint was saved before
-        CocoEvaluator(validation.coco, validation.category_ids),
+        stop.until_signaled(batches),  # a checkpoint was saved before
+        CocoEvaluator(
+            validation.coco,
+            match_categories(run.model.class_names, validation),
+            max_detections=run.config.data.max_detections,
+        ),
         overlap=run.compute.device.type != "cpu",
         progress=len(loader) if distributed.is_main() else None,
     )
     run.evaluated = run.epoch
-    run.logger.write("evaluation", run.epoch, **flatten_summary(summary))
+    run.logger.write("evaluation", run.epoch, max_detections=summary["max_detections"], **flatten_summary(summary))
     if summary["segm"]["AP"] > run.best:
         run.best = summary["segm"]["AP"]
         run.save_best()
@@ -229,15 +256,13 @@ def _ap_text(summary: dict[str, Any]) -> str:
 
 
 def show_summary(run: Run, validation: CocoInstances, summary: dict[str, Any]) -> None:
-    """Print the table of the last evaluation and save predictions.png."""
+    """Print the table of the last evaluation and, unless `picture_images` is 0, save predictions.png."""
     train, path = run.config.train, run.folder / "predictions.png"
     run.logger.print(format_table(summary))
-    if distributed.is_main():
+    if distributed.is_main() and train.picture_images:
         picture = draw_predictions(
             run.evaluated_model, validation, count=train.picture_images, score_threshold=train.picture_score
         )
-        picture.save(path)
-    run.logger.print(
-        f"mask AP {percent(summary['segm']['AP'])}, AP50 {percent(summary['segm']['AP50'])}; "
-        f"predictions beside ground truth in {path}"
-    )
+        write_picture(path, picture)
+    shown = f"; predictions beside ground truth in {path}" if train.picture_images else ""
+    run.logger.print(f"mask AP {percent(summary['segm']['AP'])}, AP50 {percent(summary['segm']['AP50'])}{shown}")

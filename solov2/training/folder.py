@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -15,8 +14,14 @@ from solov2.checkpoint import Checkpoint
 from solov2.errors import InputError
 from solov2.weights import read_checkpoint
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 LOG = logging.getLogger(__name__)
 LOCK_FILE = ".launch"  # locked by the run that writes to the folder; contains the name of its launch
+FAR = 2**20  # position of the byte that is locked on Windows, where nobody else can read a locked byte
 
 
 def check_folder(folder: Path, resume: bool | str | Path, overwrite: bool) -> Checkpoint | None:
@@ -135,21 +140,28 @@ def run_folder(folder: Path, *, clear: bool) -> Iterator[None]:
 
 
 def _lock(file: int, folder: Path) -> None:
-    """Lock the file; the kernel releases the lock when the process ends, and DataLoader workers do not inherit it."""
+    """Lock the file; the system releases the lock when the process ends, and DataLoader workers do not inherit it."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            os.lseek(file, FAR, os.SEEK_SET)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError) as error:
         raise InputError(
             f"another run is writing to {folder}; wait until it ends, or choose another folder with --output"
         ) from error
-    except OSError:  # the file system does not support locks
+    except (ImportError, OSError):  # the system or the file system does not support locks
         pass
 
 
 def save_step(folder: str | Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write `step_XXXXXXXX.pth`, link `last.pth` to it, and delete all but the newest `keep` step files.
 
-    Both are complete at all times. `last.pth` is a copy if the file system has no hard links.
+    Files of later steps do not count, since they are from an earlier attempt with other steps per epoch. Both files are
+    complete at all times. `last.pth` is a copy if the file system has no hard links.
 
     Raises:
         OSError: disk full or no permission; existing checkpoints stay as they are.
@@ -167,7 +179,7 @@ def save_step(folder: str | Path, step: int, checkpoint: Checkpoint, *, keep: in
         os.replace(link, folder / "last.pth")
     finally:
         link.unlink(missing_ok=True)
-    for old in step_checkpoints(folder)[keep:]:
+    for old in [file for file in step_checkpoints(folder) if file.name <= path.name][keep:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -198,8 +210,14 @@ def newest_loadable(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest readable checkpoint of a run folder (or None), and an error message for each newer unreadable one."""
     unreadable: list[str] = []
     last, steps = Path(folder) / "last.pth", step_checkpoints(folder)
-    # A run that was killed after writing a step file but before replacing `last.pth` leaves the previous one there.
-    is_behind = bool(steps) and last.is_file() and not last.samefile(steps[0])
+    # A run that was killed after writing a step file but before replacing `last.pth` leaves the previous one there. Its
+    # number alone does not make a step file newer: the steps of an earlier attempt may have been smaller.
+    is_behind = (
+        bool(steps)
+        and last.is_file()
+        and not last.samefile(steps[0])
+        and last.stat().st_mtime_ns <= steps[0].stat().st_mtime_ns
+    )
     for path in [*steps, last] if is_behind else [last, *steps]:
         if path.is_file():
             try:

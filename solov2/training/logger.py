@@ -10,11 +10,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from solov2.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 LOG = logging.getLogger(__name__)
 LOSSES = ("loss", "loss_category", "loss_mask")
@@ -90,7 +95,7 @@ class RunLogger:
         tensorboard: also write event files (needs the extra `tensorboard`).
 
     Raises:
-        ImportError: `tensorboard` is set but not installed; the message names the extra.
+        InputError: `tensorboard` is set but not installed; the message names the extra.
     """
 
     def __init__(self, folder: str | Path, *, main: bool, tensorboard: bool = False) -> None:
@@ -104,17 +109,14 @@ class RunLogger:
         self._epoch: EpochMeter | None = None
         self._events = None
         if main and tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError("TensorBoard is not installed: pip install 'solov2[tensorboard]'") from error
-            self._events = SummaryWriter(str(folder))
+            self._events = tensorboard_writer()(str(folder))
 
     def print(self, text: str) -> None:
-        """Print a line on stdout."""
-        if self.main:
+        """Print a line, or the lines of a table, on stdout."""
+        if self.main and sys.stdout is not None:  # pythonw has none
+            encoding = getattr(sys.stdout, "encoding", None)
             with self._ignore_closed_terminal():
-                tqdm.write(text, file=sys.stdout)
+                tqdm.write("\n".join(printable(line, encoding=encoding) for line in text.split("\n")), file=sys.stdout)
                 sys.stdout.flush()
 
     def warn(self, text: str, step: int | None = None) -> None:
@@ -137,7 +139,7 @@ class RunLogger:
     def start_epoch(self, epoch: int, steps: int, *, done: int = 0) -> None:
         """Start an epoch (1-based) with `done` of its `steps` completed, and on a terminal its progress bar."""
         self._epoch = EpochMeter((epoch - 1) * steps + done)
-        if self.main and sys.stderr.isatty():
+        if self.main and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False, dynamic_ncols=True
             )
@@ -206,7 +208,7 @@ class RunLogger:
         """Let the run continue if its terminal was closed or its pipe is broken; log.jsonl has everything."""
         try:
             yield
-        except OSError:
+        except (OSError, ValueError):  # ValueError: the stream is closed
             self._bar = None
 
     def close(self) -> None:
@@ -228,6 +230,19 @@ class _WarningRows(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.logger.write("warning", getattr(record, "step", None), text=record.getMessage())
+
+
+def tensorboard_writer() -> type[SummaryWriter]:
+    """The class that writes event files.
+
+    Raises:
+        InputError: TensorBoard is not installed; the message names the extra.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("TensorBoard is not installed: pip install 'solov2[tensorboard]'") from error
+    return SummaryWriter
 
 
 def start_durations(path: Path) -> list[float]:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,6 +89,30 @@ def learning_rate_factor(
         return warmup * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in step_epochs)
     progress = (step - warmup_steps) / max(1, steps_per_epoch * epochs - warmup_steps)
     return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Check that a stored state is of the same parameters; torch would crash in the next step, if not in its kernels.
+
+    Raises:
+        ValueError: it has other parameters, or moments of other shapes.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in state["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("it has other parameters")
+    if not all(isinstance(group.get("lr"), (int, float)) for group in state["param_groups"]):
+        raise ValueError("it has no learning rate")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    required = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
+    for number, values in state["state"].items():
+        if number not in range(len(parameters)) or not required <= values.keys():
+            raise ValueError(f"it has no complete state of parameter {number}")
+        for name, value in values.items():
+            shape = () if name == "step" else parameters[number].shape
+            if value is None and name == "momentum_buffer":  # without momentum
+                continue
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.shape != shape:
+                raise ValueError(f"{name} of parameter {number} is not a tensor {list(shape)}")
 
 
 class WeightAverage:

@@ -11,10 +11,14 @@ import torch
 
 from solov2.errors import RunFailed
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # environment variable
+
 
 @contextlib.contextmanager
 def determinism(enabled: bool) -> Iterator[None]:
     """Raise inside the block if an operation may not give bit-identical results; does nothing unless `enabled`.
+
+    The caller's settings are restored on exit.
 
     Raises:
         RunFailed: a nondeterministic operation was used.
@@ -22,8 +26,11 @@ def determinism(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first cuBLAS handle is created
+    workspace = os.environ.get(WORKSPACE)
+    os.environ.setdefault(WORKSPACE, ":4096:8")  # read when the first cuBLAS handle is created
     deterministic: Any = torch.utils.deterministic  # type checkers do not see the property of this module
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     before = deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
     torch.use_deterministic_algorithms(True)
@@ -34,8 +41,10 @@ def determinism(enabled: bool) -> Iterator[None]:
             raise
         raise RunFailed(f"--deterministic is not possible: {str(error).partition('.')[0]}") from error
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
         deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

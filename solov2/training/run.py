@@ -42,6 +42,7 @@ class Run:
     average: WeightAverage | None
     dataset: CocoInstances
     annotations_sha256: str  # of the training set
+    conditions: dict[str, str]  # see `environment.conditions`
     logger: RunLogger
     epoch: int = 0  # completed epochs
     step: int = 0  # completed optimizer steps of the next epoch
@@ -93,6 +94,7 @@ class Run:
                 best=self.best,
                 global_batch=self.plan.global_batch,
                 annotations_sha256=self.annotations_sha256,
+                conditions=self.conditions,
                 random_states=distributed.all_gather_objects(random_state(self.compute.device)),
                 updates=None if self.average is None else self.average.updates,
             ),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -21,7 +24,19 @@ from solov2.training.folder import latest_checkpoint
 INTERRUPTED = 130  # exit code after Ctrl-C
 STOPPED = 75  # exit code after any other signal (EX_TEMPFAIL in sysexits.h: try again later)
 RESPONSE_SECONDS = 5  # before a rank is reported as unresponsive
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+BEAT_SECONDS = 1  # between two looks at the clock
+FAILED = 1000  # returned by `StopSignal.poll` instead of a signal
+SIGNALS = tuple(  # Windows has only two of them
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)
+)
+DISCONNECTED = (  # parts of the errors of gloo and nccl after another rank has died
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "connection was likely closed",
+    "broken pipe",
+    "remote process exited",
+)
 
 
 class Stopped(RunFailed):
@@ -43,8 +58,9 @@ def stop_message(number: int, folder: Path) -> str:
 class StopSignal:
     """Context manager that catches SIGTERM, SIGUSR1, SIGHUP (a closed terminal) and Ctrl-C.
 
-    All ranks call `poll` after each step, so that they stop after the same step, whichever of them received the signal.
-    A second Ctrl-C interrupts immediately. Signals that are ignored on entry (nohup) stay ignored.
+    All ranks call `poll` before each step, so that they stop after the same step, whichever received the signal. A
+    second Ctrl-C interrupts immediately. Signals that are ignored on entry (nohup) stay ignored, and in any thread but
+    the main one all signals are left alone, since Python handles them only there.
 
     Args:
         timeout: seconds to wait for another rank before it is an error.
@@ -54,15 +70,14 @@ class StopSignal:
     def __init__(self, timeout: float, folder: Path) -> None:
         self.received = 0
         self.timeout, self.folder = timeout, folder
-        self._group: dist.ProcessGroup | None = None
-        self._roll_call: dist.ProcessGroup | None = None
+        self._group: Any = None
         if distributed.world_size() > 1:
-            self._group, self._roll_call = (  # type: ignore[assignment]  # an integer only on ranks outside the group
-                dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)) for _ in range(2)
-            )
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
     def __enter__(self) -> StopSignal:
-        caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        main = threading.current_thread() is threading.main_thread()
+        # A handler that was not installed by Python (None) could not be restored.
+        caught = [n for n in SIGNALS if main and signal.getsignal(n) not in (signal.SIG_IGN, None)]
         self._before = {number: signal.signal(number, self._receive) for number in caught}
         return self
 
@@ -77,14 +92,18 @@ class StopSignal:
             os.write(2, b"interrupted: finishing this step and saving a checkpoint; press again to quit immediately\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def check(self) -> None:
+        """Raise `Stopped` if this process has received a signal."""
+        if self.received:
+            raise Stopped(self.received, self.folder)
+
     def until_signaled(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches; raise `Stopped` as soon as this process receives a signal, without asking other ranks.
 
         After the last batch, wait for the other ranks: one that does not respond is an error.
         """
         for batch in batches:
-            if self.received:
-                raise Stopped(self.received, self.folder)
+            self.check()
             yield batch
         number = self.poll()
         if number:
@@ -92,32 +111,65 @@ class StopSignal:
 
     @contextlib.contextmanager
     def report_unresponsive_ranks(self) -> Iterator[None]:
-        """Turn the timeout of a collective into `RunFailed`, with the ranks that do not respond."""
+        """Turn the error of a collective that waits for another rank into `RunFailed`, with the ranks that are missing.
+
+        No rank is blamed if this process was suspended (a frozen container), which makes torch's timeouts expire.
+        """
+        if self._group is None:
+            yield
+            return
+        suspension = _Suspension()
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, RunFailed) or self._roll_call is None or "timed out" not in str(error).lower():
+            text = str(error).lower()
+            timed_out, died = "timed out" in text, any(words in text for words in DISCONNECTED)
+            if isinstance(error, RunFailed) or not (timed_out or died):
                 raise
-            try:
-                dist.monitored_barrier(
-                    self._roll_call, datetime.timedelta(seconds=RESPONSE_SECONDS), wait_all_ranks=True
-                )
-                missing = "all ranks respond now"
-            except RuntimeError as failure:
-                missing = str(failure).splitlines()[0]
+            missing = distributed.missing_ranks(RESPONSE_SECONDS)
+            names = f"rank {', '.join(map(str, missing))} does not respond; it has died, failed or hangs"
+            waited = f"waited for more than {self.timeout:.0f} seconds (train.stall_seconds)" if timed_out else "waited"
+            if suspension.seconds(within=self.timeout) > self.timeout / 2:
+                names = f"this process was suspended for {suspension.seconds(within=self.timeout):.0f} seconds"
+            elif not missing:
+                names = "all respond now"
             raise RunFailed(
-                f"rank {distributed.rank()} waited for another rank for more than {self.timeout:.0f} seconds "
-                f"(train.stall_seconds): {missing}"
+                f"rank {distributed.rank()} {waited} for another rank: {names}; continue with --resume"
             ) from error
+        finally:
+            suspension.ended.set()
 
-    def poll(self) -> int:
-        """Number of a signal that any rank has received; 0 for none.
+    def poll(self, *, failed: bool = False) -> int:
+        """Number of a signal that any rank has received, or `FAILED` if any rank has `failed`; 0 for none.
 
         The hosts wait for each other but not for their devices, which still compute the step just queued. Unresponsive
         ranks must be found here: if another step were queued first, the host could block on a full queue.
         """
+        status = FAILED if failed else int(self.received)
         if self._group is None:
-            return self.received
-        flag = torch.tensor(self.received)
+            return status
+        flag = torch.tensor(status)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return int(flag)
+
+
+class _Suspension:
+    """Measures for how long this process was suspended, by a thread that finds its clock ahead."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self._last = (-math.inf, 0.0)  # end and length of the last suspension
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self.ended.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            if now - before > RESPONSE_SECONDS:
+                self._last = now, now - before
+            before = now
+
+    def seconds(self, *, within: float) -> float:
+        """Length of a suspension that ended in the last `within` seconds, 0 if there was none."""
+        end, length = self._last
+        return length if time.monotonic() - end < within else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import multiprocessing
 import signal
 import time
@@ -23,22 +24,27 @@ from solov2.config import Config, load_config, override_config
 from solov2.data.build import (
     locate_data,
     prepare_data,
+    require_evaluable,
+    split_paths,
     training_dataset,
     training_loader,
     validation_dataset,
     with_classes,
 )
-from solov2.data.categories import class_difference
+from solov2.data.class_matching import check_categories
 from solov2.data.coco import CocoInstances
-from solov2.data.watch import kill_children
+from solov2.data.watch import kill_children, shared_memory_warning
 from solov2.data_check.quick import quick_check
-from solov2.errors import InputError, count
+from solov2.errors import count
+from solov2.evaluation.coco import limit_warning
 from solov2.models.solov2 import SOLOv2
-from solov2.outputs import replace_file
-from solov2.training.environment import environment
+from solov2.ops.resize import padded_size
+from solov2.outputs import check_cleared_folder, replace_file
+from solov2.training.environment import conditions, environment, file_sha256
 from solov2.training.epochs import flatten_summary, show_summary, train_epochs
 from solov2.training.folder import check_folder, check_ranks_agree, is_restart, latest_checkpoint, run_folder
-from solov2.training.logger import RunLogger, format_seconds
+from solov2.training.guard import DELAY
+from solov2.training.logger import RunLogger, format_seconds, tensorboard_writer
 from solov2.training.optim import WeightAverage, build_optimizer
 from solov2.training.plan import Plan, announcement, config_text
 from solov2.training.randomness import determinism
@@ -91,7 +97,8 @@ def train(
 ) -> TrainResult:
     """Train and evaluate a SOLOv2 model. Under torchrun, every process calls this and they train together.
 
-    Call it from the main thread, because it handles signals.
+    Called from any other thread than the main one (Streamlit, some notebooks), it leaves signals alone; then only the
+    end of the run or of the process stops it.
 
     Args:
         name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default:
@@ -116,6 +123,8 @@ def train(
         RunFailed: a loss is not finite, or a process hangs or dies. Its subclass `solov2.training.signals.Stopped`: a
             signal stopped the run, with a checkpoint written.
     """
+    if tensorboard:
+        tensorboard_writer()  # report its absence before a run folder is cleared
     job = prepare_job(
         name_or_config,
         data=data,
@@ -177,7 +186,15 @@ def prepare_job(
         config = replace(config, model=apply_weight_metadata(config.model, source))
     # --overwrite applies only to the first start of a launch, and never deletes the checkpoint to resume from.
     inside = checkpoint is not None and Path(checkpoint.source).parent.resolve() == folder.resolve()
-    return Job(config, folder, initial, checkpoint, overwrite and not inside and not is_restart(folder))
+    clear = overwrite and not inside and not is_restart(folder)
+    if clear and writes:
+        inputs = [path for split in splits_of(config) for path in split_paths(config.data, split)]
+        if source is not None:
+            inputs.append(Path(source.source))
+        if isinstance(name_or_config, (str, Path)) and Path(name_or_config).is_file():  # and not the name of a model
+            inputs.append(Path(name_or_config))
+        check_cleared_folder(folder, inputs)
+    return Job(config, folder, initial, checkpoint, clear)
 
 
 def splits_of(config: Config) -> tuple[str, ...]:
@@ -231,12 +248,16 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
             scaler=compute.scaler(),
             average=WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None,
             dataset=dataset,
-            annotations_sha256=_file_sha256(dataset.annotation_file),
+            annotations_sha256=file_sha256(dataset.annotation_file),
+            conditions=conditions(compute.device, dataset, validation) if distributed.is_main() else {},
             logger=logger,
         )
         _announce(run)
         for text in quick_check(dataset, config) if distributed.is_main() else ():
             logger.warn(text)
+        scarce = shared_memory_warning(*_batches_in_flight(config))
+        if scarce is not None:
+            logger.warn(scarce)
         if checkpoint is not None:
             resume_run(run, checkpoint)
         job.initial_weights = job.resume_from = checkpoint = None  # free the memory of the weights and moments
@@ -257,11 +278,12 @@ def _validation(config: Config, dataset: CocoInstances) -> CocoInstances | None:
     if not config.train.evaluate_every:
         return None
     validation = validation_dataset(config.data)
-    if validation.class_names != dataset.class_names:
-        raise InputError(
-            f"the categories of {validation.annotation_file} and {dataset.annotation_file} differ: "
-            f"{class_difference(validation.class_names, dataset.class_names)}"
-        )
+    check_categories(dataset.class_names, validation, str(dataset.annotation_file))
+    require_evaluable(validation)
+    limits = config.data.max_detections, config.model.max_instances
+    warning = limit_warning(validation.coco, *limits)
+    if warning is not None:
+        LOG.warning(warning)
     return validation
 
 
@@ -272,18 +294,16 @@ def _initial_model(config: Config, dataset: CocoInstances, job: Job) -> SOLOv2:
         if job.resume_from is None:
             load_pretrained_backbone(model.backbone, config.model.backbone, config.train.pretrained_backbone)
         return model
-    model = build_model(config, weights=weights, num_classes=config.model.num_classes)
-    names = weights.class_names
-    if names is not None and len(names) == len(dataset.class_names) and names != dataset.class_names:
-        LOG.warning(
-            "%s was trained on other classes than those of %s: %s; the number of classes is the same, so the category "
-            "layer is kept",
-            weights.source,
-            dataset.annotation_file,
-            class_difference(names, dataset.class_names),
-        )
-    model.class_names = dataset.class_names
-    return model
+    return build_model(config, weights=weights, class_names=dataset.class_names)
+
+
+def _batches_in_flight(config: Config) -> tuple[int, int]:
+    """(bytes of the pixels of the largest batch, batches in shared memory at the same time on this machine)."""
+    data, train = config.data, config.train
+    pixels = math.prod(padded_size((max(data.train_scales), data.train_long_edge), 32))
+    # Each worker prepares torch's default of two; `guard` holds those of the latest steps.
+    batches = 2 * data.workers + (DELAY + 1) * train.accumulate if data.workers else 0
+    return 3 * pixels * train.batch_size, batches * distributed.local_world_size()
 
 
 def _announce(run: Run) -> None:
@@ -308,12 +328,3 @@ def _write_config(run: Run) -> None:
     if distributed.is_main():
         with replace_file(run.folder / "config.yaml") as file:
             file.write(config_text(run.config).encode())
-
-
-def _file_sha256(path: Path) -> str:
-    """SHA-256 of a file, so that the log identifies the dataset."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
