@@ -29,6 +29,7 @@ from solov2.weights import (
     CATEGORY_LAYER,
     TRAITS,
     apply_weight_metadata,
+    check_fits,
     find_checkpoint,
     load_weights,
     match_category_layer,
@@ -83,6 +84,8 @@ def build_model(
     names = class_names or (None if checkpoint is None else checkpoint.class_names)
     if names is None or class_names is None and len(names) != config.num_classes:
         names = default_class_names(config.num_classes)
+    if checkpoint is not None:
+        _check_architecture(config, names, checkpoint)
     model = construct(config, names)
     model.category_ids = default_category_ids(names)
     if checkpoint is not None:
@@ -93,6 +96,21 @@ def build_model(
         if checkpoint.category_ids is not None and class_names is None and len(checkpoint.category_ids) == len(names):
             model.category_ids = list(checkpoint.category_ids)
     return model.to(device or "cpu").eval()
+
+
+def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpoint: Checkpoint) -> None:
+    """Check that the weights fit, before memory is taken for whatever network a file's configuration describes.
+
+    Raises:
+        InputError: they do not fit; the category layer may.
+    """
+    with torch.device("meta"):
+        expected = construct(config, class_names).state_dict()
+    expected, stored = (
+        {name: tensor for name, tensor in state.items() if not name.startswith(f"{CATEGORY_LAYER}.")}
+        for state in (expected, checkpoint.weights)
+    )
+    check_fits(expected, stored, checkpoint.source)
 
 
 def _match_classes(model: SOLOv2, checkpoint: Checkpoint) -> dict[str, Tensor]:

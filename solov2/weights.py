@@ -218,15 +218,24 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         )
         state |= {name: expected[name] for name in (f"{CATEGORY_LAYER}.weight", bias)}
         reinitialized = True
-    for name in expected:  # some families do not store batch counters
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, expected[name])
+    check_fits(expected, state, source)
+    model.load_state_dict({**expected, **state})
+    return reinitialized
+
+
+def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Compare names, shapes and kinds of number with those of a model; its tensors may be on the meta device.
+
+    Raises:
+        InputError: they differ; the differences are listed.
+    """
+    optional = [name for name in expected if name.endswith("num_batches_tracked")]  # some families do not store them
     wrong_kind = [
         f"{name} is {state[name].dtype}".replace("torch.", "")
         for name in expected
         if name in state and state[name].is_floating_point() != expected[name].is_floating_point()
     ]
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    missing, unexpected = sorted(expected.keys() - state.keys() - set(optional)), sorted(state.keys() - expected.keys())
     misshapen = [
         f"{name} is {list(state[name].shape)} and should be {list(expected[name].shape)}"
         for name in expected
@@ -244,8 +253,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
             if names
         ]
         raise InputError(f"{source} does not fit this model: {'; '.join(parts)}")
-    model.load_state_dict(state)
-    return reinitialized
 
 
 def load_pretrained_backbone(backbone: nn.Module, name: str, source: str) -> None:

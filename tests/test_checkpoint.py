@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from solov2 import build
 from solov2.checkpoint import FORMAT, Checkpoint, TrainingState, load_file
 from solov2.errors import InputError
 from solov2.training.folder import newest_loadable, save_step
@@ -257,3 +258,20 @@ def test_optimizer_states_fit_their_parameters(entries: dict, message: str) -> N
     for changes in ({"params": [0]}, {"params": [0, 10**30]}, {"lr": None}):
         with pytest.raises(ValueError, match="other parameters|learning rate"):
             check_optimizer_state(optimizer, {**saved, "param_groups": [{**group, **changes}]})
+
+
+def test_no_memory_is_taken_for_a_network_that_the_weights_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of a few kilobytes whose configuration describes a network of 100 GB."""
+    config = {"model": {"tower_channels": 16384, "tower_depth": 12}}
+    Checkpoint("here", weights(), config=config).save(tmp_path / "huge.pth")
+
+    def construct(*arguments: object) -> object:
+        assert torch.get_default_device().type == "meta"
+        return real(*arguments)
+
+    real = build.construct
+    monkeypatch.setattr(build, "construct", construct)
+    with pytest.raises(InputError, match="huge.pth does not fit this model"):
+        build.build_model(weights=tmp_path / "huge.pth")
