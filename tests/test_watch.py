@@ -42,6 +42,14 @@ class Images(Dataset):
         return {"image": torch.ones(3, 8, 8, dtype=torch.uint8), "image_id": index, "original_size": (8, 8)}
 
 
+@pytest.fixture(autouse=True)
+def no_handler_of_torch():
+    """A loader that an earlier test used in the main thread left torch's handler, which raises anywhere in it."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
 def loaded(act, workers=2, **options):
     """The image ids of a watched loader."""
     before = set(multiprocessing.active_children())
@@ -160,13 +168,8 @@ def test_the_caller_can_stop_while_it_waits(main):
 
 
 def test_workers_are_watched_in_any_thread():
-    # A loader that an earlier test used in this thread left torch's handler, which would raise here.
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        assert in_thread(lambda: loaded(int)) == [[index] for index in range(6)]
-        failed = in_thread(lambda: loaded(die(signal.SIGKILL)))
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    assert in_thread(lambda: loaded(int)) == [[index] for index in range(6)]
+    failed = in_thread(lambda: loaded(die(signal.SIGKILL)))
     assert isinstance(failed, RunFailed) and ".jpg" in str(failed)
 
 
