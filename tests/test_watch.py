@@ -111,6 +111,15 @@ def test_an_error_of_the_dataset_is_one_sentence():
         assert str(failed.value) == "2.jpg is damaged"
 
 
+def test_a_worker_that_is_alive_but_hangs_up_is_out_of_files():
+    sentinel, _other = multiprocessing.Pipe()
+    alive = [SimpleNamespace(exitcode=None, sentinel=sentinel)]
+    for error in (RuntimeError("Too many open files"), RuntimeError("received 0 items of ancdata"), EOFError()):
+        assert "ulimit" in watch._failure_reason(error, alive)
+    for error in (RuntimeError("another"), EOFError("Original Traceback of the dataset")):
+        assert watch._failure_reason(error, alive) is None
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [

@@ -153,7 +153,10 @@ def _failure_reason(error: Exception, workers: Collection[Any]) -> str | None:
         return OUT_OF_MEMORY
     if "Too many open files" in str(error) or "ancdata" in str(error):  # Python's words when a descriptor is lost
         return OUT_OF_FILES
-    return _exit_reason(workers)
+    reason = _exit_reason(workers)
+    if reason is None and isinstance(error, (EOFError, ConnectionError)) and "Original Traceback" not in str(error):
+        return OUT_OF_FILES  # a worker that is alive hangs up if it cannot pass a file on
+    return reason
 
 
 def worker_message(error: BaseException) -> str:
