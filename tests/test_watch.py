@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from solov2.data import watch
 from solov2.data.loader import Collate, EvalSampler, build_loader
@@ -199,3 +200,18 @@ def test_signal_handlers_are_left_alone(monkeypatch):
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert set(seen) == {print, signal.SIG_DFL}
+
+
+def test_workers_start_in_the_thread_of_the_caller(monkeypatch):
+    """There the current device is this rank's; torch's handler for exiting workers does not stay behind."""
+    created = []
+    start = DataLoader.__iter__
+
+    def recorded(loader):
+        created.append(threading.current_thread())
+        return start(loader)
+
+    monkeypatch.setattr(DataLoader, "__iter__", recorded)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    assert len(loaded(int)) == 6
+    assert created == [threading.main_thread()] and signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL

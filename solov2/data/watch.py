@@ -46,7 +46,7 @@ def watched(
 ) -> Iterator[dict[str, Any]]:
     """The loader's batches; if a worker hangs or dies, an error that names the images it was reading.
 
-    Batches are fetched in a thread of their own, because a fetch cannot be interrupted: it may wait for a tensor from a
+    Each batch is fetched in a thread of its own, because a fetch cannot be interrupted: it may wait for a tensor from a
     worker that is suspended. This works in any thread and on every system, since it needs no signals.
 
     Args:
@@ -95,10 +95,23 @@ def watched(
             raise failed(reason) from error
 
     with _without_torch_handler():
-        batches = wait(lambda: iter(loader))
+        batches = wait(lambda: iter(loader)) if _workers(loader) else _start_workers(loader)
         while (batch := wait(lambda: next(batches, None))) is not None:
             yield batch
             delivered += 1
+
+
+def _start_workers(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The loader's first iterator, created in the caller's thread without leaving torch's SIGCHLD handler there.
+
+    torch pins memory in a thread for the device that is current where the iterator is created; that is a setting of the
+    thread, and a new thread would make every rank take memory on the first device.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    batches = iter(loader)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return batches
 
 
 def _in_thread(call: Callable[[], Result]) -> futures.Future[Result]:
