@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,14 @@ pytest.register_assert_rewrite("helpers")  # so that its failed assertions show 
 
 # With more threads than cores, small tensors are slower by an order of magnitude.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the tests, and all processes that they start, a home folder of their own: they may not write elsewhere."""
+    home = tempfile.mkdtemp(prefix="solov2-home-")
+    config.add_cleanup(functools.partial(shutil.rmtree, home, ignore_errors=True))
+    caches = {"XDG_CACHE_HOME": "cache", "MPLCONFIGDIR": "matplotlib", "HYPOTHESIS_STORAGE_DIRECTORY": "hypothesis"}
+    os.environ |= {"HOME": home, **{name: os.path.join(home, folder) for name, folder in caches.items()}}
 
 
 @pytest.fixture(autouse=True)
