@@ -75,7 +75,7 @@ def build_model(
     config = _model_config(name_or_config, checkpoint)
     if checkpoint is not None:
         config = apply_weight_metadata(config, checkpoint)
-        category_bias = checkpoint.weights.get("head.category_predictor.bias")
+        category_bias = checkpoint.weights.get(f"{CATEGORY_LAYER}.bias")
         if category_bias is not None:
             config = replace_model(config, {"num_classes": len(category_bias)})
     if class_names is not None and num_classes is None:

@@ -24,6 +24,7 @@ from solov2.yaml_file import parse_yaml, read_yaml
 LOG = logging.getLogger(__name__)
 SECTIONS: dict[str, type[Settings]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 SETTING_NAMES = [f"{section}.{entry.name}" for section, cls in SECTIONS.items() for entry in dataclasses.fields(cls)]
+DEFAULT_MODEL = "solov2_r50_fpn_1x"
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".pkl", ".safetensors")
 KEYS = ["base", "name", *SECTIONS]  # top-level keys of a file
 
@@ -35,7 +36,7 @@ class Config:
     By default, a run's folder has this name, so it must be a plain file name.
     """
 
-    name: str = "solov2_r50_fpn_1x"
+    name: str = DEFAULT_MODEL
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

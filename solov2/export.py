@@ -77,8 +77,8 @@ def select_instances(
         num_cells: n, number of cells whose masks are computed.
 
     Returns:
-        scores: float [B, K], descending, 0 where the image has fewer instances; K = max_instances, where that is
-            0 max_candidates (or n C, if smaller).
+        scores: float [B, K], descending, 0 where the image has fewer instances; K is the smallest of
+            max_instances (unless 0), max_candidates (unless 0) and n C.
         labels: int64 [B, K], meaningless where the score is 0, as are the masks.
         masks: float [B, K, H / 4, W / 4], probabilities on the padded input at stride 4.
     """

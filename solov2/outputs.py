@@ -57,7 +57,7 @@ def check_outputs(
                 existing.append((flag, path))
             found = _identity(path)
             folder = fold(Path(path).parent)
-            identities = [folder / _normalize(Path(path).name)]  # a link is replaced, not followed
+            identities = [folder / fold_name(Path(path).name)]  # a link is replaced, not followed
             parents = [] if folder in folders else [folder, *folder.parents]
             if found is not None:
                 identities.append(found)
@@ -80,12 +80,13 @@ def check_outputs(
         raise InputError(f"{path} already exists; give another {flag} or --overwrite")
 
 
-def _normalize(name: str) -> str:
+def fold_name(name: str) -> str:
+    """The name as file systems compare it that ignore case and Unicode normalization."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _fold(folder: Path) -> Path:
-    return Path(_normalize(os.path.realpath(folder)))
+    return Path(fold_name(os.path.realpath(folder)))
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

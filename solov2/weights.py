@@ -94,14 +94,18 @@ def _check_values(checkpoint: Checkpoint) -> None:
     """Check what decides the architecture, and that all numbers are finite, those of a run's optimizer too.
 
     Raises:
-        InputError: invalid trait, a category layer without a number per class, or a tensor with NaN or infinity.
+        InputError: invalid trait, a category layer whose bias is not one number per class, or a tensor with NaN or
+            infinity.
     """
     source, training = checkpoint.source, checkpoint.training
     apply_weight_metadata(ModelConfig(), checkpoint)
     for weights in [checkpoint.weights, *([] if training is None else [training.weights])]:
-        weight, bias = (weights.get(f"head.category_predictor.{part}") for part in ("weight", "bias"))
+        weight, bias = (weights.get(f"{CATEGORY_LAYER}.{part}") for part in ("weight", "bias"))
         if bias is not None and (bias.ndim != 1 or weight is not None and weight.shape[:1] != bias.shape):
-            raise InputError(f"{source} is damaged: its category layer has a bias {list(bias.shape)}")
+            raise InputError(
+                f"{source} is damaged: the bias of its category layer has shape {list(bias.shape)}, not one number per "
+                "class"
+            )
         check_finite(weights, source)
     for number, state in ({} if training is None else training.optimizer["state"]).items():
         tensors = {f"{name} of parameter {number}": each for name, each in state.items() if isinstance(each, Tensor)}
@@ -191,7 +195,7 @@ def match_category_layer(
     return matched
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> bool:
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict strictly; only a category layer with another class count is re-initialized, with a warning.
 
     Args:
@@ -199,15 +203,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         state: tensors under our names.
         source: file name, for messages.
 
-    Returns:
-        Whether the category layer was re-initialized.
-
     Raises:
         InputError: missing or unexpected tensors, or tensors of the wrong shape or kind of number; they are listed.
     """
     expected = model.state_dict()
     state = dict(state)
-    reinitialized = False
     bias = f"{CATEGORY_LAYER}.bias"
     if bias in state and bias in expected and len(state[bias]) != len(expected[bias]):
         LOG.warning(
@@ -217,10 +217,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
             len(expected[bias]),
         )
         state |= {name: expected[name] for name in (f"{CATEGORY_LAYER}.weight", bias)}
-        reinitialized = True
     check_fits(expected, state, source)
     model.load_state_dict({**expected, **state})
-    return reinitialized
 
 
 def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:

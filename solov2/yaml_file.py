@@ -10,7 +10,7 @@ import yaml
 
 from solov2.errors import InputError
 
-MAX_BYTES = 2**17  # the longest configuration of ours has 2,000 bytes, and PyYAML needs ten seconds for a megabyte
+MAX_BYTES = 2**17  # our longest configuration has 2,000 bytes, and PyYAML needs ten seconds for a megabyte
 MAX_NODES = 2**17  # with aliases written out
 
 
@@ -18,7 +18,7 @@ def read_yaml(path: Path) -> Any:
     """The plain value of a YAML file in UTF-8; None if it is empty.
 
     Raises:
-        InputError: the file cannot be read, is not a regular file, is too large, or see `parse_yaml`.
+        InputError: the file cannot be read, is not a regular file, is too large, or is refused by `parse_yaml`.
     """
     try:
         if not os.path.isfile(path):  # opening a FIFO would wait for a writer
@@ -40,8 +40,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """The plain value of a YAML text, as from `yaml.safe_load`; None if it is empty.
 
     Raises:
-        InputError: invalid YAML, other than plain values, a key that occurs twice in one mapping, or aliases or nesting
-            without measure; the message names `source`.
+        InputError: invalid YAML, other than plain values, a key that occurs twice in one mapping, too many
+            aliases or too deep nesting; the message names `source`.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -64,7 +64,7 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     """Number of nodes below and including one, with aliases written out; a merge key (<<) would write them out.
 
     Raises:
-        yaml.YAMLError: a key occurs twice in a mapping; PyYAML would keep the last value without a word.
+        yaml.YAMLError: a key occurs twice in a mapping; PyYAML would silently keep the last value.
     """
     if id(node) in known:
         return known[id(node)]

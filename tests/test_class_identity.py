@@ -135,8 +135,16 @@ def test_no_common_name_and_ambiguous_names_are_refused(data: tuple[Path, Path],
         for number, category in enumerate(content["categories"]):
             category["name"] = f"shape {number}"
 
+    def same_unknown_name(content: dict[str, Any]) -> None:
+        for category in content["categories"]:
+            category["name"] = "shape"
+
     words = ["--weights", str(data[1] / "last.pth"), "--data-root", str(data[0]), "--device", "cpu"]
-    for change, parts in ((renamed, ("shape 0", "disc")), (rename("disc", "star"), ("'star'", "twice"))):
+    for change, parts in (
+        (renamed, ("shape 0", "disc")),
+        (same_unknown_name, ("shape", "disc", "no category")),
+        (rename("disc", "star"), ("'star'", "twice")),
+    ):
         file = rewritten(source, tmp_path / "val.json", change)
         assert evaluate_main([*words, "--val-annotations", str(file)]) == 2
         errors = capsys.readouterr().err

@@ -20,7 +20,6 @@ from solov2.ops.masks import (
     draw_window,
     encode_rle,
     masks_to_boxes,
-    polygons_to_mask,
     run_lengths,
     segmentation_to_mask,
     segmentations_to_masks,
@@ -138,14 +137,14 @@ def test_decode_accepts_every_kind_of_counts():
 
 def test_polygons_are_merged():
     other = [6.0, 5.0, 9.0, 5.0, 9.0, 8.0]
-    both = polygons_to_mask([SQUARE, other], (10, 12))
+    both = segmentation_to_mask([SQUARE, other], (10, 12))
     assert both.shape == (10, 12) and both.sum() > 0
-    assert torch.equal(both, polygons_to_mask([SQUARE], (10, 12)) | polygons_to_mask([other], (10, 12)))
+    assert torch.equal(both, segmentation_to_mask([SQUARE], (10, 12)) | segmentation_to_mask([other], (10, 12)))
     assert both[2, 2] == 1 and both[6, 8] == 1 and both[9, 0] == 0
 
 
 def test_segmentations_of_one_image():
-    mask = polygons_to_mask([SQUARE], (10, 12))
+    mask = segmentation_to_mask([SQUARE], (10, 12))
     rle = encode_rle(mask[None])[0]
     counts = [13, 3, 104]
     masks, extents = segmentations_to_masks([[SQUARE], rle, {"size": [10, 12], "counts": counts}], (10, 12))
@@ -175,7 +174,7 @@ def test_runs_of_length_zero(counts):
 
 
 def test_short_polygons_are_ignored_next_to_valid_ones():
-    expected = polygons_to_mask([SQUARE], (10, 12))
+    expected = segmentation_to_mask([SQUARE], (10, 12))
     for polygons in ([[1, 2, 3, 4], SQUARE], [SQUARE, [7, 7, 8, 8]], [[], SQUARE]):
         assert torch.equal(segmentation_to_mask(polygons, (10, 12)), expected)
 

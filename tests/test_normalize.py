@@ -223,3 +223,11 @@ def test_names_never_leave_the_folder(tmp_path: Path) -> None:
 def test_numbers(value: object, number: float | None, integer: int | None) -> None:
     assert as_number(value) == number and type(as_number(value)) is type(number)
     assert as_integer(value) == integer
+
+
+def test_an_annotation_is_repaired_with_the_id_of_its_image(tree: CocoTree) -> None:
+    """The image's id is text and the annotations' are numbers: only the image changes, but they find it again."""
+    tree.content["images"][0]["id"] = "1"
+    report = check_data(copy.deepcopy(tree.content), tree.images, load_config("quickstart"))
+    fixes = {finding.fix for finding in report.findings if finding.kind == "unknown image"}
+    assert fixes == {"repairs"}

@@ -36,7 +36,7 @@ from solov2.training.folder import latest_checkpoint, newest_loadable, save_step
 from solov2.training.optim import build_optimizer
 from solov2.training.randomness import determinism
 from solov2.training.resume import match_memory_format
-from solov2.training.signals import FAILED, STOPPED, StopSignal, _Suspension
+from solov2.training.signals import RANK_FAILED, STOPPED, StopSignal, _Suspension
 from solov2.weights import read_checkpoint
 
 WORDS = [
@@ -232,7 +232,7 @@ def test_a_rank_saves_and_ends_with_one_that_has_no_batch(monkeypatch):
         dataset=None, config=SimpleNamespace(train=SimpleNamespace(stall_seconds=1)), global_step=3,
         save=lambda: saved.append(3), logger=SimpleNamespace(print=print),
     )  # fmt: skip
-    stop = SimpleNamespace(poll=lambda *, failed: FAILED, check=int)
+    stop = SimpleNamespace(poll=lambda *, failed: RANK_FAILED, check=int)
     monkeypatch.setattr("solov2.training.epochs.watched", lambda *_loader, **_options: iter([{}]))
     monkeypatch.setattr("solov2.distributed.all_gather_objects", lambda own: [own, "a worker was killed"])
     with pytest.raises(RunFailed, match="rank 1 failed: a worker was killed"):
@@ -243,8 +243,8 @@ def test_a_rank_saves_and_ends_with_one_that_has_no_batch(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "missing", "suspended", "words"),
     [
-        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:37033", [1, 3], 0, ("rank 1, 3 does not", "--resume")),
-        ("Timed out waiting 60000ms for recv operation", [1], 20, ("rank 1 does not", "60 seconds", "stall_seconds")),
+        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:37033", [1, 3], 0, ("ranks 1, 3", "--resume")),
+        ("Timed out waiting 60000ms for recv operation", [1], 20, ("rank 1 ", "60 seconds", "stall_seconds")),
         ("Timed out waiting 60000ms for recv operation", [1], 70, ("suspended for 70 seconds", "--resume")),
         ("Timed out waiting 60000ms for recv operation", [], 0, ("all respond now", "--resume")),
         ("out of memory", [], 0, None),

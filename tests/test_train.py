@@ -33,9 +33,10 @@ def run(tmp_path_factory):
 def test_files_of_a_finished_run(run):
     data, folder = run
     assert {"config.yaml", "log.jsonl", "last.pth", "predictions.png"} <= set(os.listdir(folder))
-    kinds = [json.loads(line)["kind"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     epoch = [*["train"] * 4, "epoch"]
-    assert kinds == ["start", *epoch, *epoch, "evaluation"]
+    assert [row["kind"] for row in rows] == ["start", *epoch, *epoch, "evaluation"]
+    assert [(row["epoch"], row["step"]) for row in rows[-2:]] == [(2, 8), (2, 8)]
     config = load_config(folder / "config.yaml")
     assert config.train.epochs == 2 and config.model.num_classes == 4
     content = load_file(folder / "last.pth")

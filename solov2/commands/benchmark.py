@@ -19,7 +19,7 @@ from solov2.commands.arguments import (
     text_stream,
 )
 from solov2.commands.exit import own_command, run_command
-from solov2.config import load_config, parse_overrides
+from solov2.config import DEFAULT_MODEL, load_config, parse_overrides
 from solov2.errors import InputError
 from solov2.outputs import check_outputs, write_json
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from solov2.benchmarking.measure import Workload
 
-DEFAULT_MODEL = "solov2_r50_fpn_1x"
 SWEEPS = ("batch-size", "size", "candidates", "instances", "precision", "threads")
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from solov2.commands.arguments import Parser, add_shared_arguments, at_least, text_stream
 from solov2.commands.exit import run_command
 from solov2.commands.screen import show
-from solov2.config import load_config
-from solov2.errors import InputError
+from solov2.config import DEFAULT_MODEL, load_config
+from solov2.errors import InputError, count
 from solov2.outputs import check_outputs, write_json
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def build_parser(typed: str = "solov2 check-data") -> Parser:
         "--show", type=at_least(0), default=20, metavar="N", help="maximum number of findings of each kind to print"
     )
     notes = {
-        "--config": "for checking the sizes; default: solov2_r50_fpn_1x",
+        "--config": f"for checking the sizes; default: {DEFAULT_MODEL}",
         "--workers": "default: one per core, at most 8",
     }
     add_shared_arguments(parser, "--config", "--json", "--workers", "--set", "--overwrite", notes=notes)
-    parser.set_defaults(model="solov2_r50_fpn_1x")
+    parser.set_defaults(model=DEFAULT_MODEL)
     return parser
 
 
@@ -93,5 +93,5 @@ def _write_repaired(report: Report, path: Path, changes_file: Path) -> str:
     write_json(changes_file, changes, indent=1)
     write_json(path, repaired)
     removed = Counter(change["section"] for change in changes if change["action"] == "removed")
-    parts = ", ".join(f"{count} {section}" for section, count in removed.items()) or "nothing"
-    return f"wrote {path}: {len(changes)} changes, {parts} removed; {changes_file} lists them"
+    parts = ", ".join(f"{number} {section}" for section, number in removed.items()) or "nothing"
+    return f"wrote {path}: {count(len(changes), 'change')}, {parts} removed; {changes_file} lists them"

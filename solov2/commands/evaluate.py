@@ -117,7 +117,8 @@ def _run(args: argparse.Namespace) -> int:
             predictor, settings = Predictor(model, compute), model.settings
         images = (dataset.image_root / image["file_name"] for image in dataset.coco.imgs.values())
         check_outputs(outputs, overwrite=args.overwrite, inputs=[dataset.annotation_file, *images])
-        source, checkpoint = None if checkpoint is None else checkpoint.source, None  # frees its large training state
+        source = None if checkpoint is None else checkpoint.source
+        checkpoint = None  # frees its large training state
         warning = limit_warning(dataset.coco, config.data.max_detections, settings.max_instances)
         if warning is not None:
             LOG.warning(warning)

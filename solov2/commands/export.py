@@ -80,7 +80,8 @@ def _run(args: argparse.Namespace) -> int:
     height, width = args.size
     program = export_program(model, (height, width), raw=args.raw, num_cells=args.cells)
     save_program(program, args.output, model.class_names)
-    rows = model.settings.max_instances or model.settings.max_candidates
+    limits = (model.settings.max_instances, model.settings.max_candidates)
+    rows = min((limit for limit in limits if limit), default="all")
     found = "raw outputs" if args.raw else f"scores, labels, masks of {rows} instances"
     show(
         f"{args.output} ({args.output.stat().st_size / 1e6:.0f} MB): pixels uint8 [B, 3, {height}, {width}], "

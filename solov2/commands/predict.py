@@ -15,7 +15,7 @@ from solov2.commands.arguments import LIMITS, Parser, add_shared_arguments, give
 from solov2.commands.exit import run_command
 from solov2.config import parse_overrides
 from solov2.errors import InputError, printable
-from solov2.outputs import check_outputs, write_json, write_picture
+from solov2.outputs import check_outputs, fold_name, write_json, write_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,10 +133,10 @@ def plan_outputs(sources: Sequence[tuple[Path, Path]], folder: str | Path) -> li
     for image, subfolder in sources:
         suffix = image.suffix if image.suffix.lower() in PICTURE_SUFFIXES else ".png"
         number, picture = 1, Path(folder, subfolder, f"{image.stem}{suffix}")
-        while str(picture).casefold() in taken:  # some file systems ignore case
+        while fold_name(str(picture)) in taken:  # some file systems ignore case
             number += 1
             picture = picture.with_name(f"{image.stem}_{number}{suffix}")
-        taken.add(str(picture).casefold())
+        taken.add(fold_name(str(picture)))
         jobs.append((image, picture))
     return jobs
 

@@ -19,7 +19,7 @@ from solov2.commands.arguments import (
 )
 from solov2.commands.exit import own_command, run_command
 from solov2.commands.screen import show
-from solov2.config import parse_overrides
+from solov2.config import DEFAULT_MODEL, parse_overrides
 
 SETTINGS = (
     ("--epochs",),
@@ -61,7 +61,7 @@ def build_parser(typed: str = "solov2 train") -> Parser:
         description="Train SOLOv2 on data in COCO's format.",
         epilog="several GPUs: --nproc 8, or torchrun --nproc-per-node 8 train.py MODEL",
     )
-    add_model_argument(parser, default="solov2_r50_fpn_1x; with --resume, the model of the run")
+    add_model_argument(parser, default=f"{DEFAULT_MODEL}; with --resume, the model of the run")
     parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME)")
     parser.add_argument(
         "--resume",

@@ -135,7 +135,7 @@ def lacks_masks(annotations: Sequence[Any]) -> bool:
 
 def count_crowds(annotations: Iterable[Mapping[str, Any]]) -> int:
     """Number of annotations with `iscrowd` 1."""
-    return sum(annotation.get("iscrowd", 0) in (1, True) for annotation in annotations)
+    return sum(annotation.get("iscrowd", 0) == 1 for annotation in annotations)
 
 
 def crowd_message(crowds: int, total: int) -> str:
@@ -249,7 +249,7 @@ def segmentation_fault(annotation: dict[str, Any], size: tuple[int, int]) -> str
 
 
 def check_separators(records: Iterable[ImageRecord], root: Path, path: Path) -> None:
-    """Refuse file names that were written on Windows and are none here.
+    """Refuse file names with Windows's separators that name no file here.
 
     Raises:
         InputError: a file_name has a backslash, and `root` has no file of that name.

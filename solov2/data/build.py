@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,7 +15,7 @@ from solov2 import distributed
 from solov2.config import Config, DataConfig, override_config
 from solov2.data.annotations import is_file
 from solov2.data.coco import CocoInstances
-from solov2.data.loader import Collate, EvalSampler, TrainBatchSampler, build_loader
+from solov2.data.loader import AssignTargets, Collate, EvalSampler, TrainBatchSampler, build_loader
 from solov2.data.recognize import describe_folder
 from solov2.data.shapes import generate_shapes
 from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDataset
@@ -25,8 +24,6 @@ from solov2.errors import InputError, count
 LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
-
-AssignTargets = Callable[[list[dict[str, torch.Tensor]], tuple[int, int]], dict[str, Any]]
 
 
 def locate_data(

@@ -61,7 +61,7 @@ def check_categories(class_names: Sequence[str], dataset: CocoInstances, source:
         )
     unknown, lacking = difference(found, known), difference(known, found)
     similar = similar_names(unknown, lacking)
-    if len(unknown) == len(found):
+    if set(found).isdisjoint(known):
         raise InputError(
             f"classes are matched by name, but no category of {file} ({shorten(found)}) has the name of a class of "
             f"{source} ({shorten(known)}){similar}; rename the categories"

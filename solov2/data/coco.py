@@ -119,8 +119,9 @@ class CocoInstances(Dataset):
         if self._coco is None:
             content = read_annotations(self.annotation_file, crowd=self._crowd, max_pixels=self.max_pixels)
             sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]}
+            known = set(self.category_ids)
             for annotation in content["annotations"]:  # training checked its instances only
-                if annotation["category_id"] in self.category_ids:
+                if annotation["category_id"] in known:
                     self._require_segmentation(annotation, sizes[annotation["image_id"]])
             self._coco = _build_index(content)
         return self._coco

@@ -22,6 +22,7 @@ from solov2.errors import RunFailed
 from solov2.ops.resize import padded_size
 
 Instances = dict[str, Any]  # boxes and labels Tensor, masks Tensor or EncodedMasks
+AssignTargets = Callable[[list[Instances], tuple[int, int]], dict[str, Any]]
 
 
 class Collate:
@@ -33,9 +34,7 @@ class Collate:
         divisor: height and width of the batch are padded to multiples of it.
     """
 
-    def __init__(
-        self, assign_targets: Callable[[list[Instances], tuple[int, int]], dict[str, Any]] | None, *, divisor: int = 32
-    ) -> None:
+    def __init__(self, assign_targets: AssignTargets | None, *, divisor: int = 32) -> None:
         self.assign_targets, self.divisor = assign_targets, divisor
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -64,8 +63,8 @@ class Collate:
 def _share(batch: dict[str, Any]) -> None:
     """Move the tensors of a batch into shared memory, from where the training process reads them.
 
-    torch would do the same, but in a thread whose errors nobody hears: a batch for which there is no room would be lost
-    without a word.
+    torch would do the same, but in a thread whose errors are not reported: a batch for which there is no room would be
+    lost silently.
 
     Raises:
         RunFailed: shared memory is full, or this process has too many open files.

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+from solov2.ops.image_files import image_suffixes
+
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".tar", ".tgz", ".7z", ".rar")
 PACKED = {b"\x1f\x8b": "compressed (gzip)", b"PK\x03\x04": "a ZIP archive", b"BZh": "compressed (bzip2)",
           b"\xfd7zXZ": "compressed (xz)", b"\x28\xb5\x2f\xfd": "compressed (zstd)"}  # fmt: skip
@@ -58,7 +59,7 @@ def describe_json(content: Any) -> str | None:
 
 
 def describe_folder(root: Path) -> str:
-    """What a folder without the expected COCO files holds and what to do, as a clause that begins with the folder.
+    """What a folder without the expected COCO files holds and what to do, as the end of a sentence.
 
     Only names and the beginning of some JSON files are read.
     """
@@ -70,7 +71,7 @@ def describe_folder(root: Path) -> str:
     kinds: dict[str | None, list[str]] = defaultdict(list)
     for name in by_suffix[".json"][:MAX_OPENED]:
         kinds[_kind_of_json(root / name)].append(name)
-    images = sum(len(by_suffix[suffix]) for suffix in IMAGE_SUFFIXES)
+    images = sum(len(by_suffix[suffix]) for suffix in image_suffixes())
     archives = [name for suffix in ARCHIVE_SUFFIXES for name in by_suffix[suffix]]
     if kinds["COCO"]:
         shown = ", ".join(kinds["COCO"][:4])
@@ -92,7 +93,7 @@ def describe_folder(root: Path) -> str:
         return f"{root} holds archives ({', '.join(archives[:3])}); unpack them there"
     if images:
         return f"{root} holds images but no annotation file in COCO's format"
-    return f"{root} {'holds no annotation file in COCO format' if any(by_suffix.values()) else 'is empty'}"
+    return f"{root} holds no annotation file in COCO's format" if any(by_suffix.values()) else f"{root} is empty"
 
 
 def _files(root: Path) -> Iterator[str]:

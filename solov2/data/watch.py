@@ -145,7 +145,7 @@ def _exit_reason(workers: Collection[Any]) -> str | None:
         return EXITED
     if -codes[0] == getattr(signal, "SIGBUS", None):  # what touching a page of a full /dev/shm ends in
         return shared_memory_full()
-    return KILLED if -codes[0] == getattr(signal, "SIGKILL", None) else f"ended by {_signal_name(-codes[0])}"
+    return KILLED if -codes[0] == getattr(signal, "SIGKILL", None) else f"was ended by {_signal_name(-codes[0])}"
 
 
 def _signal_name(number: int) -> str:

@@ -83,21 +83,13 @@ def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *
     content, changes = normalize(original, Path(images), crowd=crowd, max_pixels=max_pixels)
     findings += _notation_findings(content, changes)
     faulty = {(problem.section, problem.index) for problem in find_problems(content, max_pixels=max_pixels)}
-    findings += _annotation_file_findings(
-        {s: [entry for i, entry in enumerate(content[s]) if (s, i) not in faulty] for s in SECTIONS},
-        _file_names(content["images"]),
-    )
-    categories = [entry for index, entry in enumerate(content["categories"]) if ("categories", index) not in faulty]
-    categories.sort(key=lambda category: category["id"])
-    records = [
-        ImageRecord(entry["id"], entry["file_name"], int(entry["height"]), int(entry["width"]))
-        for index, entry in enumerate(content["images"])
-        if ("images", index) not in faulty
-    ]
+    usable = {s: [entry for i, entry in enumerate(content[s]) if (s, i) not in faulty] for s in SECTIONS}
+    findings += _annotation_file_findings(usable, _file_names(content["images"]))
+    categories = sorted(usable["categories"], key=lambda category: category["id"])
+    records = [ImageRecord(x["id"], x["file_name"], int(x["height"]), int(x["width"])) for x in usable["images"]]
     annotations: dict[int, list[dict]] = defaultdict(list)
-    for index, entry in enumerate(content["annotations"]):
-        if ("annotations", index) not in faulty:
-            annotations[entry["image_id"]].append(entry)
+    for entry in usable["annotations"]:
+        annotations[entry["image_id"]].append(entry)
     short_edges = config.data.train_scales
     settings = CheckSettings(
         root=Path(images),
@@ -192,7 +184,10 @@ def _with_fixes(findings: Sequence[Finding], content: Mapping[str, Any], changes
         of_image = finding.annotation_id is None
         key = ("images", finding.image_id) if of_image else ("annotations", finding.annotation_id)
         place = finding.place or places.get(key)
-        return "removes" if place in removed else "repairs" if place in changed else None
+        if place in removed:
+            return "removes"
+        # An annotation whose image remained unknown would be removed, so this one's image got its id.
+        return "repairs" if place in changed or finding.kind == "unknown image" else None
 
     return [finding._replace(fix=fix(finding)) for finding in findings]
 

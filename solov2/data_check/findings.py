@@ -26,9 +26,10 @@ from solov2.data.annotations import (
 )
 from solov2.data.transforms import resize_boxes
 from solov2.errors import InputError
+from solov2.ops.encoded_masks import EncodedMasks
 from solov2.ops.images import ImageHeader, read_header, read_image
-from solov2.ops.masks import centers_of_mass, segmentation_to_rle, segmentations_to_masks
-from solov2.ops.resize import padded_size, resize_masks, resized_size
+from solov2.ops.masks import centers_of_mass, segmentation_to_rle
+from solov2.ops.resize import padded_size, resized_size
 
 # error: training would stop, or silently lose or change data. warning: probably a mistake. note: worth knowing.
 SEVERITIES = {
@@ -83,7 +84,7 @@ class Finding(NamedTuple):
     def sentence(self) -> str:
         """The message, with the file and the ids it is about in front."""
         parts = [
-            None if self.file is None else f"{self.file}",
+            self.file,
             None if self.image_id is None else f"image {self.image_id}",
             None if self.annotation_id is None else f"annotation {self.annotation_id}",
         ]
@@ -227,7 +228,7 @@ def check_annotation(annotation: dict[str, Any], record: ImageRecord) -> tuple[l
         add("short polygon", f"ignored polygons with fewer than three points: {count_short_polygons(segmentation)}")
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list) and not annotation.get("iscrowd"):
         add("uncompressed RLE", "is an uncompressed RLE, which loads more slowly than a compressed one")
-    rle = coco_mask.merge([segmentation_to_rle(annotation["segmentation"], size)])  # merge: counts are always bytes
+    rle = segmentation_to_rle(annotation["segmentation"], size)
     pixels = int(coco_mask.area(rle))
     if pixels == 0:
         add("empty mask", "has no mask pixel inside the image")
@@ -346,7 +347,8 @@ def _assign(
     positives, centers, nonempty = [torch.zeros(0, 2).long()], [torch.zeros(0, 2).double()], [torch.zeros(0).bool()]
     for start in range(0, len(rles), INSTANCES_AT_ONCE):
         part = slice(start, start + INSTANCES_AT_ONCE)
-        masks = torch.cat([_resized_mask(rle, size, new_size) for rle in rles[part]])
+        encoded = EncodedMasks.from_segmentations(rles[part], size).resize(new_size)
+        masks = torch.cat([planes for planes, _ in encoded.chunks()])
         boxes = truth["scaled"][part]
         flat = (boxes[:, 2:] <= boxes[:, :2]).any(1)  # dropped in training
         masks[flat] = 0
@@ -355,11 +357,6 @@ def _assign(
         centers.append(torch.stack(centers_of_mass(masks)[:2], dim=1).double() / extent)
         nonempty.append(targets["masks"].flatten(1).amax(1) > 0)
     return torch.cat(positives), torch.cat(centers), torch.cat(nonempty)
-
-
-def _resized_mask(rle: dict[str, Any], size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    masks, extents = segmentations_to_masks([rle], size)
-    return resize_masks(masks, new_size, extents)
 
 
 def _finding(kind: str, message: str, record: ImageRecord, annotation_id: int | None = None) -> Finding:

@@ -1,4 +1,4 @@
-"""Read what the entries of an annotation file mean in spite of their notation.
+"""Read what the entries of an annotation file mean, whatever their notation.
 
 Ids as text or fractions, paths of another machine, Windows separators, sizes that the file itself has, nested points:
 only what the data determines is changed, and every change is listed.
@@ -21,7 +21,7 @@ from solov2.data.annotations import SECTIONS, has_id, image_fault, is_file, is_i
 from solov2.errors import InputError
 from solov2.ops.images import MAX_PIXELS, read_header
 
-Change = dict[str, Any]  # section, index, id, kind (a key of findings.SEVERITIES), action, reason
+Change = dict[str, Any]  # section, index, id, action, reason; here also kind (a key of findings.SEVERITIES)
 Report = Callable[[str, str], None]  # of one entry: kind, reason
 REFERENCES = (("image_id", "images", "unknown image"), ("category_id", "categories", "category id"))
 _NUMBER = re.compile(r"\s*[+-]?\d{1,300}(\.\d*)?([eE][+-]?\d{1,3})?\s*", re.ASCII)

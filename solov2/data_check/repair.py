@@ -1,8 +1,8 @@
 """Repair a COCO annotation file: rewrite what the data determines, remove what cannot be used.
 
-`solov2.data_check.normalize` reads other notations; here follows what takes the masks or several entries. Nothing is
-guessed: where a fault is ambiguous (two images with one id, a file of another size than stated), the entries
-are removed. All changes are listed.
+`solov2.data_check.normalize` reads other notations; this module does what needs the masks or several entries at
+once. Nothing is guessed: where a fault is ambiguous (two images with one id, a file of another size than stated), the
+entries are removed. All changes are listed.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def repair(
 
     for section in SECTIONS:
         content[section] = _with_unique_ids(content[section], section, report)
-    removal_reason = _image_removal_reason(unusable_images, max_pixels)
-    content["images"] = _filter(content["images"], "images", removal_reason, report)
+    content["images"] = _filter(
+        content["images"], "images", lambda image: _image_removal_reason(image, unusable_images, max_pixels), report
+    )
     for category in content["categories"]:
         if category_fault(category) is not None:
             category["name"] = f"category {category['id']}"
@@ -76,7 +77,7 @@ def repair(
         image["id"]: ImageRecord(image["id"], image["file_name"], int(image["height"]), int(image["width"]))
         for image in content["images"]
     }
-    _shift_categories(content, records, report)
+    _shift_categories(content, report)
     categories = {category["id"] for category in content["categories"]}
     first: dict[tuple, int] = {}
     content["annotations"] = _filter(
@@ -129,12 +130,9 @@ def _with_unique_ids(entries: list[Any], section: str, report: Callable[..., Non
     return kept
 
 
-def _image_removal_reason(unusable_images: Mapping[int, str], max_pixels: int) -> Callable[[dict], str | None]:
-    def reason(image: dict) -> str | None:
-        fault = image_fault(image, max_pixels)
-        return fault[1] if fault is not None else unusable_images.get(image["id"])
-
-    return reason
+def _image_removal_reason(image: dict, unusable_images: Mapping[int, str], max_pixels: int) -> str | None:
+    fault = image_fault(image, max_pixels)
+    return fault[1] if fault is not None else unusable_images.get(image["id"])
 
 
 def _merge_duplicate_files(content: dict[str, Any], report: Callable[..., None]) -> None:
@@ -163,7 +161,7 @@ def normalize_file_name(file_name: str) -> str:
     return os.path.normpath(file_name)
 
 
-def _shift_categories(content: dict[str, Any], records: Mapping[int, Any], report: Callable[..., None]) -> None:
+def _shift_categories(content: dict[str, Any], report: Callable[..., None]) -> None:
     annotations = [annotation for annotation in content["annotations"] if is_integer(annotation.get("category_id"))]
     declared = [category["id"] for category in content["categories"]]
     shift = category_id_shift((annotation["category_id"] for annotation in annotations), declared)
@@ -195,7 +193,7 @@ def _repair_annotation(
     if count_short_polygons(annotation["segmentation"]):
         annotation["segmentation"] = [polygon for polygon in annotation["segmentation"] if len(polygon) >= 6]
         report("annotations", annotation, "changed", "removed polygons with fewer than three points")
-    rle = coco_mask.merge([segmentation_to_rle(annotation["segmentation"], size)])  # merge: counts are always bytes
+    rle = segmentation_to_rle(annotation["segmentation"], size)
     pixels, tight = int(coco_mask.area(rle)), [float(x) for x in coco_mask.toBbox(rle)]
     if pixels == 0:
         return "has no mask pixel inside the image"

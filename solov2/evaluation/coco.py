@@ -266,7 +266,7 @@ def limit_warning(coco: COCO, max_detections: int, max_instances: int) -> str | 
     names = [f"{coco.imgs[i].get('file_name', i)} ({exceeded[i]:,})" for i in largest]
     names = [*names[:5], "..."] if len(names) > 5 else names
     return printable(
-        f"{count(len(exceeded), 'image')} hold more instances than count in evaluation, which lowers AP: "
+        f"evaluation cannot count all instances of {count(len(exceeded), 'image')}, which lowers AP: "
         f"{', '.join(names)}; data.max_detections is {max_detections} (per class) and model.max_instances "
         f"{max_instances}: set both to {exceeded[largest[0]]} or more"
     )
@@ -352,9 +352,8 @@ def _with_required_keys(coco: COCO, annotation: Mapping[str, Any]) -> dict[str, 
     return complete
 
 
-def _coco_from(dataset: dict[str, Any], kind: type = COCO) -> Any:
+def _coco_from(dataset: dict[str, Any], kind: type) -> Any:
     coco = kind()
     coco.dataset = dataset
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
+    coco.createIndex()
     return coco

@@ -57,13 +57,16 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     visited = set()  # links may form circles
     for place, subfolders, files in os.walk(folder, followlinks=True, onerror=_warn_unreadable_folder):
         real = os.path.realpath(place)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and real not in visited]
-        for path in [] if real in visited else [Path(place, name) for name in files if not name.startswith(".")]:
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for path in [Path(place, name) for name in files if not name.startswith(".")]:
             if path.suffix.lower() in suffixes:
                 found.append(path)
             else:
                 skipped[path.suffix.lower() or "without extension"] += 1
-        visited.add(real)
     if skipped:
         kinds = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(8))
         LOG.info("%s: skipped %s without the extension of an image (%s)", folder, count(skipped.total(), "file"), kinds)
@@ -92,8 +95,8 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Iterator
         max_pixels: maximum width x height. A value above Pillow's own limit raises that for the whole process.
 
     Raises:
-        InputError: the file is missing, too large, damaged, or of an unsupported format, or the block raised any
-            exception, which means the same for the decoders that it calls; the message names the file.
+        InputError: the file is missing, too large, damaged, or of an unsupported format, or the `with` block
+            raised an exception, since decoders raise all kinds on damaged files; the message names the file.
         TypeError: a file opened in text mode.
     """
     name, file = _named_file(source)

@@ -137,11 +137,6 @@ def decode_rle(rle: dict[str, Any]) -> Tensor:
     return segmentation_to_mask(rle, tuple(rle["size"]))
 
 
-def polygons_to_mask(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
-    """Rasterize the union of polygons [x0, y0, x1, y1, ...] to uint8 [h, w], with COCO's own rasterizer."""
-    return segmentation_to_mask(list(polygons), size)
-
-
 def segmentation_to_mask(segmentation: list | dict[str, Any], size: tuple[int, int]) -> Tensor:
     """Decode one COCO segmentation, of any kind, of an image of `size` (h, w) to uint8 [h, w].
 
@@ -249,8 +244,7 @@ def run_lengths(segmentations: Sequence[list | dict[str, Any]], size: tuple[int,
     counts = []
     for segmentation in segmentations:
         if isinstance(segmentation, list):
-            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-            segmentation = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+            segmentation = segmentation_to_rle(segmentation, size)
         counts.append(segmentation["counts"])
     compressed = iter(_decode_counts([entry for entry in counts if not isinstance(entry, list)]))
     return [np.asarray(entry, dtype=np.int64) if isinstance(entry, list) else next(compressed) for entry in counts]
@@ -285,11 +279,14 @@ def _decode_counts(counts: Sequence[str | bytes]) -> list[np.ndarray]:
 
 
 def segmentation_to_rle(segmentation: list | dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """Convert a COCO segmentation that has passed `check_segmentation` to compressed RLE of `size` (h, w)."""
+    """Convert a COCO segmentation that has passed `check_segmentation` to compressed RLE of `size` (h, w).
+
+    The counts are bytes.
+    """
     height, width = size
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation
+    return coco_mask.merge([segmentation])  # the counts may be text

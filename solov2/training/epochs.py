@@ -30,7 +30,7 @@ from solov2.training.guard import NonFiniteGuard, first_nonfinite, stuck_mask_lo
 from solov2.training.logger import Meter
 from solov2.training.plan import Plan
 from solov2.training.run import Run, wrap
-from solov2.training.signals import FAILED, Stopped, StopSignal
+from solov2.training.signals import RANK_FAILED, Stopped, StopSignal
 from solov2.training.step import grouped, repeat_forward, take_step, unwrap
 
 
@@ -208,7 +208,7 @@ def _ready_on_all_ranks(run: Run, loader: DataLoader, stop: StopSignal) -> Itera
         except Exception as error:
             failure = error
         status = stop.poll(failed=failure is not None)
-        if status == FAILED:
+        if status == RANK_FAILED:
             if run.global_step:
                 run.save()
                 run.logger.print(f"saved step {run.global_step} before the run fails; continue with --resume")
@@ -239,7 +239,13 @@ def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str
         progress=len(loader) if distributed.is_main() else None,
     )
     run.evaluated = run.epoch
-    run.logger.write("evaluation", run.epoch, max_detections=summary["max_detections"], **flatten_summary(summary))
+    run.logger.write(
+        "evaluation",
+        run.epoch * run.plan.steps_per_epoch,
+        epoch=run.epoch,
+        max_detections=summary["max_detections"],
+        **flatten_summary(summary),
+    )
     if summary["segm"]["AP"] > run.best:
         run.best = summary["segm"]["AP"]
         run.save_best()

@@ -21,7 +21,7 @@ except ImportError:  # Windows
 
 LOG = logging.getLogger(__name__)
 LOCK_FILE = ".launch"  # locked by the run that writes to the folder; contains the name of its launch
-FAR = 2**20  # position of the byte that is locked on Windows, where nobody else can read a locked byte
+LOCK_POSITION = 2**20  # position of the byte that is locked on Windows, where nobody else can read a locked byte
 
 
 def check_folder(folder: Path, resume: bool | str | Path, overwrite: bool) -> Checkpoint | None:
@@ -147,7 +147,7 @@ def _lock(file: int, folder: Path) -> None:
         else:
             import msvcrt
 
-            os.lseek(file, FAR, os.SEEK_SET)
+            os.lseek(file, LOCK_POSITION, os.SEEK_SET)
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError) as error:
         raise InputError(

@@ -36,8 +36,9 @@ class Plan:
         steps_per_epoch = (batches or 0) // train.accumulate
         if batches is not None and steps_per_epoch == 0:
             raise InputError(
-                f"{count(images or 0, 'training image')} give {count(batches, 'batch', 'batches')}, fewer than the "
-                f"{train.accumulate} that one optimizer step needs; lower the batch size"
+                f"{count(batches, 'batch', 'batches')} per process from {count(images or 0, 'training image')}, "
+                f"fewer than the {train.accumulate} that one optimizer step needs; "
+                "lower the batch size or train.accumulate"
             )
         return cls(train, processes, steps_per_epoch)
 

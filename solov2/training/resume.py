@@ -47,9 +47,8 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
         run.logger.warn(
             f"{source} was written with {state.global_batch} images per step, now {run.plan.global_batch}{where}"
         )
-    if run.step and state.global_batch != run.plan.global_batch:
-        same_image = run.step * state.global_batch // run.plan.global_batch
-        run.step = min(same_image, run.plan.steps_per_epoch - 1)
+    same_image = run.step * state.global_batch // run.plan.global_batch
+    run.step = min(same_image, run.plan.steps_per_epoch - 1)
     if len(state.random_states) == distributed.world_size():
         set_random_state(state.random_states[distributed.rank()], run.compute.device)
     _log_resume(run, checkpoint, state)

@@ -25,7 +25,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C
 STOPPED = 75  # exit code after any other signal (EX_TEMPFAIL in sysexits.h: try again later)
 RESPONSE_SECONDS = 5  # before a rank is reported as unresponsive
 BEAT_SECONDS = 1  # between two looks at the clock
-FAILED = 1000  # returned by `StopSignal.poll` instead of a signal
+RANK_FAILED = 1000  # returned by `StopSignal.poll` instead of a signal
 SIGNALS = tuple(  # Windows has only two of them
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)
 )
@@ -127,25 +127,29 @@ class StopSignal:
             if isinstance(error, RunFailed) or not (timed_out or died):
                 raise
             missing = distributed.missing_ranks(RESPONSE_SECONDS)
-            names = f"rank {', '.join(map(str, missing))} does not respond; it has died, failed or hangs"
             waited = f"waited for more than {self.timeout:.0f} seconds (train.stall_seconds)" if timed_out else "waited"
-            if suspension.seconds(within=self.timeout) > self.timeout / 2:
-                names = f"this process was suspended for {suspension.seconds(within=self.timeout):.0f} seconds"
-            elif not missing:
-                names = "all respond now"
+            suspended = suspension.seconds(within=self.timeout)
+            if suspended > self.timeout / 2:
+                reason = f"this process was suspended for {suspended:.0f} seconds"
+            elif len(missing) > 1:
+                reason = f"ranks {', '.join(map(str, missing))} do not respond; they have died, failed or hang"
+            elif missing:
+                reason = f"rank {missing[0]} does not respond; it has died, failed or hangs"
+            else:
+                reason = "all respond now"
             raise RunFailed(
-                f"rank {distributed.rank()} {waited} for another rank: {names}; continue with --resume"
+                f"rank {distributed.rank()} {waited} for another rank: {reason}; continue with --resume"
             ) from error
         finally:
             suspension.ended.set()
 
     def poll(self, *, failed: bool = False) -> int:
-        """Number of a signal that any rank has received, or `FAILED` if any rank has `failed`; 0 for none.
+        """Number of a signal that any rank has received, or `RANK_FAILED` if any rank has `failed`; 0 for none.
 
         The hosts wait for each other but not for their devices, which still compute the step just queued. Unresponsive
         ranks must be found here: if another step were queued first, the host could block on a full queue.
         """
-        status = FAILED if failed else int(self.received)
+        status = RANK_FAILED if failed else int(self.received)
         if self._group is None:
             return status
         flag = torch.tensor(status)

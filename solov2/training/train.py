@@ -20,7 +20,7 @@ from solov2 import distributed
 from solov2.build import build_assigner, build_compute, build_model, construct, prepare_for_training
 from solov2.checkpoint import Checkpoint
 from solov2.compute import Compute, select_device
-from solov2.config import Config, load_config, override_config
+from solov2.config import DEFAULT_MODEL, Config, load_config, override_config
 from solov2.data.build import (
     locate_data,
     prepare_data,
@@ -38,8 +38,8 @@ from solov2.data_check.quick import quick_check
 from solov2.errors import count
 from solov2.evaluation.coco import limit_warning
 from solov2.models.solov2 import SOLOv2
-from solov2.ops.resize import padded_size
 from solov2.outputs import check_cleared_folder, replace_file
+from solov2.training.dry_run import max_padded_size
 from solov2.training.environment import conditions, environment, file_sha256
 from solov2.training.epochs import flatten_summary, show_summary, train_epochs
 from solov2.training.folder import check_folder, check_ranks_agree, is_restart, latest_checkpoint, run_folder
@@ -55,7 +55,6 @@ from solov2.training.signals import stop_message
 from solov2.weights import apply_weight_metadata, find_checkpoint, load_pretrained_backbone
 
 LOG = logging.getLogger(__name__)
-DEFAULT_MODEL = "solov2_r50_fpn_1x"
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
             scaler=compute.scaler(),
             average=WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None,
             dataset=dataset,
-            annotations_sha256=file_sha256(dataset.annotation_file),
+            annotations_sha256=file_sha256(dataset.annotation_file) if distributed.is_main() else "",
             conditions=conditions(compute.device, dataset, validation) if distributed.is_main() else {},
             logger=logger,
         )
@@ -300,7 +299,7 @@ def _initial_model(config: Config, dataset: CocoInstances, job: Job) -> SOLOv2:
 def _batches_in_flight(config: Config) -> tuple[int, int]:
     """(bytes of the pixels of the largest batch, batches in shared memory at the same time on this machine)."""
     data, train = config.data, config.train
-    pixels = math.prod(padded_size((max(data.train_scales), data.train_long_edge), 32))
+    pixels = math.prod(max_padded_size(config))
     # Each worker prepares torch's default of two; `guard` holds those of the latest steps.
     batches = 2 * data.workers + (DELAY + 1) * train.accumulate if data.workers else 0
     return 3 * pixels * train.batch_size, batches * distributed.local_world_size()

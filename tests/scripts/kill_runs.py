@@ -1,13 +1,15 @@
-"""Kill a training run repeatedly and compare its last checkpoint with that of an undisturbed run.
+"""Kill a training run repeatedly and compare its checkpoints with those of an undisturbed run.
 
-    python tests/scripts/kill_runs.py FOLDER [--kills 30] [--processes 1] [--seconds 0 1] [-- arguments of train.py]
+    python tests/scripts/kill_runs.py FOLDER [--kills 30] [--workers] [--processes 1] [--seconds 0 1]
+                                      [-- arguments of train.py]
 
 Trains the same run twice, in parallel and with one thread per process: once undisturbed, and once with `kill -9` for it
 and all its children at random times. The time of a kill counts from the first checkpoint after a start; every third
 kill also waits until the next checkpoint is being written, and every fifth comes while the run is still starting. After
-each kill the run continues with `--resume`. At the end both last checkpoints must be bit-identical. Without arguments
-the run is that of tests/helpers/tiny_runs.py with two workers, several scales, flips, accumulation 2 and a weight
-average; other runs should save often (`train.checkpoint_steps`). Prints JSON.
+each kill the run continues with `--resume`. At the end last.pth and best.pth of both must be bit-identical. With
+`--workers` one DataLoader worker is killed instead: the run must save and end by itself, with a sentence and without a
+traceback. Without arguments the run is that of tests/helpers/tiny_runs.py with two workers, several scales, flips,
+accumulation 2 and a weight average; other runs should save often (`train.checkpoint_steps`). Prints JSON.
 """
 
 from __future__ import annotations
@@ -79,9 +81,7 @@ def resident_mib(group: int) -> float:
 
 def kill_group(process: subprocess.Popen) -> None:
     """kill -9 for the process and all its descendants, including workers and torchrun's ranks in their own sessions."""
-    children = subprocess.run(["pgrep", "-f", "train.py"], capture_output=True, text=True).stdout.split()
-    mine = [int(pid) for pid in children if descends(int(pid), process.pid)]
-    for pid in [process.pid, *mine]:
+    for pid in [process.pid, *(pid for pid in training_processes() if distance(pid, process.pid) > 0)]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -89,16 +89,32 @@ def kill_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def descends(pid: int, ancestor: int) -> bool:
-    """Whether a process is another one or a descendant of it."""
-    while pid > 1:
+def kill_worker(process: subprocess.Popen, generation: int, chooser: random.Random) -> bool:
+    """Kill one DataLoader worker and wait until the run has ended by itself; False if no worker is running."""
+    workers = [pid for pid in training_processes() if distance(pid, process.pid) == generation]
+    if workers:
+        os.kill(chooser.choice(workers), chooser.choice((signal.SIGKILL, signal.SIGSEGV)))
+        process.wait(120)
+    return bool(workers)
+
+
+def training_processes() -> list[int]:
+    """Process IDs of everything that runs train.py, its forked workers included."""
+    return [
+        int(pid) for pid in subprocess.run(["pgrep", "-f", "train.py"], capture_output=True, text=True).stdout.split()
+    ]
+
+
+def distance(pid: int, ancestor: int) -> int:
+    """Number of generations between a process and its ancestor; -1 if they are not related."""
+    for generations in range(100):
         if pid == ancestor:
-            return True
+            return generations
         try:
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
-            return False
-    return False
+            break
+    return -1
 
 
 def wait_for_the_moment(
@@ -146,11 +162,26 @@ def mask_ap(output: Path) -> str:
     return (re.findall(r"mask AP [\d.]+, AP50 [\d.]+", output.with_suffix(".log").read_text()) or ["none"])[-1]
 
 
+def problems(output: Path, text: str) -> list[str]:
+    """What is wrong with a run whose worker was killed: no sentence, a traceback, or steps that were not saved."""
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    trained = max((row["step"] for row in rows if row["kind"] == "train"), default=0)
+    state = load_file(output / "last.pth")
+    saved = state["epoch"] * next(row["steps_per_epoch"] for row in rows if row["kind"] == "start") + state["step"]
+    found = {
+        "no error message": "error: " not in text,
+        "traceback": str(ROOT / "solov2") in text,
+        f"saved step {saved}, trained {trained}": saved < trained,
+    }
+    return [problem for problem, true in found.items() if true]
+
+
 def main() -> int:
     """Print the kills, the memory and the differences; returns exit code 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--workers", action="store_true", help="kill one DataLoader worker each time")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"))
     parser.add_argument("--seed", type=int, default=0)
@@ -159,13 +190,15 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # four busy-waiting processes on two cores would slow each other down
     words, moments = words or tiny_words(args.folder), random.Random(args.seed)
+    words += ["--set", "train.checkpoint_steps=0"] if args.workers else []
     whole, killed = args.folder / "whole", args.folder / "killed"
     begin = time.monotonic()
     undisturbed = start(words, whole, args.processes, resume=False)
-    kills, memories, alive = [], [], True
+    kills, memories, lost, alive = [], [], [], True
     while alive:
         process = start(words, killed, args.processes, resume=any(killed.glob("*.pth")))
-        at_saving, starting = len(kills) % 3 == 0, len(kills) % 5 == 4
+        at_saving, starting = len(kills) % 3 == 0 and not args.workers, len(kills) % 5 == 4 and not args.workers
+        read = killed.with_suffix(".log").stat().st_size
         seconds = moments.uniform(1, 6) if starting else moments.uniform(*args.seconds)
         alive, memory = wait_for_the_moment(
             process,
@@ -175,7 +208,14 @@ def main() -> int:
             at_saving=at_saving and not starting,
         )
         memories.append(round(memory))
-        if alive:
+        if alive and args.workers:
+            if kill_worker(process, 1 if args.processes == 1 else 2, moments) and process.returncode:
+                kills.append("worker")
+                lost += problems(killed, killed.with_suffix(".log").read_text()[read:])
+            else:
+                process.wait()
+                alive = process.returncode != 0
+        elif alive:
             kill_group(process)
             kills.append("starting" if starting else "saving" if at_saving else "training")
             if not any(killed.glob("*.pth")) and killed.exists():  # killed before the first checkpoint: start over
@@ -185,18 +225,22 @@ def main() -> int:
     killed_seconds = time.monotonic() - begin
     if undisturbed.wait():
         raise SystemExit(f"the undisturbed run failed, see {whole.with_suffix('.log')}")
-    first, second = (load_file(folder / "last.pth") for folder in (whole, killed))
-    different = differences(first, second)
+    different = [
+        difference
+        for name in ("last.pth", "best.pth")
+        for difference in differences(load_file(whole / name), load_file(killed / name), name)
+    ]
     report = {
-        "kills": {kind: kills.count(kind) for kind in ("training", "saving", "starting")},
+        "kills": {kind: kills.count(kind) for kind in ("training", "saving", "starting", "worker")},
         "processes": args.processes,
         "seconds": round(killed_seconds, 1),
         "resident_mib_per_start": memories,
         "results": {path.name: mask_ap(path) for path in (whole, killed)},
         "different": different,
+        "lost": lost,
     }
     print(json.dumps(report))
-    return bool(different)
+    return bool(different or lost)
 
 
 if __name__ == "__main__":

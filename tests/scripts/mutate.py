@@ -3,11 +3,10 @@
     python tests/scripts/mutate.py FOLDER [--kinds annotations ...] [--count 1000] [--processes 200] [--seed 0]
 
 Every mutant must end in success or in one sentence (`error: ...`, exit code 1 or 2): never in a traceback, a crash or a
-hang, and for checkpoints never in weights that differ from the original's, unless the change is in the data that the
-command does not read or is a valid value. The mutants run through the commands' `main(argv)` in child processes, a
-chunk of 25 in each; the first `--processes` of every kind also as processes of their own. Prints one JSON object per
-kind: the outcomes, the peak of resident memory above the start, and the first ten failures with the file that
-reproduces each. The exit code is 1 if anything failed.
+hang. The mutants run through the commands' `main(argv)` in child processes, a chunk of 25 in each; the first
+`--processes` of every kind also as processes of their own. Prints one JSON object per kind: the outcomes, the peak of
+resident memory above the start, and the first ten failures with the file that reproduces each. The exit code is 1 if
+anything failed.
 """
 
 from __future__ import annotations
@@ -232,10 +231,10 @@ def child(lab: Lab, kind: str, numbers: range, seed: int, answers: Connection) -
     """Run a chunk of mutants; send a message before and after each."""
     os.chdir(lab.folder)
     torch.set_num_threads(1)
+    before = peak_mib()
     for number in numbers:
         words = lab.make(kind, number, seed)
         answers.send({"number": number, "words": words})
-        before = peak_mib()
         outcome, details = in_process(words)
         answers.send({"outcome": outcome, "details": details, "mib": peak_mib() - before})
 

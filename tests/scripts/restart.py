@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
 
-from kill_runs import descends, differences, folder_argument, tiny_words  # noqa: E402
+from kill_runs import distance, differences, folder_argument, tiny_words  # noqa: E402
 
 from solov2.checkpoint import load_file  # noqa: E402
 from solov2.training.folder import step_checkpoints  # noqa: E402
@@ -39,7 +39,7 @@ def worker_of(agent: subprocess.Popen) -> int:
         try:
             pid = int(path.parent.name)
             parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == agent.pid and descends(pid, agent.pid) and b"\0RANK=1\0" in b"\0" + path.read_bytes():
+            if parent == agent.pid and distance(pid, agent.pid) > 0 and b"\0RANK=1\0" in b"\0" + path.read_bytes():
                 return pid
         except OSError:
             continue
