@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
 
-from kill_runs import distance, differences, folder_argument, tiny_words  # noqa: E402
+from kill_runs import differences, distance, folder_argument, tiny_words  # noqa: E402
 
 from solov2.checkpoint import load_file  # noqa: E402
 from solov2.training.folder import step_checkpoints  # noqa: E402
