@@ -22,7 +22,7 @@ class BuildWithConfigurations(build_py):
                 shutil.copyfile(path, copy)
 
 
-FAST = ["faster-coco-eval>=1.8"]
+FAST = ["faster-coco-eval>=1.8", "opencv-python-headless>=4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # for .onnx; .pt2 needs nothing more
 DOCS = ["mkdocs-material>=9.5"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -12,6 +16,9 @@ import torch
 
 from solov2.ops.masks import masks_to_boxes
 from solov2.ops.resize import (
+    _opencv_resize,
+    _resize_on_device,
+    _resize_on_host,
     padded_size,
     quarter_masks,
     resize_extents,
@@ -21,6 +28,7 @@ from solov2.ops.resize import (
 )
 
 DATA = Path(__file__).parent / "data"
+OWN = (_resize_on_host, _resize_on_device)  # what resize_image does without OpenCV, and on an accelerator
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +60,82 @@ def test_sizes_stay_positive_and_the_divisor_is_configurable():
     assert padded_size((1, 17), 8) == (8, 24)
 
 
+@pytest.mark.parametrize("resize", OWN)
 @pytest.mark.parametrize("name", ["up", "down", "slight", "none"])
-def test_image_is_within_one_gray_level_of_opencv(images, name):
-    expected = images[name].int()
-    resized = resize_image(images["image"], tuple(expected.shape[1:]))
-    assert resized.dtype == torch.uint8
-    difference = (resized.int() - expected).abs()
-    assert difference.max() <= (name != "none")
-    assert (difference > 0).float().mean() < 0.2
+def test_image_equals_opencv(images, name, resize):
+    resized = resize(images["image"], tuple(images[name].shape[1:]))
+    assert resized.dtype == torch.uint8 and torch.equal(resized, images[name])
+
+
+def random_sizes() -> list[tuple[int, ...]]:
+    """(h, w, H, W) of 200 images: tiny ones, usual ones, and some that are reduced or enlarged a lot."""
+    random = np.random.default_rng(0)
+    limits = [((1, 9), (1, 9)), ((20, 300), (20, 300)), ((1, 40), (100, 700)), ((400, 900), (1, 90))]
+    return [(*random.integers(*old, 2).tolist(), *random.integers(*new, 2).tolist()) for old, new in 50 * limits]
+
+
+@pytest.mark.parametrize("resize", OWN)
+def test_random_sizes_equal_opencv(resize):
+    opencv = pytest.importorskip("cv2")
+    for height, width, *size in random_sizes():
+        image = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        expected = opencv.resize(image, size[::-1]).reshape(*size, 3)
+        resized = resize(torch.from_numpy(image).permute(2, 0, 1), size)
+        assert np.array_equal(resized.permute(1, 2, 0).numpy(), expected), (image.shape, size)
+
+
+def test_both_own_forms_are_equal_at_random_sizes(monkeypatch):
+    monkeypatch.setattr("solov2.ops.resize.DEVICE_VALUES", 1000)  # many bands
+    for height, width, *size in random_sizes()[:60]:
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        assert torch.equal(_resize_on_host(image, size), _resize_on_device(image, size)), (image.shape, size)
 
 
 @pytest.mark.parametrize("size", [(20, 31), (147, 200)])
-def test_memory_layout_does_not_change_pixels(images, size):
-    interleaved = images["image"]
+@pytest.mark.parametrize("layout", [lambda x: x.contiguous(), lambda x: x.mT.contiguous().mT, lambda x: x.flip(2)])
+def test_memory_layout_does_not_change_pixels(images, size, layout):
+    interleaved, before = images["image"], images["image"].clone()
     assert not interleaved.is_contiguous()
-    assert torch.equal(resize_image(interleaved, size), resize_image(interleaved.contiguous(), size))
+    given = interleaved.flip(2) if layout(interleaved)[0, 0, 0] != interleaved[0, 0, 0] else interleaved
+    for resize in (*OWN, resize_image):
+        assert torch.equal(resize(layout(interleaved), size), resize(given, size))
+    assert torch.equal(interleaved, before)
+
+
+def test_an_opencv_with_other_values_is_not_used(monkeypatch, caplog, images):
+    other = SimpleNamespace(
+        resize=lambda image, size: np.zeros((size[1], size[0], 3), np.uint8),
+        setNumThreads=lambda _count: None,
+        __version__="9.9",
+    )
+    monkeypatch.setitem(sys.modules, "cv2", other)
+    _opencv_resize.cache_clear()
+    with caplog.at_level("WARNING", "solov2"):
+        assert torch.equal(resize_image(images["image"], tuple(images["up"].shape[1:])), images["up"])
+    assert "9.9" in caplog.text
+    _opencv_resize.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_workers_resize_after_the_parent_has_used_opencv():
+    """OpenCV's threads do not survive a fork; a worker must not wait for them."""
+    pytest.importorskip("cv2")
+    code = """
+import torch
+from torch.utils.data import DataLoader
+from solov2.ops.resize import resize_image, _opencv_resize
+torch.set_num_threads(2)
+image = torch.zeros(3, 600, 800, dtype=torch.uint8)
+class Images:
+    def __len__(self): return 2
+    def __getitem__(self, index): return resize_image(image, (900, 1200)).shape[1]
+resize_image(image, (900, 1200))
+for fresh in (False, True):
+    if fresh: _opencv_resize.cache_clear()
+    print([int(size) for size in DataLoader(Images(), num_workers=1, timeout=60)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n") == ["[900, 900]", "[900, 900]", ""], done.stderr
 
 
 def test_nearest_neighbor_matches_opencv(reference):

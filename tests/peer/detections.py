@@ -6,16 +6,11 @@ python tests/peer/detections.py PEER_DIR PEER_PYTHON --images DIR --annotations 
 PEER_DIR holds the reference's driver peer.py, PEER_PYTHON is the interpreter it is installed for. The reference runs in
 a process of its own (peer_detections.py); the two exchange files.
 
-Part A gives both the same resized pixels. In each precision every detection needs a partner in the other list with the
-same label, a score within the tolerance and a mask of IoU >= 0.99; the order counts where scores differ by more than
-the tolerance. Only a detection whose score lies within the tolerance of the score threshold, or of the last place that
-the limit per image leaves, may stay alone. The padded sizes must be equal and something must be found. The exit status
-is 0 if this holds for all photographs, else 1.
-
-Part B decodes and resizes with our own code, in float32, and says how many of the reference's detections we find again
-(same label, mask IoU >= 0.9), which step loses the others, and how many of them come back with looser thresholds. It is
-a description, not a test: random weights may answer a change of one gray level strongly. The column "noise" shows how
-strongly: the reference's resized pixels, as many of them as our resizing changes moved by one gray level at random.
+Both read the same files. The decoded and the resized pixels must be equal. In each precision every detection needs a
+partner in the other list with the same label, a score within the tolerance and a mask of IoU >= 0.99; the order counts
+where scores differ by more than the tolerance. Only a detection whose score lies within the tolerance of the score
+threshold, or of the last place that the limit per image leaves, may stay alone. The padded sizes must be equal and
+something must be found. The exit status is 0 if this holds for all photographs, else 1.
 """
 
 from __future__ import annotations
@@ -43,18 +38,14 @@ from solov2.models.solov2 import SOLOv2  # noqa: E402
 from solov2.ops.images import read_image  # noqa: E402
 from solov2.ops.resize import resize_image, resized_size  # noqa: E402
 
-TOLERANCES = {"float64": 1e-6, "float32": 3e-4}  # of a score, part A
-SAME_MASK = 0.99  # least IoU, part A
-FOUND_AGAIN = 0.9  # least IoU, part B
-# Part B: what is found with these settings only was lost at a threshold (0.1, 0.05) or at the limit per image.
-LOOSE = {"category_threshold": 0.08, "score_threshold": 0.04, "max_instances": 0}
-STEPS = ("own", "decoded", "resized", "noise")  # whose pixels part B starts from
+TOLERANCES = {"float64": 1e-6, "float32": 3e-4}  # of a score
+SAME_MASK = 0.99  # least IoU
 
 Found = dict[str, Tensor]  # scores float [N], labels int64 [N], masks bool [N, H, W]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; 0 if part A holds for all photographs, else 1."""
+    """Run the comparison; 0 if all photographs agree, else 1."""
     parser = _parser()
     args = parser.parse_args(argv)
     needed = (args.peer_dir / "peer.py", args.images, args.annotations)
@@ -72,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_report(report)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if report["part_a_holds"] else 1
+    return 0 if report["holds"] else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,36 +99,35 @@ def run_peer(folder: Path, paths: Sequence[Path], args: argparse.Namespace) -> d
 
 
 def compare(folder: Path, paths: Sequence[Path], peer: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Both parts for all photographs, as plain values."""
+    """The comparison of all photographs, as plain values."""
     overrides = {} if args.size is None else {"input_scale": tuple(args.size)}
     name = f"{args.config.removesuffix('_3x')}_fpn_3x"  # the schedule is not part of the network
     model = build_model(name, weights=folder / "weights.pth", **overrides)
     photos = [{"file": path.name, **described} for path, described in zip(paths, peer["photos"])]
-    # float32 last: converting weights to float64 and back loses nothing, and part B goes on in float32
+    for number, (path, photo) in enumerate(zip(paths, photos)):
+        photo["different_pixels"] = different_pixels(model, path, folder / f"pixels_{number}.npz")
     for dtype, tolerance in TOLERANCES.items():
         model.to(getattr(torch, dtype))
         for number, photo in enumerate(photos):
             theirs = read_found(folder / f"found_{number}_{dtype}.npz", photo["original"][1])
-            pixels = read_pixels(folder / f"pixels_{number}.npz", "resized")
-            ours, padded = detect(model, pixels, photo["original"])
+            ours, padded = detect(model, paths[number])
             photo[dtype] |= {
                 "same_padding": padded == photo[dtype]["padded"],
                 **same_detections(ours, theirs, tolerance, model),
             }
             # A list without detections would agree with anything.
             photo[dtype]["holds"] &= photo[dtype]["same_padding"] and photo[dtype]["peer"] > 0
-            if dtype == "float32":
-                photo["own"] = own_loading(model, paths[number], folder / f"pixels_{number}.npz", theirs, ours)
-    totals = {key: sum(photo["own"]["found_again"][key] for photo in photos) for key in STEPS}
     return {
         "config": args.config,
         "model": name,
         "input_scale": list(model.input_scale),
         "seed": args.seed,
         "versions": {"ours": own_versions(), "peer": peer["versions"]},
-        "part_a_holds": all(photo[dtype]["holds"] for photo in photos for dtype in TOLERANCES),
-        "part_b_found_again": totals,
-        "part_b_peer": sum(photo["float32"]["peer"] for photo in photos),
+        "holds": all(
+            photo[dtype]["holds"] and not any(photo["different_pixels"].values())
+            for photo in photos
+            for dtype in TOLERANCES
+        ),
         "photos": photos,
     }
 
@@ -163,19 +153,27 @@ def read_found(file: Path, width: int) -> Found:
         }
 
 
-def read_pixels(file: Path, step: str) -> Tensor:
-    """Pixels of the reference after a step ("decoded" or "resized"), uint8 [3, h, w] in RGB."""
+def different_pixels(model: SOLOv2, path: Path, file: Path) -> dict[str, int]:
+    """Number of values that differ from the reference's after decoding and after resizing; -1 if the sizes differ."""
+    decoded = read_image(path, apply_exif=True)
+    long, short = model.input_scale
+    own = {
+        "decoded": decoded,
+        "resized": resize_image(decoded, resized_size(tuple(decoded.shape[1:]), long=long, short=short)),
+    }
+    differences = {}
     with np.load(file) as arrays:
-        return torch.from_numpy(arrays[step][:, :, ::-1].copy()).permute(2, 0, 1)
+        for step, image in own.items():
+            theirs = torch.from_numpy(arrays[step][:, :, ::-1].copy()).permute(2, 0, 1)  # from BGR
+            differences[step] = int((image != theirs).sum()) if image.shape == theirs.shape else -1
+    return differences
 
 
 @torch.no_grad()
-def detect(model: SOLOv2, pixels: Tensor, original: Sequence[int]) -> tuple[Found, list[int]]:
-    """Our detections from pixels that are resized already, and the padded size."""
-    inputs, sizes, _ = model.preprocess([pixels])
-    if sizes.tolist() != [list(pixels.shape[1:])]:
-        raise AssertionError(f"{list(pixels.shape[1:])} was resized again to {sizes.tolist()}")
-    return model.postprocess(model(inputs), sizes, [original])[0], list(inputs.shape[-2:])
+def detect(model: SOLOv2, path: Path) -> tuple[Found, list[int]]:
+    """Our detections from a file, and the padded size."""
+    inputs, sizes, original_sizes = model.preprocess([path])
+    return model.postprocess(model(inputs), sizes, original_sizes)[0], list(inputs.shape[-2:])
 
 
 def mask_ious(first: Tensor, second: Tensor) -> Tensor:
@@ -204,7 +202,7 @@ def cuts(found: Found, model: SOLOv2) -> list[float]:
 
 
 def same_detections(ours: Found, theirs: Found, tolerance: float, model: SOLOv2) -> dict[str, Any]:
-    """Part A for one photograph and one precision."""
+    """The comparison of one photograph in one precision."""
     ious = mask_ious(ours["masks"], theirs["masks"])
     same_label = ours["labels"][:, None] == theirs["labels"]
     differences = (ours["scores"].double()[:, None] - theirs["scores"].double()).abs()
@@ -242,75 +240,8 @@ def same_detections(ours: Found, theirs: Found, tolerance: float, model: SOLOv2)
     }
 
 
-def own_loading(model: SOLOv2, path: Path, file: Path, theirs: Found, from_resized: Found) -> dict[str, Any]:
-    """Part B for one photograph: from the file, from the reference's decoded pixels, from its resized pixels."""
-    decoded, resized = read_pixels(file, "decoded"), read_pixels(file, "resized")
-    own_decoded = read_image(path, apply_exif=True)
-    long, short = model.input_scale
-    size = resized_size(tuple(own_decoded.shape[1:]), long=long, short=short)
-    inputs, *both_sizes = model.preprocess([path])
-    with torch.no_grad():
-        raw = model(inputs)
-    own, loose = (model.postprocess(raw, *both_sizes, **settings)[0] for settings in ({}, LOOSE))
-    resizing = gray_levels(resize_image(decoded, size), resized)
-    noisy, _ = detect(model, add_noise(resized, resizing["share"]), decoded.shape[1:])
-    from_decoded = own if torch.equal(own_decoded, decoded) else model.predict(decoded)[0]
-    results = {"own": own, "decoded": from_decoded, "resized": from_resized, "noise": noisy}
-    matches = {key: find_again(found, theirs) for key, found in results.items()}
-    with_loose = find_again(loose, theirs)
-    missed = sorted(set(range(len(theirs["scores"]))) - {j for _, j in matches["own"]["pairs"]})
-    return {
-        "same_size": list(size) == list(resized.shape[1:]),
-        "decoding": gray_levels(own_decoded, decoded),
-        "resizing": resizing,
-        "both": gray_levels(resize_image(own_decoded, size), resized),
-        "ours": len(own["scores"]),
-        "found_again": {key: len(match["pairs"]) for key, match in matches.items()},
-        "score_difference": {key: match["score_difference"] for key, match in matches.items()},
-        "missed": [
-            {
-                "rank": j,
-                "score": theirs["scores"][j].item(),
-                "at_a_cut": j in {column for _, column in with_loose["pairs"]},
-                "best_iou": with_loose["best"][j].item(),
-            }
-            for j in missed
-        ],
-    }
-
-
-def find_again(ours: Found, theirs: Found) -> dict[str, Any]:
-    """Pairs with the same label and IoU >= 0.9, their mean score difference, best IoU of a same label per reference."""
-    ious = mask_ious(ours["masks"], theirs["masks"])
-    same_label = ours["labels"][:, None] == theirs["labels"]
-    pairs = pair_up(ious, same_label & (ious >= FOUND_AGAIN))
-    differences = [abs(ours["scores"][i].item() - theirs["scores"][j].item()) for i, j in pairs]
-    best = torch.where(same_label, ious, 0.0).amax(0) if len(ious) else ious.new_zeros(ious.shape[1])
-    return {"pairs": pairs, "score_difference": sum(differences) / max(1, len(differences)), "best": best}
-
-
-def add_noise(pixels: Tensor, share: float) -> Tensor:
-    """Bytes with a random share of the values one higher or lower."""
-    generator = torch.Generator().manual_seed(0)
-    moved = torch.rand(pixels.shape, generator=generator) < share
-    steps = torch.randint(0, 2, pixels.shape, generator=generator) * 2 - 1
-    return (pixels + moved * steps).clamp(0, 255).to(torch.uint8)
-
-
-def gray_levels(first: Tensor, second: Tensor) -> dict[str, float]:
-    """Largest and mean difference of two images of bytes, the mean with its sign, and the share of unequal values."""
-    signed = first.short() - second.short()
-    difference = signed.abs()
-    return {
-        "mean_signed": signed.double().mean().item(),
-        "max": difference.max().item(),
-        "mean": difference.double().mean().item(),
-        "share": (difference > 0).double().mean().item(),
-    }
-
-
 def print_report(report: dict[str, Any]) -> None:
-    """Three tables with one line per photograph, and the sums."""
+    """One table for each precision, with one line per photograph and the sums."""
     photos = report["photos"]
     print(f"{report['config']} at {report['input_scale']}, {len(photos)} photographs")
     for side, versions in report["versions"].items():
@@ -319,15 +250,15 @@ def print_report(report: dict[str, Any]) -> None:
     if len(coverage):
         low, middle, high = torch.quantile(coverage, torch.tensor([0.05, 0.5, 0.95])).tolist()
         print(f"  masks cover {low:.3f} / {middle:.3f} / {high:.3f} of the photograph (5 %, median, 95 %)")
+    for step in ("decoded", "resized"):
+        print(f"  different values {step}: {[photo['different_pixels'][step] for photo in photos]}")
     for dtype, tolerance in TOLERANCES.items():
-        print(f"\nA, {dtype}: same resized pixels; scores within {tolerance:g}, IoU >= {SAME_MASK}")
-        print_part_a(photos, dtype)
-    print(f"part A {'holds' if report['part_a_holds'] else 'DOES NOT HOLD'}")
-    print(f"\nB, float32: our own decoding and resizing; share of the peer's detections found at IoU >= {FOUND_AGAIN}")
-    print_part_b(photos, report["part_b_found_again"], report["part_b_peer"])
+        print(f"\n{dtype}: scores within {tolerance:g}, IoU >= {SAME_MASK}")
+        print_detections(photos, dtype)
+    print("every photograph agrees" if report["holds"] else "NOT every photograph agrees")
 
 
-def print_part_a(photos: Sequence[dict[str, Any]], dtype: str) -> None:
+def print_detections(photos: Sequence[dict[str, Any]], dtype: str) -> None:
     """labels: equal at the same rank; cut, alone: without partner near a cut, elsewhere; !: padded differently."""
     print("photo              padded     ours  peer matched  labels  cut  alone swap   max|ds|   min IoU  =masks")
     rows = [
@@ -344,34 +275,6 @@ def print_part_a(photos: Sequence[dict[str, Any]], dtype: str) -> None:
             f"{name:18s} {size:10s} {row['ours']:4d}  {row['peer']:4d} {row['matched']:7d} "
             f"{row['labels_equal_by_rank']:7d} {row['cut']:4d} {row['alone']:6d} {row['swapped']:4d}   "
             f"{row['score_difference']:.1e}  {row['least_iou']:.6f} {row['equal_masks']:7d}"
-        )
-
-
-def print_part_b(photos: Sequence[dict[str, Any]], again: dict[str, int], peer: int) -> None:
-    """dec: most gray levels by which decoding differs; at a cut: lost ones that come back with looser thresholds."""
-    print("                                 found again from pixels                     resizing differs by     lost,")
-    print("photo              ours  peer    own decoded resized  noise  mean|ds|  dec   max   mean  share    at a cut")
-    for photo in photos:
-        row, count = photo["own"], photo["float32"]["peer"]
-        shares = "   ".join(f"{row['found_again'][key] / max(1, count):.3f}" for key in STEPS)
-        resizing, missed = row["resizing"], row["missed"]
-        print(
-            f"{photo['file']:18s} {row['ours']:4d}  {count:4d}  {shares}  {row['score_difference']['own']:.2e} "
-            f"{row['decoding']['max']:4d}  {resizing['max']:4d}  {resizing['mean']:.3f}  {resizing['share']:.3f}   "
-            f"{len(missed):3d}, {sum(m['at_a_cut'] for m in missed)}"
-        )
-    print(
-        f"found again: {again['own']} of {peer} ({again['own'] / max(1, peer):.4f}); lost to decoding "
-        f"{again['decoded'] - again['own']}, to resizing {again['resized'] - again['decoded']}, to the rest "
-        f"{peer - again['resized']}; noise instead of our resizing: {again['noise']} of {peer}"
-    )
-    missed = [entry for photo in photos for entry in photo["own"]["missed"]]
-    others = torch.tensor([entry["best_iou"] for entry in missed if not entry["at_a_cut"]])
-    print(f"of the {len(missed)} lost, {len(missed) - len(others)} come back with looser thresholds {LOOSE}")
-    if len(others):
-        print(
-            f"the other {len(others)}: best mask of the same label has IoU {others.median():.3f} (median), "
-            f">= 0.75 in {(others >= 0.75).sum()}, >= 0.5 in {(others >= 0.5).sum()}"
         )
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What every residual branch is multiplied by. With 1, fifty layers of random weights amplify a change of one gray level
-# until nine of ten masks fall below IoU 0.9; that would drown part B.
+# What every residual branch is multiplied by. With 1, fifty layers of random weights amplify every rounding: a change
+# of one gray level moves nine of ten masks below IoU 0.9.
 BRANCH = 0.1
 
 
