@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,16 @@ def test_sizes_stay_positive_and_the_divisor_is_configurable():
 def test_image_equals_opencv(images, name, resize):
     resized = resize(images["image"], tuple(images[name].shape[1:]))
     assert resized.dtype == torch.uint8 and torch.equal(resized, images[name])
+
+
+def test_the_documented_lines_of_numpy_equal_opencv(images, repo_root):
+    """docs/export.md shows how to resize where neither this library nor OpenCV is installed."""
+    blocks = re.findall(r"```python\n(.*?)```", (repo_root / "docs/export.md").read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(next(block for block in blocks if "def resize(" in block), names)
+    for name in ("up", "down", "slight"):
+        resized = names["resize"](images["image"].permute(1, 2, 0).numpy(), images[name].shape[1:])
+        assert resized.dtype == np.uint8 and np.array_equal(resized, images[name].permute(1, 2, 0).numpy())
 
 
 def random_sizes() -> list[tuple[int, ...]]:

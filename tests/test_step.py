@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     torch.manual_seed(0)
     model = construct(config.model, list("abcd"))
     model.head.category_predictor.bias.data.fill_(float("nan"))
-    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.01), build_criterion(config.model)
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.01, fused=True), build_criterion(config.model)
     plan, guard = flat_plan(1, 0.01), NonFiniteGuard(tmp_path)
     steps = train_one_epoch(model, criterion, [batch], optimizer, COMPUTE.scaler(), COMPUTE, plan, guard, epoch=0)
     with pytest.raises(RunFailed, match="step 1 .*category_predictor.bias is not finite"):

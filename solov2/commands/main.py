@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from solov2.commands.arguments import Parser
-from solov2.commands.exit import run_command, typed_name
+from solov2.commands.exit import INTERRUPTED, run_command, typed_name
 from solov2.errors import InputError
 from solov2.suggestions import did_you_mean
 from solov2.version import __version__
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if argv is not None:
             raise
-        return 130
+        return INTERRUPTED
 
 
 def command_module(name: str) -> ModuleType:

@@ -38,7 +38,7 @@ def take_step(
         model: SOLOv2, possibly in DistributedDataParallel, on its device.
         criterion: (raw, targets, num_positives) -> dict of losses.
         batches: on the host, with targets; their gradients are accumulated.
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters, with fused=True.
         scaler: from `Compute.scaler`.
         compute: device, precision and memory format.
         clip_norm: maximum L2 norm of the gradients; 0 disables clipping.
@@ -120,21 +120,22 @@ def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     """Clip, step, and discard the gradients; if their norm is not finite, the device leaves the weights unchanged.
 
     Returns the norm. It is that of the exchanged gradients, so all ranks make the same decision.
+
+    Raises:
+        ValueError: the optimizer is not fused; it would not skip such a step.
     """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(f"{type(optimizer).__name__} must be constructed with fused=True")
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
     if clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
-    skips_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled()
-    if skips_itself:  # a fused optimizer skips the step by the flag that torch's scaler would set
+    if not scaler.is_enabled():  # set the flag by which torch's scaler tells a fused optimizer to skip the step
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    elif not scaler.is_enabled():
-        for parameter in parameters:
-            parameter.grad = torch.where(norm.isfinite(), parameter.grad, 0)
     scaler.step(optimizer)
     scaler.update()
-    if skips_itself:
+    if not scaler.is_enabled():
         del optimizer.found_inf  # type: ignore[attr-defined]
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -41,7 +41,7 @@ def main(folder: str) -> None:
     with distributed.process_group(device):
         rank = distributed.rank()
         config, model = tiny_config(), fresh_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, fused=True)
         plan = flat_plan(STEPS, RATE, log_every=STEPS, clip_norm=1.0)
         compute, guard = Compute(device), NonFiniteGuard(Path(folder))
         criterion, batches = build_criterion(config.model), batches_of(rank)
