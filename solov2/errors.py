@@ -1,6 +1,8 @@
-"""What every module may import: the two errors that a user sees, and helpers for the text of messages."""
+"""What every module may import: the errors that a user sees, and helpers for the text of messages."""
 
 from __future__ import annotations
+
+import re
 
 
 class InputError(ValueError):
@@ -9,6 +11,27 @@ class InputError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that cannot continue, through no fault of its user; described in one sentence."""
+
+
+class OutOfMemory(RunFailed):
+    """Memory ran out before anything was changed."""
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """What an error of exhausted memory says, on the host or on a device: "out of memory (tried to allocate 2 GiB)".
+
+    None for any other error. torch has a type of its own only for some of them.
+    """
+    text = str(error)
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not known and not (isinstance(error, RuntimeError) and _SHORTAGE.search(text)):
+        return None
+    amount = re.search(r"tried to allocate ([\d.,]+ ?\w+)", text, re.IGNORECASE)
+    return f"out of memory (tried to allocate {amount[1]})" if amount else "out of memory"
+
+
+SAVE_TRAINING_MEMORY = "lower --batch-size (and raise --accumulate to match), or use --precision bf16"
+_SHORTAGE = re.compile(r"out of memory|can't allocate memory|not enough memory|STATUS_ALLOC_FAILED")
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

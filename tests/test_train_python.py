@@ -14,10 +14,13 @@ import torch
 from helpers.tiny_runs import SETTINGS
 
 import solov2
+from solov2.commands.evaluate import main as eval_main
+from solov2.commands.predict import main as predict_main
 from solov2.commands.train import main as train_main
 from solov2.config import SECTIONS, load_config, override_config
 from solov2.data.build import locate_data
 from solov2.errors import InputError, RunFailed
+from solov2.training import step as training_step
 from solov2.training.signals import SIGNALS, STOPPED, Stopped
 from solov2.weights import read_checkpoint
 
@@ -115,6 +118,61 @@ def test_a_run_that_fails_leaves_no_process(run, tmp_path, monkeypatch, workers)
         with pytest.raises(ZeroDivisionError):
             solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=workers)
     assert set(multiprocessing.active_children()) == before
+
+
+NO_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 MiB is free."
+)
+
+
+def test_exhausted_memory_loses_no_step(run, tmp_path, monkeypatch):
+    data, _ = run
+    settings = {"data": data, "device": "cpu", "epochs": 1, "workers": 0, "head_norm": "batch"}
+    whole = solov2.train(TINY, output=tmp_path / "whole", **settings)
+    forward, calls = training_step.forward, []
+
+    def short_of_memory(*arguments):
+        losses = forward(*arguments)  # changes the running statistics
+        calls.append(losses)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError(NO_MEMORY)
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step, "forward", short_of_memory)
+        with pytest.raises(RunFailed, match=r"2\.00 GiB.* step 3.*--batch-size.*step 2.*--resume"):
+            solov2.train(TINY, output=tmp_path / "run", **settings)
+    resumed = solov2.train(TINY, output=tmp_path / "run", resume=True, **settings)
+    for name in ("last", "best"):
+        first, second = (read_checkpoint(getattr(result, name)).weights for result in (whole, resumed))
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(NO_MEMORY),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 2147483648 bytes."
+        ),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError("Unable to allocate 2 GiB for an array"),
+    ],
+)
+def test_commands_say_what_to_do_when_memory_runs_out(run, monkeypatch, capsys, tmp_path, error):
+    data, result = run
+
+    def forward(*_arguments):
+        raise error
+
+    monkeypatch.setattr("solov2.models.solov2.SOLOv2.forward", forward)
+    shared = ["--weights", str(result.last), "--device", "cpu"]
+    image = str(next((data / "val2017").iterdir()))
+    assert eval_main([*shared, "--data-root", str(data), "--workers", "0"]) == 1
+    assert predict_main([image, *shared, "--output", str(tmp_path)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: out of memory")]
+    assert len(lines) == 2 and all("--batch-size" in line and "--precision bf16" in line for line in lines)
 
 
 def test_a_thread_trains_and_leaves_signals_alone(run, tmp_path):

@@ -33,7 +33,7 @@ SWEEPS = ("batch-size", "size", "candidates", "instances", "precision", "threads
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 1 failed, 2 user error, 130 interrupted)."""
-    return run_command("benchmark", build_parser, _run, argv)
+    return run_command("benchmark", build_parser, _run, argv, save_memory="lower --batch-size or --size")
 
 
 def build_parser(typed: str = "solov2 benchmark") -> Parser:

@@ -39,7 +39,7 @@ LOG = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 1 failed, 2 user error, 130 interrupted)."""
-    return run_command("eval", build_parser, _run, argv)
+    return run_command("eval", build_parser, _run, argv, save_memory="lower --batch-size or use --precision bf16")
 
 
 def build_parser(typed: str = "solov2 eval") -> Parser:

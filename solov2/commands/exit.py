@@ -13,7 +13,7 @@ from pathlib import Path
 from solov2.commands.arguments import Parser
 from solov2.commands.screen import is_rank_zero, reports_on_stderr, safe_streams, show
 from solov2.data.watch import kill_children, worker_message
-from solov2.errors import InputError, RunFailed, printable
+from solov2.errors import InputError, RunFailed, memory_shortage, printable
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
 HEAD_START, STAGGER = 3.0, 0.5  # seconds that ranks other than 0 wait before printing an error
@@ -26,6 +26,7 @@ def run_command(
     words: Sequence[str] | None,
     *,
     interrupted: str = "interrupted",
+    save_memory: str = "",
 ) -> int:
     """Parse the arguments, run the command, and turn its expected failures into exit codes.
 
@@ -35,10 +36,12 @@ def run_command(
         run: runs the command, given the parsed arguments (`args.words` has the raw ones); returns the exit code.
         words: the arguments; default: those of the process.
         interrupted: printed after Ctrl-C, unless the exception has its own message.
+        save_memory: what to do if memory runs out, for the error message.
 
     Returns:
         The code of `run`; 2 for a user error, a full disk or missing permission; 1 for a failed run (a non-finite
-        loss, a process that does not respond); 130 after Ctrl-C. A pipe that its reader closed changes nothing.
+        loss, a process that does not respond, exhausted memory); 130 after Ctrl-C. A pipe that its reader closed
+        changes nothing.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C if `words` were given, so that a caller in Python learns of it.
@@ -61,6 +64,12 @@ def run_command(
         except (InputError, OSError) as error:
             _print_error(error)
             code = USER_ERROR
+        except (MemoryError, RuntimeError) as error:
+            shortage = memory_shortage(error)
+            if shortage is None:
+                raise
+            _print_error(RunFailed(f"{shortage}; {save_memory}" if save_memory else shortage))
+            code = FAILED
         finally:
             kill_children(exclude=earlier_children)
         lost = standard_output.end()

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for a user error; 130 after Ctrl-C.
     """
-    return run_command("export", build_parser, _run, argv)
+    return run_command("export", build_parser, _run, argv, save_memory="lower --size or --cells")
 
 
 def build_parser(typed: str = "solov2 export") -> Parser:

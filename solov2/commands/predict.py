@@ -36,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if some images could not be read (the others are done); 2 for a user error; 130 after Ctrl-C.
     """
     return run_command(
-        "predict", build_parser, _run, argv, interrupted="interrupted; the pictures written so far are complete"
+        "predict",
+        build_parser,
+        _run,
+        argv,
+        interrupted="interrupted; the pictures written so far are complete",
+        save_memory="lower --batch-size, use --precision bf16 or smaller images; the pictures so far are complete",
     )
 
 

@@ -20,6 +20,7 @@ from solov2.commands.arguments import (
 from solov2.commands.exit import own_command, run_command
 from solov2.commands.screen import show
 from solov2.config import DEFAULT_MODEL, parse_overrides
+from solov2.errors import SAVE_TRAINING_MEMORY
 
 SETTINGS = (
     ("--epochs",),
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 user error, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
         written, 130 after Ctrl-C (KeyboardInterrupt if `argv` was given).
     """
-    return run_command("train", build_parser, _run, argv)
+    return run_command("train", build_parser, _run, argv, save_memory=SAVE_TRAINING_MEMORY)
 
 
 def build_parser(typed: str = "solov2 train") -> Parser:

@@ -19,7 +19,7 @@ from solov2.data.class_matching import match_categories
 from solov2.data.coco import CocoInstances
 from solov2.data.loader import TrainBatchSampler
 from solov2.data.watch import watched
-from solov2.errors import RunFailed
+from solov2.errors import SAVE_TRAINING_MEMORY, OutOfMemory, RunFailed
 from solov2.evaluation.coco import CocoEvaluator, format_table, percent
 from solov2.evaluation.loop import evaluate
 from solov2.evaluation.picture import draw_predictions
@@ -134,8 +134,11 @@ def train_epochs(
                 epoch=run.epoch,
                 first_step=run.step,
             )
-            for done in steps:
-                _after_step(run, done, guard)
+            try:
+                for done in steps:
+                    _after_step(run, done, guard)
+            except OutOfMemory as error:
+                raise _memory_failure(run, error) from error
             run.epoch, run.step = run.epoch + 1, 0
             means = run.logger.end_epoch(run.epoch, images_per_step=run.plan.global_batch)
             distributed.broadcast_buffers(run.model)
@@ -145,6 +148,15 @@ def train_epochs(
             evaluates_next = validation is not None and _is_due(run, train.evaluate_every)
             if _is_due(run, train.checkpoint_every) or evaluates_next or _is_save_step(run):
                 run.save()
+
+
+def _memory_failure(run: Run, error: OutOfMemory) -> RunFailed:
+    """Save if this process trains alone (others are still inside the step), and say what to do."""
+    advice = f"in step {run.global_step + 1}: {SAVE_TRAINING_MEMORY}"
+    if distributed.world_size() == 1 and run.global_step:
+        run.save()
+        advice += f"; saved step {run.global_step}, continue with --resume"
+    return RunFailed(f"{error} {advice}")
 
 
 def _after_step(run: Run, done: StepDone, guard: NonFiniteGuard) -> None:

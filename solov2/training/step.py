@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from solov2 import distributed
 from solov2.compute import Compute, span
+from solov2.errors import OutOfMemory, memory_shortage
 from solov2.losses import SOLOv2Criterion
 from solov2.training.guard import FAILED, OVERFLOWED
 
@@ -46,16 +47,27 @@ def take_step(
     Returns:
         (losses, status), both on the device; the status is 0, OVERFLOWED or FAILED, the maximum over all ranks. An
         overflowing fp16 gradient is not yet a failure: the scaler reduces its scale.
+
+    Raises:
+        OutOfMemory: in the forward or backward pass; nothing has changed.
     """
     statistics = [
         buffer
         for module in unwrap(model).modules()
         if isinstance(module, nn.BatchNorm2d) and module.training
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
+        for buffer in module.buffers()
     ]
     before = [buffer.clone() for buffer in statistics]
-    losses = backward(model, criterion, batches, scaler, compute)
+    try:
+        losses = backward(model, criterion, batches, scaler, compute)
+    except (MemoryError, RuntimeError) as error:
+        shortage = memory_shortage(error)
+        if shortage is None:
+            raise
+        optimizer.zero_grad(set_to_none=True)
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(old)
+        raise OutOfMemory(shortage) from error
     with span("update"):
         finite = torch.stack(list(losses.values())).isfinite().all()
         for buffer, old in zip(statistics, before, strict=True):
