@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from solov2.distributed import check_device_per_process
 from solov2.errors import InputError
 
 HALF_TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,8 +70,9 @@ def select_device(name: str | None = None) -> torch.device:
     """Device of this process: `name` if given, else the accelerator of its local rank, else the CPU.
 
     Raises:
-        InputError: `name` is not a device of this machine.
+        InputError: `name` is not a device of this machine, or a single one that several processes would share.
     """
+    check_device_per_process(name, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         return torch.device("cpu") if accelerator is None else _local_rank_device(accelerator.type)

@@ -79,9 +79,8 @@ def is_main() -> bool:
 def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[None]:
     """Initialize torch's process group under torchrun and destroy it on exit; make `device` the current device.
 
-    A group that the caller has initialized is used and stays. The backend is torch's default for the device: nccl on
-    GPUs, gloo on a CPU. After an error the group is not destroyed: with nccl that waits for the other ranks, which may
-    be waiting for this one. torchrun ends them once this one has exited.
+    A group that the caller has initialized is used and stays. After an error the group is not destroyed: with nccl that
+    waits for the other ranks, which may be waiting for this one. torchrun ends them once this one has exited.
 
     Args:
         device: device of this process.
@@ -95,7 +94,7 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
         group_timeout = datetime.timedelta(seconds=timeout if device.type == "cpu" else timeout + NCCL_EXTRA_SECONDS)
         store, own_rank, size = next(dist.rendezvous("env://", timeout=group_timeout))
         dist.init_process_group(
-            dist.get_default_backend_for_device(device),
+            backend(device),
             store=fresh_store(store, own_rank, size, timeout=timeout),
             rank=own_rank,
             world_size=size,
@@ -105,6 +104,13 @@ def process_group(device: torch.device, *, timeout: float = 1800) -> Iterator[No
     yield
     if own and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def backend(device: torch.device) -> str:
+    """Backends of the process group: gloo for tensors and objects on the host, torch's default (nccl) for a device."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 def fresh_store(store: dist.Store, own_rank: int, size: int, *, timeout: float) -> dist.Store:
@@ -149,12 +155,21 @@ def barrier() -> None:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """The `value` of every rank, in rank order, on every rank. Values are pickled: for small host data only."""
+    """The `value` of every rank, in rank order, on every rank. Values are pickled: for small data only."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The `value` of every rank, in rank order, on rank 0; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def broadcast_object(value: Any) -> Any:
@@ -207,10 +222,12 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
         device: value of --device; unless it is the CPU, there must be an accelerator for each process.
 
     Raises:
-        InputError: nproc < 1, a torchrun with another number of processes is running, or there are too few devices.
+        InputError: nproc < 1, a torchrun with another number of processes is running, `device` is a single one, or
+            there are too few devices.
     """
     if launched_processes(nproc) == nproc:
         return
+    check_device_per_process(device, nproc)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and (device is None or not device.startswith("cpu")):
         if nproc > torch.accelerator.device_count():
@@ -237,6 +254,13 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
     ]
     sys.stdout.flush()
     os.execvpe(command[0], command, environment)
+
+
+def check_device_per_process(name: str | None, processes: int) -> None:
+    """Raise InputError if `name` is a single accelerator ("cuda:0") for several processes on this machine."""
+    kind, _, index = (name or "").partition(":")
+    if processes > 1 and index and kind != "cpu":
+        raise InputError(f"--device {name} would put {processes} processes on one device; use --device {kind}, or none")
 
 
 def launched_processes(nproc: int) -> int:

@@ -32,7 +32,8 @@ class ExportedSOLOv2(nn.Module):
     """The module that is exported: pixels in, instances or raw outputs out.
 
     Args:
-        model: left unchanged; a copy with folded batch norms is exported.
+        model: left unchanged; a copy with folded batch norms is exported, from the CPU, so that the file names no
+            device and runs on any.
         raw: return the raw outputs of `SOLOv2.forward` instead of instances.
         num_cells: number of cells whose masks are computed, see `select_instances`.
 
@@ -44,7 +45,7 @@ class ExportedSOLOv2(nn.Module):
         super().__init__()
         if not raw and not model.settings.max_candidates:
             raise InputError("an exported graph needs model.max_candidates of 1 or more")
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         fold_batch_norms(self.model)
         self.raw, self.num_cells = raw, num_cells
 
@@ -114,7 +115,7 @@ def _gather_rows(values: Tensor, rows: Tensor) -> Tensor:
 def export_program(
     model: SOLOv2, size: tuple[int, int], *, raw: bool = False, num_cells: int = NUM_CELLS
 ) -> torch.export.ExportedProgram:
-    """`ExportedSOLOv2` as one graph for one padded image size and any batch size, on the model's device.
+    """`ExportedSOLOv2` as one graph for one padded image size and any batch size.
 
     Raises:
         InputError: height or width of `size` is not a positive multiple of 32; see also `ExportedSOLOv2`.
@@ -122,9 +123,8 @@ def export_program(
     if any(side < model.divisor or side % model.divisor for side in size):
         raise InputError(f"size {size[0]} x {size[1]}: height and width must be multiples of {model.divisor}")
     module = ExportedSOLOv2(model, raw=raw, num_cells=num_cells).eval()
-    device = model.pixel_mean.device
-    pixels = torch.zeros(2, 3, *size, dtype=torch.uint8, device=device)  # a batch of 1 would be traced as a constant
-    sizes = torch.tensor([size, size], device=device)
+    pixels = torch.zeros(2, 3, *size, dtype=torch.uint8)  # a batch of 1 would be traced as a constant
+    sizes = torch.tensor([size, size])
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     with torch.no_grad():
         return torch.export.export(module, (pixels, sizes), dynamic_shapes=(batch, batch))

@@ -50,6 +50,7 @@ def test_two_processes_equal_averaged_gradients(repo_root, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
     assert first["gathered"] == second["gathered"] == [0, 1]
+    assert first["gathered_by_main"] == [0, 1] and second["gathered_by_main"] == []
     assert first["broadcast"] == second["broadcast"] == "from 0"
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name  # parameters by DDP, buffers by the broadcast
@@ -119,6 +120,21 @@ def test_commands_on_two_processes(repo_root, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     logged = next(entry for entry in reversed(log) if entry["kind"] == "evaluation")  # each rank evaluated its share
     assert all(logged[f"segm_{name}"] == value for name, value in figures[0]["segm"].items())
+
+
+def test_objects_travel_between_hosts():
+    """On GPUs, nccl would carry them through device memory."""
+    assert distributed.backend(torch.device("cpu")) == "gloo"
+    assert distributed.backend(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"
+
+
+def test_several_processes_do_not_share_a_device(monkeypatch):
+    with pytest.raises(InputError, match="cuda:0 .*8 processes.*--device cuda"):
+        distributed.relaunch(8, ["train.py"], "cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="cuda:1 .*2 processes"):
+        select_device("cuda:1")
+    assert select_device("cpu:0") == torch.device("cpu", 0)
 
 
 def test_relaunch_rejects_an_invalid_number_of_processes(monkeypatch):

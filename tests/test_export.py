@@ -15,6 +15,7 @@ from helpers.parity import POSTPROCESS_CASES, postprocess_settings, raw_outputs
 from helpers.tiny_models import VARIANTS, lively, save_content, tiny_model
 from helpers.tiny_runs import tiny_config
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves
 
 from solov2 import export
@@ -58,6 +59,15 @@ def test_instances_equal_those_of_postprocess(name: str) -> None:
             alike = torch.stack([m for own, s, m in found if own == label and abs(s - score) <= 1e-9])
             masks = final_masks(alike, sizes[i], originals[i], settings.mask_threshold)
             assert (masks ^ mask).flatten(1).sum(1).min() <= 1
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_program_runs_on_any_device(raw: bool) -> None:
+    """torch moves it, constants included; "meta" stands for a device that this machine need not have."""
+    program = export_program(construct(tiny_config().model, NAMES), SIZE, raw=raw)
+    moved = move_to_device_pass(program, "meta").module()
+    found = moved(torch.zeros(3, 3, *SIZE, dtype=torch.uint8, device="meta"), torch.zeros(3, 2).long().to("meta"))
+    assert {leaf.device.type for leaf in tree_leaves(found)} == {"meta"}
 
 
 def test_fewer_cells_keep_the_best_ones() -> None:

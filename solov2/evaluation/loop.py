@@ -62,7 +62,7 @@ def evaluate(
             pending = background.submit(collect, batch["image_ids"])
         if pending is not None:
             pending.result()
-    shares = distributed.all_gather_objects(evaluator.predictions)
+    shares = distributed.gather_objects(evaluator.predictions)
     summary = None
     if distributed.is_main():
         evaluator.merge(shares)

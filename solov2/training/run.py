@@ -95,7 +95,7 @@ class Run:
                 global_batch=self.plan.global_batch,
                 annotations_sha256=self.annotations_sha256,
                 conditions=self.conditions,
-                random_states=distributed.all_gather_objects(random_state(self.compute.device)),
+                random_states=distributed.gather_objects(random_state(self.compute.device)),
                 updates=None if self.average is None else self.average.updates,
             ),
         )

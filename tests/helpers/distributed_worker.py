@@ -57,6 +57,7 @@ def main(folder: str) -> None:
                 "state": model.state_dict(),
                 "buffers_before": before,
                 "gathered": distributed.all_gather_objects(rank),
+                "gathered_by_main": distributed.gather_objects(rank),
                 "broadcast": distributed.broadcast_object(f"from {rank}"),
             },
             Path(folder) / f"rank{rank}.pth",
