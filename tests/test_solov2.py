@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from helpers.tiny_models import lively, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
@@ -82,6 +83,15 @@ def test_preprocess(predictor: SOLOv2) -> None:
     for image, (height, width) in zip(images, sizes.tolist()):
         assert not image[:, height:].any() and not image[:, :, width:].any()
         assert image[:, height - 1].any() and image[:, :, width - 1].any()
+
+
+def test_images_on_an_accelerator_stay_there(predictor: SOLOv2) -> None:
+    """Without one: fake tensors have a device but no values, and would fail if any were read."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = [torch.empty(channels, 50, 61, dtype=torch.uint8, device="cuda") for channels in (1, 3)]
+        batch = predictor.load_batch(images)
+    assert batch["pixels"].device.type == "cuda"
+    assert batch["sizes"].device.type == batch["original_sizes"].device.type == "cpu"  # read on the host
 
 
 def test_every_kind_of_image_gives_the_same_result(predictor: SOLOv2, tmp_path: Path) -> None:

@@ -161,7 +161,9 @@ class SOLOv2(nn.Module):
         return self.normalize(batch["pixels"].to(self.device), sizes), sizes, original_sizes
 
     def load_batch(self, images: Iterable[ImageLike] | ImageLike) -> dict[str, Tensor]:
-        """Load images, resize them to `input_scale` and pad them: a batch on the host for `Predictor.launch`.
+        """Load images, resize them to `input_scale` and pad them: a batch for `Predictor.launch`.
+
+        It is made on the host, but tensors that are all on one accelerator stay there.
 
         Args:
             images: what `predict` takes.
@@ -184,12 +186,14 @@ class SOLOv2(nn.Module):
                 for image, size in zip(loaded, original_sizes, strict=True)
             ]
         with span("pad"):
-            sizes = torch.tensor([tuple(image.shape[-2:]) for image in resized])
-            height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
-            pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8)
+            resized_sizes = [(image.shape[1], image.shape[2]) for image in resized]
+            height, width = padded_size(tuple(map(max, zip(*resized_sizes))), self.divisor)
+            devices = {image.device for image in resized}
+            device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+            pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8, device=device)
             for target, image in zip(pixels, resized, strict=True):
                 target[:, : image.shape[-2], : image.shape[-1]] = image
-        return {"pixels": pixels, "sizes": sizes, "original_sizes": torch.tensor(original_sizes)}
+        return {"pixels": pixels, "sizes": torch.tensor(resized_sizes), "original_sizes": torch.tensor(original_sizes)}
 
     def postprocess(
         self,
