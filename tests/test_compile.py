@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from solov2.build import build_model
 from solov2.losses import SOLOv2Criterion
 from solov2.models.solov2 import SOLOv2
-from solov2.models.winograd import WinogradConv2d
+from solov2.models.winograd import WinogradConv2d, compiled_convolve
 
 SIZE = (64, 96)
 # Both kinds of norm, with and without deformable convolutions; the full networks are among the slow tests.
@@ -34,16 +34,24 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def test_sizes_beyond_the_recompile_limit_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: original(self, backend="eager", **words))
-    model = lively(tiny_model())
+@pytest.mark.parametrize("variant", ["basic blocks", "nothing frozen, batch norm"])
+def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """Without oneDNN, whose choice of a kernel makes torch compile again for maps of less than 20,480 values."""
+    original, graphs = nn.Module.compile, []
+
+    def backend(graph: Any, _examples: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: original(self, backend=backend, **words))
+    model = lively(tiny_model(variant))
     plain, fast = model.optimize(), model.optimize(compile=True)
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
-        for width in (64, 96, 128, 160):
-            images = torch.randn(1, 3, 64, width)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        for size in ((256, 320), (320, 256), (512, 384), (480, 640), (352, 352)):
+            images = torch.randn(1, 3, *size)
             for wanted, found in zip(raw_tensors(plain(images)), raw_tensors(fast(images)), strict=True):
                 torch.testing.assert_close(found, wanted)
+    assert len(graphs) == 1
 
 
 def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
@@ -108,6 +116,7 @@ def test_winograd_convolutions_are_traced(bias: bool) -> None:
 
     x = torch.randn(1, 64, 16, 24)
     assert torch.allclose(compiled(forward, "aot_eager")(x), forward(x), atol=1e-6)
+    torch.library.opcheck(compiled_convolve, ([x], conv.prepared, conv.weight, conv.bias))
 
 
 def test_losses_forward_and_backward_are_traced() -> None:

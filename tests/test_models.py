@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers.operations import Operations
 from helpers.parity import (
     DATA,
     FORWARD,
@@ -25,14 +27,16 @@ from helpers.parity import (
 )
 from helpers.tiny_models import VARIANTS, lively, tiny_model, tiny_targets
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from solov2.build import build_model
 from solov2.losses import SOLOv2Criterion
 from solov2.models.head import apply_tower
 from solov2.models.layers import ConvNormReLU, DeformConv2d, conv_norm, make_norm
+from solov2.models.mask_feature import double_axis, upsample_twice
 from solov2.models.resnet import ResNet, SubsampledConv2d
 from solov2.models.solov2 import SOLOv2
-from solov2.ops.coords import coordinate_channels
+from solov2.ops.coords import arithmetic_positions, coordinate_channels
 
 # ---- parity
 
@@ -106,6 +110,37 @@ def test_coordinates() -> None:
         assert channels[0, 1].tolist() == [[-1] * 5, [0] * 5, [1] * 5]
     double = coordinate_channels(7, 7, dtype=torch.float64, device=torch.device("cpu"))
     assert torch.equal(double, double.float().double())
+
+
+def test_arithmetic_positions_are_those_of_linspace() -> None:
+    """To the last bit on CPUs with a fused multiply-add, to 1/2 ulp of 1 on the others."""
+    fused = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    for count in range(1, 600):
+        wanted, found = torch.linspace(-1, 1, count), arithmetic_positions(count, torch.device("cpu"))
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted) if fused else (found - wanted).abs().max() <= 2**-24, count
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (9, 16)])
+def test_upsampling_by_slices_equals_interpolation(size: tuple[int, int]) -> None:
+    """The deterministic form of 2x upsampling, with its gradient."""
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    by_slices, wanted = double_axis(double_axis(x, 2), 3), F.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(by_slices, wanted, rtol=0, atol=1e-15)
+    weight = torch.randn_like(wanted)
+    gradients = [torch.autograd.grad(y, x, weight)[0] for y in (by_slices, wanted)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
+
+
+def test_deterministic_upsampling_on_an_accelerator_is_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with FakeTensorMode():
+        x = torch.empty(1, 4, 6, 5, dtype=torch.bfloat16, device="cuda")
+        with Operations() as seen:
+            y = upsample_twice(x)
+    assert y.shape == (1, 4, 12, 10) and y.dtype == torch.bfloat16
+    assert not [name for name in seen.names if "upsample" in name or "index" in name]
+    assert len(seen.names) <= 12
 
 
 # ---- layers and initial weights

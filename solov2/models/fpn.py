@@ -33,5 +33,5 @@ class FPN(nn.Module):
             coarse = F.interpolate(levels[i], size=levels[i - 1].shape[-2:], mode="nearest")  # [B, D, 2 h, 2 w]
             levels[i - 1] = levels[i - 1] + coarse  # [B, D, 2 h, 2 w]
         pyramid = [output(level) for output, level in zip(self.output, levels, strict=True)]  # [B, D, H / s, W / s]
-        p6 = pyramid[-1][..., ::2, ::2]  # [B, D, H / 64, W / 64], the reference's max pooling: kernel 1, stride 2
+        p6 = F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)  # [B, D, H / 64, W / 64]
         return [*pyramid, p6]

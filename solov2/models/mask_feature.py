@@ -62,6 +62,22 @@ class MaskFeatureHead(nn.Module):
         fused = step(p2)  # [B, M, H / 4, W / 4]
         for i, x in enumerate((p3, p4, p5), 1):
             for step in self.levels[i].children():
-                x = F.interpolate(step(x), scale_factor=2, mode="bilinear", align_corners=False)  # [B, M, 2 h, 2 w]
+                x = upsample_twice(step(x))  # [B, M, 2 h, 2 w]
             fused = fused + x  # [B, M, H / 4, W / 4]
         return self.predictor(fused)  # [B, E, H / 4, W / 4]
+
+
+def upsample_twice(x: Tensor) -> Tensor:
+    """Bilinear 2x upsampling without aligned corners: [B, M, h, w] -> [B, M, 2 h, 2 w]."""
+    if x.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        # torch decomposes it into about 60 kernels there, since its own backward pass adds in arbitrary order.
+        return double_axis(double_axis(x.to(torch.promote_types(x.dtype, torch.float32)), 2), 3).to(x.dtype)
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def double_axis(x: Tensor, axis: int) -> Tensor:
+    """Upsample one axis of x 2x: new pixels are 1/4 of one neighbor and 3/4 of the other; borders are repeated."""
+    length = x.shape[axis]
+    before = torch.cat((x.narrow(axis, 0, 1), x.narrow(axis, 0, length - 1)), axis)
+    after = torch.cat((x.narrow(axis, 1, length - 1), x.narrow(axis, length - 1, 1)), axis)
+    return torch.stack((x.lerp(before, 0.25), x.lerp(after, 0.25)), axis + 1).flatten(axis, axis + 1)

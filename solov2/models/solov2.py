@@ -114,8 +114,8 @@ class SOLOv2(nn.Module):
 
         Args:
             precision: "float32", or "bf16" where the device is faster with it.
-            compile: also compile the forward pass with `torch.compile`, once per input size (on a CPU this needs a C++
-                compiler). Beyond `torch._dynamo.config.recompile_limit` (8) sizes, further ones run uncompiled.
+            compile: also compile the forward pass with `torch.compile`, once for all input sizes (on a CPU this needs a
+                C++ compiler).
 
         Raises:
             ValueError: unknown precision.
@@ -124,7 +124,7 @@ class SOLOv2(nn.Module):
             raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
         model = optimize_for_inference(self, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         if compile:
-            model.compile(dynamic=False)  # not fullgraph, with which the ninth size is an error
+            model.compile(dynamic=True)
         return model
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:

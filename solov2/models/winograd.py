@@ -70,11 +70,11 @@ class WinogradConv2d(nn.Conv2d):
         return self._convolve([x], weight, bias)[0]
 
     def _convolve(self, maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        tiles = sum(len(x) * math.prod(tile_counts(*x.shape[2:])) for x in maps)
         if self.prepared is not None:
-            if tiles >= MIN_TILES:
-                return convolve(maps, self.prepared, bias)
-        elif self.training and tiles >= MIN_TRAINING_TILES and not torch.is_autocast_enabled(weight.device.type):
+            function = compiled_convolve if torch.compiler.is_compiling() else convolve_if_large
+            return function(list(maps), self.prepared, weight, bias)
+        large = tile_count(maps) >= MIN_TRAINING_TILES
+        if self.training and large and not torch.is_autocast_enabled(weight.device.type):
             return list(WinogradFunction.apply(weight, bias, *maps))
         return [super(WinogradConv2d, self)._conv_forward(x, weight, bias) for x in maps]
 
@@ -101,6 +101,25 @@ class WinogradFunction(torch.autograd.Function):
         if any(needs_maps):  # the convolution with the weight rotated by 180 degrees
             map_grads = convolve(gradients, transform_weight(weight.flip(2, 3).transpose(0, 1)), None)
         return weight_grad, bias_grad, *map_grads
+
+
+def convolve_if_large(maps: list[Tensor], prepared: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """`convolve` with a weight that is transformed already, or plain convolution of maps too small to gain."""
+    if tile_count(maps) >= MIN_TILES:
+        return convolve(maps, prepared, bias)
+    return [F.conv2d(x, weight, bias, padding=1).contiguous(memory_format=torch.channels_last) for x in maps]
+
+
+# One operation for `torch.compile`, which would otherwise specialize the loops over tiles to one size of the maps.
+compiled_convolve = torch.library.custom_op("solov2::winograd", convolve_if_large, mutates_args=())
+
+
+@compiled_convolve.register_fake
+def _(maps: list[Tensor], prepared: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+        for x in maps
+    ]
 
 
 def convolve_levels_jointly(conv: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -176,6 +195,11 @@ def padded_rows(x: Tensor, start: int, stop: int, *, border: int) -> Tensor:
     top, bottom, right = max(0, -first), max(0, last - height), TILE * tile_counts(height, width)[1] + border - width
     rows = x.permute(0, 2, 3, 1)[:, max(0, first) : last]
     return F.pad(rows, (0, 0, border, right, top, bottom)) if max(border, right, top, bottom) else rows
+
+
+def tile_count(maps: Sequence[Tensor]) -> int:
+    """Tiles that cover all maps of a batch."""
+    return sum(len(x) * math.prod(tile_counts(*x.shape[2:])) for x in maps)
 
 
 def tile_counts(height: int, width: int) -> tuple[int, int]:
