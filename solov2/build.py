@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from solov2.checkpoint import Checkpoint
-from solov2.compute import Compute
+from solov2.compute import HALF_TYPES, Compute, select_precision
 from solov2.config import Config, ModelConfig, changed_settings, load_config, override_config, replace_model
 from solov2.data.categories import default_category_ids, default_class_names
 from solov2.data.class_matching import can_match, difference, match_names, shorten, similar_names
@@ -250,15 +250,16 @@ def build_compute(config: Config, device: torch.device, precision: str | None = 
             Winograd convolutions on a CPU: in that layout, the weight gradient of a 3x3 convolution with 64 or more
             channels takes 1.4 to 2.5 times as long (oneDNN 3.12, AVX2), and the rest gains little.
         device: where to compute.
-        precision: default: the training precision of `config`.
+        precision: default: the training precision of `config`; "auto" is resolved.
     """
+    precision = select_precision(precision or config.train.precision, device)
     wanted = config.train.memory_format
     if wanted == "auto":
         wide = max(config.model.fpn_channels, config.model.tower_channels) >= 64
-        slow = device.type == "cpu" and wide and not _uses_winograd(config, device)
+        slow = device.type == "cpu" and wide and not _uses_winograd(config, device, precision)
         wanted = "contiguous" if slow else "channels_last"
     layout = torch.channels_last if wanted == "channels_last" else torch.contiguous_format
-    return Compute(device, precision or config.train.precision, layout)
+    return Compute(device, precision, layout)
 
 
 def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOLOv2:
@@ -274,11 +275,11 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
             f"batch norm cannot be trained on one image whose last feature map is 1 x 1: raise data.train_scales "
             f"({scale}) above 32 or train.batch_size (1)"
         )
-    if _uses_winograd(config, compute.device):
+    if _uses_winograd(config, compute.device, compute.precision):
         use_winograd(model)
     compute.place(model)
     return model
 
 
-def _uses_winograd(config: Config, device: torch.device) -> bool:
-    return device.type == "cpu" and config.train.winograd and config.train.precision == "float32"
+def _uses_winograd(config: Config, device: torch.device, precision: str) -> bool:
+    return device.type == "cpu" and config.train.winograd and HALF_TYPES[precision] is None

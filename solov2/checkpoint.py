@@ -84,6 +84,7 @@ class Checkpoint:
         if all(name in content for name in (*REQUIRED_OF_RUNS, *RUN_ENTRIES)):
             _check_entries(content, RUN_ENTRIES, (), source)
             kept = {entry.name: content[entry.name] for entry in fields(TrainingState) if entry.name in content}
+            content = {**content, "config": _with_named_precision(content["config"], content.get("conditions", {}))}
             training = TrainingState(**{**kept, "weights": content["model"]})
         return cls(
             source,
@@ -122,6 +123,14 @@ class Checkpoint:
             InputError: its model section has unknown keys or invalid values.
         """
         return None if self.config is None else Config.from_checkpoint(self.config, source=self.source)
+
+
+def _with_named_precision(config: dict[str, Any], conditions: Mapping[str, str]) -> dict[str, Any]:
+    """Configuration of a run, with "tf32" for what files without the condition "precision" call float32."""
+    train = config.get("train", {})
+    if "precision" in conditions or train.get("precision") != "float32":
+        return config
+    return {**config, "train": {**train, "precision": "tf32"}}
 
 
 def _is_weights(value: Any) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from solov2.distributed import check_device_per_process
 from solov2.errors import InputError
 
-HALF_TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = {"float32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = (*HALF_TYPES, "auto")
+LOG = logging.getLogger(__name__)
 SPAN = "solov2: "  # prefix of span names, which distinguishes them from torch's own annotations
 
 
@@ -24,16 +27,37 @@ class Compute:
 
     Args:
         device: of weights and batches.
-        precision: "float32", or "bf16" and "fp16" for mixed precision by autocast.
+        precision: "float32"; "tf32", whose convolutions on an NVIDIA card since Ampere round their inputs to 10 bits,
+            with float32 matrix products (torch's default; the same as float32 on any other device); or "bf16" and
+            "fp16" for mixed precision by autocast. See `select_precision`.
         memory_format: layout of images and convolution weights.
     """
 
     device: torch.device
-    precision: str = "float32"
+    precision: str = "tf32"
     memory_format: torch.memory_format = torch.contiguous_format
 
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Set how an NVIDIA card multiplies float32, in forward and backward passes, and restore it on exit."""
+        if self.device.type != "cuda":
+            yield
+            return
+        cudnn: Any = torch.backends.cudnn  # type checkers do not see the properties of this module
+        flags = cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul
+        before = [flag.fp32_precision for flag in flags]
+        try:
+            cudnn.allow_tf32 = self.precision != "float32"  # the older flag, which Inductor reads, sets the first two
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            yield
+        finally:
+            cudnn.allow_tf32 = before[0] == "tf32"
+            for flag, value in zip(flags, before):
+                if flag.fp32_precision != value:
+                    flag.fp32_precision = value
+
     def autocast(self) -> torch.autocast:
-        """The autocast context of the forward pass; disabled for float32."""
+        """The autocast context of the forward pass; disabled for float32 and tf32."""
         half = HALF_TYPES[self.precision]
         return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
 
@@ -64,6 +88,22 @@ class Compute:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device and memory format, in place; returns it."""
         return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]  # stubs lack it
+
+
+def select_precision(name: str, device: torch.device) -> str:
+    """The precision that a name stands for on a device.
+
+    "tf32" is float32 on all devices but NVIDIA cards. "auto" is what the device multiplies fastest, and is logged.
+    """
+    if name != "auto":
+        return "float32" if name == "tf32" and device.type != "cuda" else name
+    chosen = "float32"
+    if device.type == "cuda":
+        chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        chosen = "bf16"
+    LOG.info("precision auto: %s on %s", chosen, device)
+    return chosen
 
 
 def select_device(name: str | None = None) -> torch.device:

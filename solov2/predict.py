@@ -46,7 +46,7 @@ class Predictor:
         """
         moved = self.compute.move({"pixels": batch["pixels"], "sizes": batch["sizes"]})
         images = self.compute.images(self.model, moved)  # float32 [B, 3, H, W]
-        with self.compute.autocast():
+        with self.compute.arithmetic(), self.compute.autocast():
             raw = self.model(images)
         self._launched.append((raw, batch["sizes"], batch["original_sizes"]))  # host sizes need no synchronization
 
@@ -54,4 +54,5 @@ class Predictor:
     def collect(self) -> list[dict[str, Any]]:
         """Results of the oldest launched batch, one per image, see `solov2.models.postprocess.postprocess`."""
         raw, sizes, original_sizes = self._launched.popleft()
-        return self.model.postprocess(raw, sizes, original_sizes, mask_format=self.mask_format, **self.settings)
+        with self.compute.arithmetic():
+            return self.model.postprocess(raw, sizes, original_sizes, mask_format=self.mask_format, **self.settings)

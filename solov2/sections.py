@@ -180,9 +180,13 @@ class TrainConfig(Settings):
     warmup_start: float = setting(0.001, "fraction of the learning rate in the first step", minimum=0, maximum=1)
     clip_norm: float = setting(35.0, "maximum L2 norm of all gradients together; 0: no clipping", minimum=0)
     mask_weight: float = setting(3.0, "weight of the mask loss", minimum=0)
-    precision: Literal["float32", "bf16", "fp16"] = setting("float32", "precision of the network in training")
+    precision: Literal["float32", "tf32", "bf16", "fp16", "auto"] = setting(
+        "tf32",
+        "precision of the network in training; tf32: float32, but NVIDIA cards round the inputs of convolutions to 10 "
+        "bits (torch's default); auto: the fastest of the device",
+    )
     winograd: bool = setting(
-        True, "Winograd F(4x4, 3x3) for wide 3x3 convolutions where it is faster: in float32 training on a CPU"
+        True, "Winograd F(4x4, 3x3) for wide 3x3 convolutions where it is faster: in float32 or tf32 training on a CPU"
     )
     memory_format: Literal["auto", "channels_last", "contiguous"] = setting(
         "auto", "tensor layout; auto: channels_last, except where that is slower on a CPU"

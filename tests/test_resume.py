@@ -24,9 +24,10 @@ from helpers.tiny_runs import arguments
 from torch import nn
 
 from solov2.build import build_model
-from solov2.checkpoint import load_file
+from solov2.checkpoint import load_file, write_file
 from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.train import main
+from solov2.config import load_config
 from solov2.data.loader import TrainBatchSampler
 from solov2.errors import InputError, RunFailed
 from solov2.ops.images import read_image
@@ -581,6 +582,21 @@ def test_the_best_checkpoint_of_a_cut_run_equals_that_of_a_whole_one(finished, t
     assert main(["--resume", "--output", str(run), "--device", "cpu"]) == 0
     whole, cut = (load_file(folder / "best.pth") for folder in (finished, run))
     assert [key for key in whole if not same(whole[key], cut.get(key))] == []
+
+
+def test_an_older_checkpoint_keeps_the_arithmetic_it_ran_with(finished, tmp_path, capsys):
+    """Its float32 was what is now called tf32; files since then have the condition "precision"."""
+    content = load_file(finished / "last.pth")
+    assert content["conditions"].pop("precision") == "float32"  # what tf32 is on a CPU
+    content["config"]["train"]["precision"] = "float32"
+    write_file(tmp_path / "older.pth", content)
+    for name, words, changed in (("run", [], False), ("other", ["--precision", "float32"], True)):
+        source = ["--resume", str(tmp_path / "older.pth"), "--output", str(tmp_path / name)]
+        assert main([*source, *words, "--device", "cpu"]) == 0
+        assert ("tf32" in capsys.readouterr().out) != changed
+        assert load_config(tmp_path / name / "config.yaml").train.precision == ("float32" if changed else "tf32")
+        (row,) = (row for row in log_of(tmp_path / name) if row["kind"] == "resume")
+        assert any("train.precision" in text for text in row["changed"]) == changed
 
 
 def test_a_checkpoint_resumes_in_another_folder(finished, tmp_path, capsys):

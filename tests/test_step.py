@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
@@ -11,10 +12,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 
 from solov2.build import build_criterion, construct
-from solov2.compute import Compute
+from solov2.compute import Compute, select_precision
 from solov2.data.categories import default_class_names
 from solov2.errors import RunFailed
 from solov2.models.layers import DeformConv2d
+from solov2.models.solov2 import SOLOv2
+from solov2.predict import Predictor
 from solov2.training.epochs import train_one_epoch
 from solov2.training.guard import NonFiniteGuard
 from solov2.training.optim import WeightAverage, build_optimizer
@@ -105,6 +108,69 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     steps = train_one_epoch(model, criterion, [batch], optimizer, COMPUTE.scaler(), COMPUTE, plan, guard, epoch=0)
     with pytest.raises(RunFailed, match="step 1 .*category_predictor.bias is not finite"):
         list(steps)
+
+
+@pytest.mark.parametrize(("precision", "convolutions"), [("float32", "none"), ("tf32", "tf32"), ("bf16", "tf32")])
+def test_arithmetic_of_nvidia_cards_is_set_and_restored(precision, convolutions):
+    """The flags exist without a GPU. Matrix products stay float32, whatever the caller has chosen."""
+    flags = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(ZeroDivisionError), Compute(torch.device("cuda"), precision).arithmetic():
+            assert [flag.fp32_precision for flag in flags] == [convolutions, convolutions, "ieee"]
+            assert torch.backends.cudnn.allow_tf32 == (convolutions == "tf32")  # torch's older flags can be read
+            raise ZeroDivisionError
+        assert [flag.fp32_precision for flag in flags] == [*before[:2], "tf32"]
+        with Compute(CPU, precision).arithmetic():
+            assert [flag.fp32_precision for flag in flags] == [*before[:2], "tf32"]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before[2]
+
+
+@pytest.mark.parametrize(
+    ("device", "features", "chosen"),
+    [
+        ("cpu", {"torch.cpu._is_amx_tile_supported": True, "torch.cpu._is_avx512_bf16_supported": False}, "bf16"),
+        ("cpu", {"torch.cpu._is_amx_tile_supported": False, "torch.cpu._is_avx512_bf16_supported": False}, "float32"),
+        ("cuda", {"torch.cuda.is_bf16_supported": True}, "bf16"),
+        ("cuda", {"torch.cuda.is_bf16_supported": False}, "fp16"),
+    ],
+)
+def test_automatic_precision(monkeypatch, caplog, device, features, chosen):
+    for name, value in features.items():
+        monkeypatch.setattr(name, lambda value=value, **_options: value)
+    with caplog.at_level("INFO", "solov2"):
+        assert select_precision("auto", torch.device(device)) == chosen
+    assert chosen in caplog.text
+    assert select_precision("tf32", torch.device("cpu")) == "float32"  # which has no TF32
+    assert select_precision("tf32", torch.device("cuda")) == "tf32"
+
+
+def test_training_and_prediction_set_the_arithmetic(monkeypatch):
+    """In backward passes and post-processing, too."""
+    seen = []
+
+    @contextlib.contextmanager
+    def arithmetic(self):
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    monkeypatch.setattr(Compute, "arithmetic", arithmetic)
+    config, batch = tiny_config(), random_batch(tiny_config(), seed=1)
+    model = construct(config.model, list("abcd"))
+    model.register_forward_hook(lambda *_: seen.append("forward"))
+    model.fpn.lateral[0].weight.register_hook(lambda _gradient: seen.append("backward"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    take_step(model, build_criterion(config.model), [batch], optimizer, COMPUTE.scaler(), COMPUTE, clip_norm=0.0)
+    assert seen == ["in", "forward", "backward", "out"]
+    seen.clear()
+    monkeypatch.setattr(SOLOv2, "postprocess", lambda *_arguments, **_options: seen.append("post-processing"))
+    predictor = Predictor(model, COMPUTE)
+    predictor.launch({key: batch[key] for key in ("pixels", "sizes", "original_sizes")})
+    predictor.collect()
+    assert seen == ["in", "forward", "out", "in", "post-processing", "out"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

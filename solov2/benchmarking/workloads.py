@@ -58,7 +58,7 @@ def measure_workload(mode: str, workload: Workload, show: Callable[[str], object
     modes = {"data": measure_loading, "infer": measure_inference, "train": measure_training}
     with _explained_memory_errors(config.name):
         # loading has no operations to compare with a peak
-        peak = None if mode == "data" else convolution_peak(compute.device, compute.precision)
+        peak = None if mode == "data" else convolution_peak(compute)
         report: dict[str, Any] = {
             "environment": environment(compute.device),
             "settings": {"model": config.name, "mode": mode, "size": [*workload.size], "precision": compute.precision}

@@ -63,7 +63,7 @@ def build_parser(typed: str = "solov2 benchmark") -> Parser:
     notes = {
         "--size": "default: the model's test scale, rounded up",
         "--batch-size": "default: train.batch_size of --set, else 1",
-        "--precision": "default: train.precision of --set, else float32",
+        "--precision": "default: train.precision of --set, else tf32",
     }
     flags = ("--device", "--nproc", "--set", "--json", "--overwrite")
     add_shared_arguments(parser, *notes, *flags, notes=notes)
@@ -113,7 +113,7 @@ def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
     from solov2.build import build_compute
     from solov2.data.build import locate_data, require_data
 
-    defaults = {"train.precision": "float32", "train.batch_size": 1}
+    defaults = {"train.precision": "tf32", "train.batch_size": 1}
     named = given(args, {"precision": "train.precision", "batch_size": "train.batch_size"})
     config = load_config(args.model or DEFAULT_MODEL, defaults | parse_overrides(args.set) | named)
     height, width = args.size or (-(-edge // 32) * 32 for edge in reversed(config.model.input_scale))

@@ -70,7 +70,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
             "--workers": "per process; default: from the configuration",
         },
     )
-    parser.set_defaults(precision="float32", batch_size=1)
+    parser.set_defaults(precision="tf32", batch_size=1)
     add_data_arguments(parser)
     return parser
 

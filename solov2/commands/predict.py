@@ -73,7 +73,7 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         },
         required=("--weights",),
     )
-    parser.set_defaults(batch_size=1, precision="float32")
+    parser.set_defaults(batch_size=1, precision="tf32")
     return parser
 
 

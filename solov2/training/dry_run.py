@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from solov2.build import build_assigner, build_compute, build_criterion, construct
+from solov2.compute import select_precision
 from solov2.config import Config, DataConfig, ModelConfig, TrainConfig
 from solov2.data.build import missing_path, require_data, training_dataset, training_loader, with_classes
 from solov2.data.categories import default_class_names
@@ -87,7 +88,7 @@ def summary(config: Config, plan: Plan, model: nn.Module, *, images: int | None,
     """The lines that announce a real run (`plan.announcement`), and the number of trainable parameters."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in _trainable(model))
-    lines = announcement(config, plan, parameters=total, images=images, device=device)
+    lines = announcement(config, plan, parameters=total, images=images, compute=build_compute(config, device))
     return [*lines, f"{trainable:,} of the {total:,} parameters are trainable"]
 
 
@@ -193,10 +194,9 @@ def memory_lines(config: Config, model: nn.Module, device: torch.device) -> list
     rows += [("activations saved for backward", amount)]
     rows += [("total" if activations is not None else "total without activations", _mebibytes(total))]
     width = max(len(name) for name, _ in rows)
-    images = count(train.batch_size, "image")
+    images, precision = count(train.batch_size, "image"), select_precision(train.precision, device)
     return [
-        f"memory of a training step at the maximum size, {images} of {size[0]} x {size[1]}, {train.precision}, per "
-        "process:",
+        f"memory of a training step at the maximum size, {images} of {size[0]} x {size[1]}, {precision}, per process:",
         *(f"{name:<{width}}  {value}" for name, value in rows),
         f"assumes {INSTANCES_PER_IMAGE} instances of {CELLS_PER_INSTANCE} positive cells per image; the batch, "
         "workspaces and temporary tensors add to the total, but gradients appear only as activations are freed",

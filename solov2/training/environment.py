@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 from solov2 import version
+from solov2.compute import Compute
 from solov2.data.coco import CocoInstances
 from solov2.distributed import world_size
 
@@ -38,10 +39,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def conditions(device: torch.device, dataset: CocoInstances, validation: CocoInstances | None) -> dict[str, str]:
+def conditions(compute: Compute, dataset: CocoInstances, validation: CocoInstances | None) -> dict[str, str]:
     """What a bit-identical resume depends on beside configuration and training annotations, by a name for messages."""
     known = {
-        "device": device_name(device),
+        "device": device_name(compute.device),
+        "precision": compute.precision,
         "CPU threads": str(torch.get_num_threads()),
         "processes": str(world_size()),
         "torch": str(torch.__version__),  # a subclass of str, which a checkpoint may not contain

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import yaml
 
+from solov2.compute import Compute
 from solov2.config import Config, TrainConfig
 from solov2.errors import InputError, count
 from solov2.training.optim import learning_rate_factor, scaled_learning_rate
@@ -71,14 +71,14 @@ class Plan:
         return self.learning_rate * factor
 
 
-def announcement(config: Config, plan: Plan, *, parameters: int, images: int | None, device: torch.device) -> list[str]:
+def announcement(config: Config, plan: Plan, *, parameters: int, images: int | None, compute: Compute) -> list[str]:
     """The first two lines of a run; `images` is None and the steps per epoch are 0 if the dataset is unknown."""
     train, processes = config.train, plan.processes
     steps = count(plan.steps_per_epoch, "step") if plan.steps_per_epoch else "an unknown number of steps"
     known_images = "an unknown number of training images" if images is None else count(images, "training image")
     return [
         f"{config.name}: {parameters:,} parameters, {known_images}, {count(processes, 'process', 'processes')} on "
-        f"{device.type}, {train.precision}",
+        f"{compute.device.type}, {compute.precision}",
         f"{count(train.epochs, 'epoch')} of {steps}, {count(plan.global_batch, 'image')} per step ({train.batch_size} "
         f"per process x {processes} x {train.accumulate} accumulated); learning rate {train.learning_rate:g} for "
         f"{count(train.reference_batch_size, 'image')}, scaled to {plan.learning_rate:g}",

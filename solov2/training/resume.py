@@ -130,6 +130,9 @@ def _log_resume(run: Run, checkpoint: Checkpoint, state: TrainingState) -> None:
     run.logger.print(f"resumed {source} after epoch {run.epoch}{position}")
     if changed:
         run.logger.warn(f"settings changed since {source}: {', '.join(changed)}")
+    trained_in = (checkpoint.config or {}).get("train", {}).get("precision")
+    if "precision" not in state.conditions and trained_in == run.config.train.precision == "tf32":
+        run.logger.print(f"{source} is from a version that called tf32 float32; continuing with tf32")
     if state.annotations_sha256 != run.annotations_sha256:
         run.logger.warn(f"{run.dataset.annotation_file} is not the file that {source} was trained with")
     if before.pop("training images", None):

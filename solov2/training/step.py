@@ -59,7 +59,8 @@ def take_step(
     ]
     before = [buffer.clone() for buffer in statistics]
     try:
-        losses = backward(model, criterion, batches, scaler, compute)
+        with compute.arithmetic():
+            losses = backward(model, criterion, batches, scaler, compute)
     except (MemoryError, RuntimeError) as error:
         shortage = memory_shortage(error)
         if shortage is None:
@@ -121,11 +122,12 @@ def repeat_forward(
 ) -> dict[str, Tensor]:
     """Losses of the batches of one step as {"NAME of batch J": loss}, without communication between ranks."""
     num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
-    return {
-        f"{name} of batch {j + 1}": loss
-        for j, batch in enumerate(batches)
-        for name, loss in forward(unwrap(model), criterion, batch, num_positives, compute).items()
-    }
+    with compute.arithmetic():
+        return {
+            f"{name} of batch {j + 1}": loss
+            for j, batch in enumerate(batches)
+            for name, loss in forward(unwrap(model), criterion, batch, num_positives, compute).items()
+        }
 
 
 def update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, clip_norm: float) -> Tensor:

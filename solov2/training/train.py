@@ -248,7 +248,7 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
             average=WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None,
             dataset=dataset,
             annotations_sha256=file_sha256(dataset.annotation_file) if distributed.is_main() else "",
-            conditions=conditions(compute.device, dataset, validation) if distributed.is_main() else {},
+            conditions=conditions(compute, dataset, validation) if distributed.is_main() else {},
             logger=logger,
         )
         _announce(run)
@@ -319,7 +319,7 @@ def _announce(run: Run) -> None:
         annotations_sha256=run.annotations_sha256,
         **environment(device),
     )
-    for line in announcement(config, plan, parameters=parameters, images=len(run.dataset), device=device):
+    for line in announcement(config, plan, parameters=parameters, images=len(run.dataset), compute=run.compute):
         run.logger.print(line)
 
 
