@@ -40,7 +40,7 @@ class Compute:
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
         """Set how an NVIDIA card multiplies float32, in forward and backward passes, and restore it on exit."""
-        if self.device.type != "cuda":
+        if not _is_nvidia(self.device):
             yield
             return
         cudnn: Any = torch.backends.cudnn  # type checkers do not see the properties of this module
@@ -96,14 +96,19 @@ def select_precision(name: str, device: torch.device) -> str:
     "tf32" is float32 on all devices but NVIDIA cards. "auto" is what the device multiplies fastest, and is logged.
     """
     if name != "auto":
-        return "float32" if name == "tf32" and device.type != "cuda" else name
+        return "float32" if name == "tf32" and not _is_nvidia(device) else name
     chosen = "float32"
-    if device.type == "cuda":
+    if _is_nvidia(device):
         chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         chosen = "bf16"
     LOG.info("precision auto: %s on %s", chosen, device)
     return chosen
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    """Whether a device multiplies in TF32, or does not but has torch's flags for it."""
+    return device.type == "cuda"
 
 
 def select_device(name: str | None = None) -> torch.device:

@@ -21,7 +21,7 @@ from solov2.benchmarking.measure import IDLE, profiled_shares, span_times
 from solov2.benchmarking.peak import convolution_peak
 from solov2.benchmarking.report import compare, format_part, read_report, sweep
 from solov2.benchmarking.synthetic import calibrate, ellipses, synthetic_raw, synthetic_sample
-from solov2.compute import span
+from solov2.compute import Compute, span
 from solov2.errors import InputError
 from solov2.models.layers import DeformConv2d
 from solov2.models.postprocess import suppress_neighbors, widen
@@ -161,7 +161,7 @@ def test_operations_of_forward_and_backward(layer: nn.Module) -> None:
 def test_peak_is_the_best_convolution(precision: str, layouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak, "CONVOLUTIONS", ((3, 8, 16),))
     monkeypatch.setattr(peak, "seconds_of", lambda function, *_: (function(), 0.5)[1])
-    found = convolution_peak(CPU, precision)
+    found = convolution_peak(Compute(CPU, precision))
     height, width = peak.CONVOLUTION_SIZE
     assert found["gflop_per_second"] == pytest.approx(2 * height * width * 16 * 8 * 9 / 0.5 / 1e9)
     assert found["convolution"].startswith(f"3x3 8->16 on 1 x {height} x {width}")

@@ -447,8 +447,8 @@ def test_unknown_target_families_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_head.conv_cls.bias": torch.tensor(1.0)}, r"category layer has a bias \[\]"),
-        ({"mask_head.conv_cls.bias": torch.zeros(7)}, r"category layer has a bias \[7\]"),
+        ({"mask_head.conv_cls.bias": torch.tensor(1.0)}, r"category layer has shape \[\]"),
+        ({"mask_head.conv_cls.bias": torch.zeros(7)}, r"category layer has shape \[7\]"),
         ({"data_preprocessor.mean": torch.zeros(4)}, "data_preprocessor.mean has 4 numbers"),
         ({"data_preprocessor.std": torch.tensor([1.0, 0, 1])}, "model.pixel_std"),
         ({"mask_head.conv_cls.weight": torch.full((3, 32, 3, 3), torch.nan)}, "head.category_predictor.weight has 864"),

@@ -551,7 +551,15 @@ def test_what_changed_since_the_checkpoint_is_logged(finished, tmp_path, capsys)
     assert "since" not in capsys.readouterr().err
     checkpoint = read_checkpoint(run / "last.pth")
     known = checkpoint.training.conditions
-    assert {"device", "CPU threads", "processes", "torch", "training images", "validation annotations"} == set(known)
+    assert {
+        "device",
+        "precision",
+        "CPU threads",
+        "processes",
+        "torch",
+        "training images",
+        "validation annotations",
+    } == set(known)
     other = {name: "other" for name in known} | {"unknown": "name"}
     for conditions, changed in ((other, list(known)), ({}, [])):  # {}: a checkpoint without this entry
         replace(checkpoint, training=replace(checkpoint.training, conditions=conditions)).save(run / "last.pth")
