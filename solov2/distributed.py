@@ -257,7 +257,7 @@ def relaunch(nproc: int, arguments: Sequence[str], device: str | None) -> None:
 
 
 def check_device_per_process(name: str | None, processes: int) -> None:
-    """Raise InputError if `name` is a single accelerator ("cuda:0") for several processes on this machine."""
+    """Raise InputError if `name` is a single accelerator, such as GPU 0, for several processes on this machine."""
     kind, _, index = (name or "").partition(":")
     if processes > 1 and index and kind != "cpu":
         raise InputError(f"--device {name} would put {processes} processes on one device; use --device {kind}, or none")
