@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.operations import Operations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from solov2.ops.masks import decode_rle, encode_rle, masks_to_boxes
@@ -67,10 +68,43 @@ def test_rles_equal_the_masks(case: str) -> None:
     assert all(torch.equal(decode_rle(rle).bool(), mask) for rle, mask in zip(rles, masks))
 
 
+@pytest.mark.parametrize("planes", [1, 5, 100])
+@pytest.mark.parametrize("case", SIZES)
+def test_the_form_for_accelerators_gives_the_same_masks(
+    case: str, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of one, of some and of all masks."""
+    height, width = SIZES[case][2]
+    monkeypatch.setattr("solov2.ops.resample.PLANE_BYTES", 8 * planes * height * width)
+    soft = blobs(*SIZES[case][0], torch.float32)
+    masks, boxes = resampler(case, torch.float32).to_masks(soft)
+    same_masks, same_boxes = resampler(case, torch.float32).planes_to_masks(soft)
+    assert torch.equal(masks, same_masks) and torch.equal(boxes, same_boxes)
+    rles, rle_boxes = resampler(case, torch.float32).planes_to_rles(soft)
+    assert rles == encode_rle(masks) and torch.equal(boxes, rle_boxes)
+
+
+def test_an_accelerator_launches_as_much_for_many_masks_as_for_one() -> None:
+    """And waits once: only `nonzero` has a shape that the host does not know."""
+    launched = []
+    for count in (1, 100):
+        soft = blobs(50, 76, torch.float32, count=count)
+        with Operations() as seen:
+            resampler("larger", torch.float32).planes_to_rles(soft)
+        launched.append(seen.names)
+    assert launched[0] == launched[1] and len(launched[0]) <= 40
+    assert launched[0].count("nonzero") == 1
+    assert not {"_local_scalar_dense", "item", "is_nonzero"} & set(launched[0])
+
+
 def test_no_maps() -> None:
-    masks, boxes = resampler("larger", torch.float32).to_masks(torch.zeros(0, 50, 76))
-    assert masks.shape == (0, 480, 640) and masks.dtype == torch.bool and boxes.shape == (0, 4)
-    assert resampler("larger", torch.float32).to_rles(torch.zeros(0, 50, 76))[0] == []
+    nothing = torch.zeros(0, 50, 76)
+    for form in ("to_masks", "planes_to_masks"):
+        masks, boxes = getattr(resampler("larger", torch.float32), form)(nothing)
+        assert masks.shape == (0, 480, 640) and masks.dtype == torch.bool and boxes.shape == (0, 4)
+    for form in ("to_rles", "planes_to_rles"):
+        rles, boxes = getattr(resampler("larger", torch.float32), form)(nothing)
+        assert rles == [] and boxes.shape == (0, 4)
 
 
 class LargestTensor(TorchDispatchMode):

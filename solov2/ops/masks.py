@@ -128,6 +128,20 @@ def rle_from_columns(
     return {"size": [height, width], "counts": _compress_counts(counts, size)}, (x1, y1, x2, y2)
 
 
+def rles_of_columns(columns: Tensor) -> list[dict[str, Any]]:
+    """RLEs, as `encode_rle` writes them, of masks on any device, bool [N, w, h]: transposed, as runs go down columns.
+
+    All masks are read in one pass, and only the borders of their runs are copied to the host.
+    """
+    count, width, height = columns.shape
+    flat = columns.flatten(1)
+    borders = flat.diff(prepend=flat.new_zeros(count, 1)).nonzero().cpu().numpy()  # rows (mask, first pixel of a run)
+    parts = np.split(borders[:, 1], np.searchsorted(borders[:, 0], np.arange(1, count)))
+    size = (height, width)
+    counts = (np.diff(part, prepend=0, append=height * width) for part in parts)
+    return [{"size": [*size], "counts": _compress_counts(lengths.tolist(), size)} for lengths in counts]
+
+
 def _compress_counts(counts: list[int], size: tuple[int, int]) -> str:
     return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"].decode("ascii")
 

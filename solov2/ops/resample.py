@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solov2.ops.masks import masks_to_boxes, rle_from_columns
+from solov2.ops.masks import masks_to_boxes, rle_from_columns, rles_of_columns
 
 ROW_CHUNK = 64  # target rows computed together: few, so that they need few source rows
 COLUMN_CHUNK = 256  # target columns computed together, for the same reason
+PLANE_BYTES = 2**29  # of the planes that an accelerator computes together
 STRIDE = 4  # of the mask features
 
 
@@ -94,12 +95,10 @@ class MaskResampler:
 
     def to_masks(self, soft: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities [n, h, w] -> (masks bool [n, H, W], their tight boxes float32 [n, 4])."""
-        size = len(soft), *self.original_size
-        if soft.device.type == "cpu":  # np.zeros takes no memory until it is written to
-            masks = torch.from_numpy(np.zeros(size, dtype=bool))
-        else:
-            masks = torch.zeros(size, dtype=torch.bool, device=soft.device)
-        boxes = torch.zeros(len(soft), 4, device=soft.device)
+        if soft.device.type != "cpu":
+            return self.planes_to_masks(soft)
+        masks = torch.from_numpy(np.zeros((len(soft), *self.original_size), dtype=bool))  # no memory until written to
+        boxes = torch.zeros(len(soft), 4)
         for mask, box, plane, window in zip(masks, boxes, soft, self._windows(soft)):
             for top, bottom, left, right, values in self._bands(plane, window):
                 torch.gt(values, self.threshold, out=mask[top:bottom, left:right])
@@ -109,16 +108,42 @@ class MaskResampler:
 
     def to_rles(self, soft: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
         """Probabilities [n, h, w] -> (n compressed COCO RLEs, tight boxes float32 [n, 4]), without full-size masks."""
+        if soft.device.type != "cpu":
+            return self.planes_to_rles(soft)
         rles, boxes = [], torch.zeros(len(soft), 4)
         for i, (plane, window) in enumerate(zip(soft, self._windows(soft))):
             top, bottom, left, right = window
             mask = np.zeros((right - left, bottom - top), dtype=bool)  # columns first, the order of COCO's runs
             for start, stop, _, _, values in self._bands(plane, window):
-                mask[:, start - top : stop - top] = (values > self.threshold).T.cpu().numpy()
+                mask[:, start - top : stop - top] = (values > self.threshold).T.numpy()
             rle, box = rle_from_columns(mask, (top, left), self.original_size)
             rles.append(rle)
             boxes[i] = torch.tensor(box)
-        return rles, boxes.to(soft.device)
+        return rles, boxes
+
+    def planes_to_masks(self, soft: Tensor) -> tuple[Tensor, Tensor]:
+        """`to_masks` for accelerators: whole planes of many masks at once, without waiting for the device."""
+        masks = torch.empty(len(soft), *self.original_size, dtype=torch.bool, device=soft.device)
+        for some, planes in zip(masks.split(self._planes_at_once), soft.split(self._planes_at_once)):
+            some.copy_(self._thresholded(planes))
+        return masks, masks_to_boxes(masks)
+
+    def planes_to_rles(self, soft: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+        """`to_rles` for accelerators: the host waits once for many masks, for the borders of their runs."""
+        rles, boxes = [], [torch.zeros(0, 4, device=soft.device)]
+        for planes in soft.split(self._planes_at_once) if len(soft) else ():
+            masks = self._thresholded(planes)
+            boxes.append(masks_to_boxes(masks))
+            rles += rles_of_columns(masks.mT)
+        return rles, torch.cat(boxes)
+
+    def _thresholded(self, soft: Tensor) -> Tensor:
+        return self.rows.matrix @ (soft @ self.columns.matrix.T) > self.threshold  # [n, H, W]
+
+    @property
+    def _planes_at_once(self) -> int:
+        height, width = self.original_size
+        return max(1, PLANE_BYTES // (8 * height * width))  # float32, and up to four planes of bool
 
     def _windows(self, soft: Tensor) -> list[tuple[int, int, int, int]]:
         """Per map (top, bottom, left, right) of the target pixels that may be set; all zeros where none may."""
@@ -142,10 +167,8 @@ class MaskResampler:
             begin, end = self.columns.source_range(start, stop)
             weights = self.columns.matrix[start:stop, begin:end]
             torch.mm(plane[first_row:last_row, begin:end], weights.T, out=resized[:, start - left : stop - left])
-        # One band on an accelerator, where each one makes the host wait.
-        band = ROW_CHUNK if plane.device.type == "cpu" else bottom - top
-        for start in range(top, bottom, band):
-            stop = min(start + band, bottom)
+        for start in range(top, bottom, ROW_CHUNK):
+            stop = min(start + ROW_CHUNK, bottom)
             begin, end = self.rows.source_range(start, stop)
             weights = self.rows.matrix[start:stop, begin:end]
             yield start, stop, left, right, weights @ resized[begin - first_row : end - first_row]
