@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.operations import Operations
 from helpers.parity import NMS_SETS, stored_decay, stored_set
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from solov2.ops.matrix_nms import matrix_nms
 
@@ -106,3 +108,16 @@ def test_inputs_are_left_untouched() -> None:
 def test_unknown_kernel() -> None:
     with pytest.raises(ValueError, match="kernel .*'soft'"):
         matrix_nms(*identical(2), kernel="soft")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("meta", torch.float32)])
+def test_an_accelerator_multiplies_all_masks_at_once(device, dtype):
+    """0 and 1 are exact in bf16, and NVIDIA's tensor cores sum such products in float32."""
+    with FakeTensorMode():
+        masks = torch.empty(50, 20, 30, dtype=torch.bool, device=device)
+        labels, scores = torch.empty(50, dtype=torch.int64, device=device), torch.empty(50, device=device)
+        with Operations() as seen:
+            decayed = matrix_nms(masks, labels, scores)
+    assert decayed.shape == (50,) and decayed.dtype == torch.float32 and decayed.device.type == device
+    assert seen.names.count("mm") == 1 and len(seen.names) <= 30
+    assert seen.dtypes["mm"] == dtype
