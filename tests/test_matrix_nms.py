@@ -110,14 +110,12 @@ def test_unknown_kernel() -> None:
         matrix_nms(*identical(2), kernel="soft")
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("meta", torch.float32)])
-def test_an_accelerator_multiplies_all_masks_at_once(device, dtype):
-    """0 and 1 are exact in bf16, and NVIDIA's tensor cores sum such products in float32."""
+def test_an_nvidia_card_multiplies_all_masks_at_once():
+    """0 and 1 are exact in bf16, and tensor cores sum such products in float32."""
     with FakeTensorMode():
-        masks = torch.empty(50, 20, 30, dtype=torch.bool, device=device)
-        labels, scores = torch.empty(50, dtype=torch.int64, device=device), torch.empty(50, device=device)
+        masks = torch.empty(50, 20, 30, dtype=torch.bool, device="cuda")
+        labels, scores = torch.empty(50, dtype=torch.int64, device="cuda"), torch.empty(50, device="cuda")
         with Operations() as seen:
             decayed = matrix_nms(masks, labels, scores)
-    assert decayed.shape == (50,) and decayed.dtype == torch.float32 and decayed.device.type == device
-    assert seen.names.count("mm") == 1 and len(seen.names) <= 30
-    assert seen.dtypes["mm"] == dtype
+    assert decayed.shape == (50,) and decayed.dtype == torch.float32 and decayed.device.type == "cuda"
+    assert seen.names.count("mm") == 1 and seen.dtypes["mm"] == torch.bfloat16 and len(seen.names) <= 30
