@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,3 +151,39 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work; a CPU queues nothing."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+class SideStream:
+    """A second queue of a device, for work that need not wait for what the first one is given later.
+
+    A CPU has no queues; there, everything here does nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
+
+    def mark(self) -> torch.Event | None:
+        """A mark behind all work that the current queue has been given."""
+        return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
+
+    @contextlib.contextmanager
+    def after(self, mark: torch.Event | None, inputs: Iterable[Tensor]) -> Iterator[None]:
+        """Queue the work inside on this stream, behind `mark`; it reads `inputs`, whose memory is kept until then."""
+        if self._stream is None or mark is None:
+            yield
+            return
+        self._stream.wait_event(mark)
+        for tensor in inputs:
+            tensor.record_stream(self._stream)
+        with self._stream:
+            yield
+
+    def hand_over(self, results: Iterable[Tensor]) -> None:
+        """Let the current queue wait for this stream, whose `results` it will read."""
+        if self._stream is None:
+            return
+        current = torch.accelerator.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for tensor in results:
+            tensor.record_stream(current)

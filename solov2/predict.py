@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from solov2.compute import Compute
+from solov2.compute import Compute, SideStream
 
 
 class Predictor:
@@ -35,7 +36,8 @@ class Predictor:
         self.model, self.compute, self.mask_format = model.eval(), compute, mask_format
         limits = {"score_threshold": score_threshold, "max_instances": max_instances}
         self.settings = {name: value for name, value in limits.items() if value is not None}
-        self._launched: deque[tuple[dict[str, Any], Tensor, Tensor]] = deque()
+        self._side = SideStream(compute.device)  # masks of one batch beside the network of the next
+        self._launched: deque[tuple[dict[str, Any], torch.Event | None, Tensor, Tensor]] = deque()
 
     @torch.no_grad()
     def launch(self, batch: Mapping[str, Any]) -> None:
@@ -48,11 +50,18 @@ class Predictor:
         images = self.compute.images(self.model, moved)  # float32 [B, 3, H, W]
         with self.compute.arithmetic(), self.compute.autocast():
             raw = self.model(images)
-        self._launched.append((raw, batch["sizes"], batch["original_sizes"]))  # host sizes need no synchronization
+        # Sizes stay on the host, which must not wait for them.
+        self._launched.append((raw, self._side.mark(), batch["sizes"], batch["original_sizes"]))
 
     @torch.no_grad()  # gradient mode is per thread, and this may run in another one
     def collect(self) -> list[dict[str, Any]]:
         """Results of the oldest launched batch, one per image, see `solov2.models.postprocess.postprocess`."""
-        raw, sizes, original_sizes = self._launched.popleft()
-        with self.compute.arithmetic():
-            return self.model.postprocess(raw, sizes, original_sizes, mask_format=self.mask_format, **self.settings)
+        raw, mark, *both_sizes = self._launched.popleft()
+        with self._side.after(mark, _tensors(raw)), self.compute.arithmetic():
+            results = self.model.postprocess(raw, *both_sizes, mask_format=self.mask_format, **self.settings)
+        self._side.hand_over(_tensors(results))
+        return results
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

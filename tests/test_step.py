@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 
 from solov2.build import build_criterion, construct
-from solov2.compute import Compute, select_precision
+from solov2.compute import Compute, SideStream, select_precision
 from solov2.data.categories import default_class_names
 from solov2.errors import RunFailed
 from solov2.models.layers import DeformConv2d
@@ -171,6 +171,55 @@ def test_training_and_prediction_set_the_arithmetic(monkeypatch):
     predictor.launch({key: batch[key] for key in ("pixels", "sizes", "original_sizes")})
     predictor.collect()
     assert seen == ["in", "forward", "out", "in", "post-processing", "out"]
+
+
+def test_masks_have_a_queue_of_their_own(monkeypatch):
+    """With queues that only record what they are told: no accelerator is needed."""
+    told = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def __getattr__(self, method):
+            return lambda *arguments: told.append((self.name, method, *(getattr(a, "name", a) for a in arguments)))
+
+        def __enter__(self):
+            told.append((self.name, "enter"))
+
+        def __exit__(self, *_error):
+            told.append((self.name, "exit"))
+
+    class Recorded:
+        def __init__(self, name):
+            self.name = name
+
+        def record_stream(self, stream):
+            told.append((self.name, "is kept for", stream.name))
+
+    monkeypatch.setattr(torch, "Stream", lambda _device: Stream())
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda _device: Stream("main"))
+    side = SideStream(torch.device("cuda", 1))
+    side.mark()
+    with side.after("mark", [Recorded("raw")]):
+        told.append("post-processing")
+    side.hand_over([Recorded("scores")])
+    assert told == [
+        ("main", "record_event"),
+        ("side", "wait_event", "mark"),
+        ("raw", "is kept for", "side"),
+        ("side", "enter"),
+        "post-processing",
+        ("side", "exit"),
+        ("main", "wait_stream", "side"),
+        ("scores", "is kept for", "main"),
+    ]
+    told.clear()
+    on_cpu = SideStream(CPU)
+    with on_cpu.after(on_cpu.mark(), [Recorded("raw")]):
+        pass
+    on_cpu.hand_over([Recorded("scores")])
+    assert told == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
