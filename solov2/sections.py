@@ -140,7 +140,12 @@ class DataConfig(Settings):
         178_956_970, "maximum width x height of an image file; a larger one is rejected before it is decoded", minimum=1
     )
     skip_broken_images: bool = setting(False, "skip images that cannot be read instead of ending the run")
-    workers: int = setting(2, "DataLoader workers per training process; 0: load in that process", minimum=0)
+    workers: int | Literal["auto"] = setting(
+        "auto",
+        "DataLoader workers per training process; 0: load in that process; auto: the CPU cores of this machine divided "
+        "by its training processes, from 1 to 8",
+        minimum=0,
+    )
     shapes: bool = setting(False, "generate the dataset of colored shapes at root if it does not exist")
     shapes_size: int = setting(192, "side length of a generated image, in pixels", minimum=16, maximum=8192)
     shapes_train: int = setting(1000, "number of generated training images", minimum=1)

@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 import reprlib
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from solov2.errors import InputError
 
+UNIONS = (types.UnionType, typing.Union)  # the same type, until Python 3.14
 NOUNS = {  # singular, plural
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),
@@ -34,6 +36,8 @@ def setting(
     length: int | None = None,
 ) -> Any:
     """A field of a `Settings` class. Its annotation is the type; `typing.Literal` lists the choices.
+
+    `int | Literal["auto"]` accepts a number or a choice.
 
     Args:
         default: its default value.
@@ -62,6 +66,9 @@ class Rule:
         """What the setting accepts, in the terms of a YAML user: 'an integer of at least 1'."""
         if typing.get_origin(self.kind) is Literal:
             return f"one of {', '.join(typing.get_args(self.kind))}"
+        if typing.get_origin(self.kind) in UNIONS:
+            number, choice = typing.get_args(self.kind)
+            return f"{dataclasses.replace(self, kind=number).words}, or {' or '.join(typing.get_args(choice))}"
         limits = {"of at least": self.minimum, "above": self.above, "at most": self.maximum, "below": self.below}
         bounds = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
         if self.minimum is not None and self.maximum is not None:
@@ -85,6 +92,9 @@ class Rule:
 
     def _convert(self, value: Any, kind: Any, length: int | None = None) -> Any:
         origin, parts = typing.get_origin(kind), typing.get_args(kind)
+        if origin in UNIONS:
+            kind = parts[1] if isinstance(value, str) else parts[0]
+            origin, parts = typing.get_origin(kind), typing.get_args(kind)
         if origin is tuple and isinstance(value, (list, tuple)):
             if parts[-1] is Ellipsis:
                 parts = parts[:1] * (len(value) if length is None else length)

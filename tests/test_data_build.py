@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from helpers.coco_files import CocoTree
 from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.train import main as train_main
 from solov2.config import load_config
-from solov2.data.build import locate_data, require_data
+from solov2.data.build import locate_data, require_data, worker_count
 from solov2.errors import InputError
 from solov2.training import epochs
 from solov2.training.dry_run import missing_data
@@ -122,3 +123,13 @@ def test_dry_run_names_the_whole_path(tmp_path: Path, shapes: bool) -> None:
     assert ("generates the shapes" in text) == shapes
     with pytest.raises(InputError, match="vol. 2"):
         require_data(replace(config.data, shapes=False), splits=["train"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "processes", "count"),
+    [("auto", 16, 1, 8), ("auto", 16, 4, 4), ("auto", 2, 1, 2), ("auto", 2, 8, 1), (0, 16, 1, 0), (12, 2, 1, 12)],
+)
+def test_automatic_workers(monkeypatch, workers, cores, processes, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)), raising=False)
+    monkeypatch.setattr("solov2.distributed.local_world_size", lambda: processes)
+    assert worker_count(workers) == count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,9 @@ INVALID = [
     ("model.mask_threshold", 2, "0 to 1 2"),
     ("model.score_threshold", 9, "0 to 1 9"),
     ("model.max_instances", -3, "at least 0 -3"),
+    ("data.workers", -1, "integer at least 0 auto -1"),
+    ("data.workers", 1.5, "integer at least 0 auto 1.5"),
+    ("data.workers", "all", "integer at least 0 auto 'all'"),
     ("model.center_sigma", -1, "0 to 1 -1"),
     ("model.pixel_std", [0, 0, 0], "3 above 0 [0, 0, 0]"),
     ("model.pixel_std", (1, 0, 1), "3 above 0 [1, 0, 1]"),
@@ -173,7 +177,7 @@ def with_number(value: Any, number: float, *, last: bool) -> Any:
 
 def number_type(kind: Any) -> type | None:
     """int or float for numbers and nested lists of numbers, None for anything else."""
-    while typing.get_origin(kind) is tuple:
+    while typing.get_origin(kind) in (tuple, types.UnionType, typing.Union):
         kind = typing.get_args(kind)[0]
     return kind if kind in (int, float) else None
 

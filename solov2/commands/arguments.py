@@ -107,11 +107,18 @@ def value_of(name: str) -> Callable[[str], Any]:
 
     def convert(text: str) -> Any:
         try:
-            return rule.check(rule.kind(text), name)
+            return rule.check(rule.kind(text) if isinstance(rule.kind, type) else _number_or_choice(text), name)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be {rule.words}, got {text}") from error
 
     return convert
+
+
+def _number_or_choice(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def add_setting(parser: argparse.ArgumentParser, flag: str, *aliases: str, default: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,6 +55,7 @@ def build_parser(typed: str = "solov2 check-data") -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     from solov2.data.annotations import load_json
+    from solov2.data.build import worker_count
     from solov2.data_check.check import check_data
     from solov2.data_check.report import report_lines, to_json
 
@@ -66,8 +66,8 @@ def _run(args: argparse.Namespace) -> int:
     check_outputs(outputs, overwrite=args.overwrite, inputs=[args.annotations, args.model])
     content = load_json(args.annotations)
     check_outputs(outputs, overwrite=args.overwrite, inputs=_image_files(content, args.images))
-    workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
-    report = check_data(content, args.images, config, workers=workers)
+    workers = "auto" if args.workers is None else args.workers
+    report = check_data(content, args.images, config, workers=worker_count(workers))
     lines = report_lines(report, args.annotations, config, model=args.model, show=args.show)
     try:
         if args.json is not None:

@@ -23,6 +23,7 @@ from solov2.errors import InputError, count
 
 LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
+MAX_AUTOMATIC_WORKERS = 8
 PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
 
 
@@ -230,7 +231,7 @@ def training_loader(
         TransformedDataset(dataset, transform, seed=train.seed),
         batch_sampler=sampler,
         collate=Collate(assigner),
-        workers=data.workers,
+        workers=worker_count(data.workers),
         pin_memory=device.type != "cpu",
     )
     return loader, sampler
@@ -253,9 +254,17 @@ def validation_loader(
         sampler=sampler,
         batch_size=batch_size,
         collate=Collate(assigner),
-        workers=config.data.workers,
+        workers=worker_count(config.data.workers),
         pin_memory=device.type != "cpu",
     )
+
+
+def worker_count(workers: int | str) -> int:
+    """Number of DataLoader workers that `data.workers` stands for, in each process."""
+    if isinstance(workers, int):
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_AUTOMATIC_WORKERS, cores // distributed.local_world_size()))
 
 
 def with_classes(config: Config, dataset: CocoInstances) -> Config:

@@ -30,6 +30,7 @@ from solov2.data.build import (
     training_loader,
     validation_dataset,
     with_classes,
+    worker_count,
 )
 from solov2.data.class_matching import check_categories
 from solov2.data.coco import CocoInstances
@@ -301,7 +302,8 @@ def _batches_in_flight(config: Config) -> tuple[int, int]:
     data, train = config.data, config.train
     pixels = math.prod(max_padded_size(config))
     # Each worker prepares torch's default of two; `guard` holds those of the latest steps.
-    batches = 2 * data.workers + (DELAY + 1) * train.accumulate if data.workers else 0
+    workers = worker_count(data.workers)
+    batches = 2 * workers + (DELAY + 1) * train.accumulate if workers else 0
     return 3 * pixels * train.batch_size, batches * distributed.local_world_size()
 
 
