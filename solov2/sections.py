@@ -122,6 +122,13 @@ class DataConfig(Settings):
     dihedral: bool = setting(
         False, "also flip vertically and transpose at random, for images without a natural orientation"
     )
+    aspect_groups: int = setting(
+        2,
+        "groups of images by width / height that never share a batch; 2: landscape and portrait, as in the reference; "
+        "5 pad less",
+        minimum=1,
+        maximum=5,
+    )
     keep_empty: bool = setting(False, "also train on images without instances")
     min_image_size: int = setting(32, "images with a shorter edge, in pixels, are left out of training", minimum=0)
     crowd: Literal["ignore", "instance"] = setting(

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from solov2.data.loader import Collate, EvalSampler, TrainBatchSampler, build_loader
+from solov2.data.loader import GROUP_BOUNDS, Collate, EvalSampler, TrainBatchSampler, build_loader
 from solov2.data.transforms import TrainTransform, TransformedDataset
+from solov2.ops.resize import padded_size, resized_size
 
 
 def make_sample(number: int, height: int, width: int, count: int = 2) -> dict:
@@ -83,6 +84,29 @@ def ratios(landscape: int, portrait: int) -> list[float]:
     values = [1.0 + i / 10 for i in range(landscape)] + [0.5] * portrait
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0)).tolist()
     return [values[i] for i in order]
+
+
+def test_more_shape_groups_pad_less():
+    """On the formats of photographs; every image is there, and no batch mixes groups."""
+    formats = [(480, 640), (427, 640), (640, 480), (640, 427), (640, 640), (360, 640), (612, 612), (333, 500)]
+    sizes = [formats[i] for i in torch.randint(len(formats), (800,), generator=torch.Generator().manual_seed(0))]
+    ratios_of_images = [width / height for height, width in sizes]
+
+    def useful(groups: int) -> float:
+        batches = global_batches(ratios_of_images, 16, 1, aspect_groups=groups)
+        assert {index for batch in batches for index, _, _ in batch} == set(range(len(sizes)))
+        bounds = GROUP_BOUNDS[groups]
+        for batch in batches:
+            assert len({sum(ratios_of_images[index] >= bound for bound in bounds) for index, _, _ in batch}) == 1
+        inside = padded = 0
+        for batch in batches:
+            resized = [resized_size(sizes[index], long=1333, short=800) for index, _, _ in batch]
+            height, width = padded_size((max(h for h, _ in resized), max(w for _, w in resized)))
+            inside, padded = inside + sum(h * w for h, w in resized), padded + 16 * height * width
+        return inside / padded
+
+    shares = [useful(groups) for groups in range(1, 6)]
+    assert shares == sorted(shares) and shares[4] >= shares[1] + 0.05
 
 
 def global_batches(aspect_ratios: list[float], batch_size: int, world_size: int, epoch: int = 0, **options) -> list:

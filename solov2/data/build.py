@@ -226,6 +226,7 @@ def training_loader(
         rank=distributed.rank(),
         world_size=processes or distributed.world_size(),
         seed=train.seed,
+        aspect_groups=data.aspect_groups,
     )
     loader = build_loader(
         TransformedDataset(dataset, transform, seed=train.seed),

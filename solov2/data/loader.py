@@ -6,6 +6,7 @@ batch  pixels uint8 [B, 3, H, W] RGB, zero-padded bottom/right | sizes int64 [B,
 
 from __future__ import annotations
 
+import bisect
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -80,19 +81,24 @@ def _share(batch: dict[str, Any]) -> None:
                 raise RunFailed(f"a DataLoader worker {reason}") from error
 
 
-class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """Batches of (index, epoch, position) for one rank; landscape and portrait images never share a global batch.
+# Bounds of the groups by width / height: those of 2 separate portrait and landscape, more separate the usual formats.
+GROUP_BOUNDS = {1: (), 2: (1.0,), 3: (1.0, 1.4), 4: (0.71, 1.0, 1.4), 5: (0.71, 1.0, 1.4, 1.6)}
 
-    A global batch is the union of all ranks' batches in one step. The images of each orientation are shuffled and cut
-    into global batches; an incomplete last one is filled up from the start of its orientation, so no image is lost and
-    every batch is full. `position` numbers the epoch's samples across all ranks, repeated images included.
+
+class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of (index, epoch, position) for one rank; images of different shape groups never share a global batch.
+
+    A global batch is the union of all ranks' batches in one step. The images of each group are shuffled and cut into
+    global batches; an incomplete last one is filled up from the start of its group, so no image is lost and every batch
+    is full. `position` numbers the epoch's samples across all ranks, repeated images included.
 
     Args:
-        aspect_ratios: width / height of each image; 1 or more is landscape.
+        aspect_ratios: width / height of each image.
+        aspect_groups: number of groups, see GROUP_BOUNDS; 2 are landscape (1 or more) and portrait.
         batch_size: images per rank and step.
         rank, world_size: this rank and the number of ranks.
         seed: the order depends only on (seed, epoch).
-        shuffle: False keeps the dataset order within each orientation.
+        shuffle: False keeps the dataset order within each group.
     """
 
     def __init__(
@@ -104,8 +110,10 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
         world_size: int,
         seed: int,
         shuffle: bool = True,
+        aspect_groups: int = 2,
     ) -> None:
-        self.landscape = torch.tensor([ratio >= 1 for ratio in aspect_ratios], dtype=torch.bool)
+        bounds = GROUP_BOUNDS[aspect_groups]
+        self.groups = torch.tensor([bisect.bisect(bounds, ratio) for ratio in aspect_ratios], dtype=torch.int64)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle, self.epoch, self.first_batch = seed, shuffle, 0, 0
 
@@ -115,8 +123,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank; batches to skip are counted."""
-        landscape = int(self.landscape.sum())
-        return sum(-(-count // self._global_size) for count in (landscape, len(self.landscape) - landscape))
+        return sum(-(-count // self._global_size) for count in self.groups.bincount().tolist())
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for number, indices in enumerate(self._global_batches()):
@@ -133,11 +140,11 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
 
     def _global_batches(self) -> list[list[int]]:
         generator = seeded_generator(self.seed, self.epoch)
-        count = len(self.landscape)
+        count = len(self.groups)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         batches: list[list[int]] = []
-        for wanted in (True, False):
-            group = order[self.landscape[order] == wanted]
+        for wanted in self.groups.unique().tolist()[::-1]:
+            group = order[self.groups[order] == wanted]
             steps = -(-len(group) // self._global_size)
             wrapped = torch.arange(steps * self._global_size) % max(1, len(group))
             batches += group[wrapped].reshape(steps, self._global_size).tolist()
