@@ -266,7 +266,8 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
     """Move the model to its device and layout, with Winograd convolutions where they are faster; returns the model.
 
     Raises:
-        InputError: a batch norm would be trained on a single value per channel, the 1 x 1 map of one small image.
+        InputError: a batch norm would be trained on a single value per channel, the 1 x 1 map of one small image, or
+            its activations would be computed twice.
     """
     trains_batch_norm = not config.model.frozen_batch_norm or config.model.head_norm == "batch"
     scale = min(config.data.train_scales)
@@ -275,6 +276,12 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
             f"batch norm cannot be trained on one image whose last feature map is 1 x 1: raise data.train_scales "
             f"({scale}) above 32 or train.batch_size (1)"
         )
+    if config.train.recompute_activations and trains_batch_norm:
+        raise InputError(
+            "train.recompute_activations would update the running statistics of batch norms twice: set "
+            "model.frozen_batch_norm to true and model.head_norm to group, or recompute nothing"
+        )
+    model.backbone.recompute = model.mask_feature_head.recompute = config.train.recompute_activations
     if _uses_winograd(config, compute.device, compute.precision):
         use_winograd(model)
     compute.place(model)

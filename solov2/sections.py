@@ -197,6 +197,10 @@ class TrainConfig(Settings):
         "precision of the network in training; tf32: float32, but NVIDIA cards round the inputs of convolutions to 10 "
         "bits (torch's default); auto: the fastest of the device",
     )
+    recompute_activations: bool = setting(
+        False,
+        "save memory: keep few activations of backbone and mask branch, and compute them again in backward passes",
+    )
     winograd: bool = setting(
         True, "Winograd F(4x4, 3x3) for wide 3x3 convolutions where it is faster: in float32 or tf32 training on a CPU"
     )

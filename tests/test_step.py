@@ -11,17 +11,18 @@ from helpers.tiny_runs import flat_plan, random_batch, tiny_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from solov2.build import build_criterion, construct
+from solov2.build import build_compute, build_criterion, construct, prepare_for_training
 from solov2.compute import Compute, SideStream, select_precision
 from solov2.data.categories import default_class_names
-from solov2.errors import RunFailed
+from solov2.errors import InputError, RunFailed
 from solov2.models.layers import DeformConv2d
 from solov2.models.solov2 import SOLOv2
 from solov2.predict import Predictor
+from solov2.training.dry_run import saved_activation_bytes
 from solov2.training.epochs import train_one_epoch
 from solov2.training.guard import NonFiniteGuard
 from solov2.training.optim import WeightAverage, build_optimizer
-from solov2.training.step import count_positives, forward, grouped, take_step
+from solov2.training.step import backward, count_positives, forward, grouped, take_step
 
 CPU = torch.device("cpu")
 COMPUTE, CHANNELS_LAST = Compute(CPU), Compute(CPU, memory_format=torch.channels_last)
@@ -220,6 +221,32 @@ def test_masks_have_a_queue_of_their_own(monkeypatch):
         pass
     on_cpu.hand_over([Recorded("scores")])
     assert told == []
+
+
+@pytest.mark.parametrize("winograd", [False, True])
+def test_recomputed_activations_change_no_bit(winograd):
+    """But fewer are kept for the backward pass."""
+    steps, kept = [], []
+    for recompute in (False, True):
+        config = tiny_config(
+            "model.frozen_batch_norm=true", "model.head_norm=group", f"train.winograd={winograd}",
+            f"train.recompute_activations={recompute}",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        compute = build_compute(config, CPU)
+        model = prepare_for_training(construct(config.model, list("abcd")), config, compute).train()
+        batch = random_batch(config, seed=1)
+        losses = backward(model, build_criterion(config.model), [batch], compute.scaler(), compute)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        steps.append((losses, gradients))
+        kept.append(saved_activation_bytes(config, (64, 64), CPU))
+    (losses, gradients), (same_losses, same_gradients) = steps
+    assert gradients.keys() == same_gradients.keys()
+    assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
+    assert all(torch.equal(losses[name], same_losses[name]) for name in losses)
+    assert kept[1] < 0.8 * kept[0]
+    with pytest.raises(InputError, match="recompute_activations"):
+        prepare_for_training(model, tiny_config("train.recompute_activations=true", "model.head_norm=batch"), compute)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

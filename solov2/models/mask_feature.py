@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solov2.models.layers import ConvNormReLU
+from solov2.models.layers import ConvNormReLU, recomputed
 from solov2.ops.coords import coordinate_channels
 
 
@@ -40,6 +40,7 @@ class MaskFeatureHead(nn.Module):
         modulated: bool = True,
     ) -> None:
         super().__init__()
+        self.recompute = False  # keep only the pyramid for backward passes, which compute the rest again
         conv_norm_relu = functools.partial(ConvNormReLU, norm=norm, deformable=deformable, modulated=modulated)
         self.levels = nn.ModuleList()
         for i in range(4):
@@ -53,7 +54,10 @@ class MaskFeatureHead(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """[P2, P3, P4, P5] -> mask features [B, E, H / 4, W / 4]."""
-        p2, p3, p4, p5 = pyramid  # [B, D, H / s, W / s], s = 4, 8, 16, 32
+        return recomputed(self._forward, *pyramid) if self.recompute else self._forward(*pyramid)
+
+    def _forward(self, p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor) -> Tensor:
+        """The same for four levels [B, D, H / s, W / s], s = 4, 8, 16, 32."""
         # Kernels depend on position, so the features must too (section 3.1.2); coordinates enter at the coarsest level.
         coordinates = coordinate_channels(*p5.shape[-2:], dtype=p5.dtype, device=p5.device)  # [1, 2, H / 32, W / 32]
         p5 = torch.cat([p5, coordinates.expand(p5.shape[0], -1, -1, -1)], dim=1)  # [B, D + 2, H / 32, W / 32]

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solov2.models.layers import DeformConv2d, conv_norm
+from solov2.models.layers import DeformConv2d, conv_norm, recomputed
 
 
 class BasicBlock(nn.Module):
@@ -145,6 +145,9 @@ class ResNet(nn.Module):
         if block is BasicBlock and (deformable or stride_in_1x1):
             raise ValueError(f"{name} has basic blocks, which support neither deformable stages nor stride_in_1x1")
         self.frozen_stages, self.frozen_batch_norm = frozen_stages, frozen_batch_norm
+        self.recompute = (
+            False  # keep only the inputs of residual blocks for backward passes, which compute the rest again
+        )
         self.out_channels = [width * 2**i * block.expansion for i in range(4)]
 
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
@@ -196,6 +199,7 @@ class ResNet(nn.Module):
         x = self.maxpool(x)  # [B, width, H / 4, W / 4]
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)  # [B, out_channels[i], H / s, W / s]
+            for block in stage:
+                x = recomputed(block, x) if self.recompute else block(x)  # [B, out_channels[i], H / s, W / s]
             features.append(x)
         return features

@@ -231,6 +231,7 @@ def saved_activation_bytes(config: Config, size: tuple[int, int], device: torch.
     train = config.train
     with device:
         model = construct(config.model, default_class_names(config.model.num_classes)).train()
+        model.backbone.recompute = model.mask_feature_head.recompute = train.recompute_activations
         pixels = torch.zeros(train.batch_size, 3, *size, dtype=torch.uint8)
         sizes = torch.tensor([size] * train.batch_size)
         targets = synthetic_targets(config.model, train.batch_size, size)
