@@ -17,9 +17,10 @@ from scripts import gpu_check
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> tuple[Path, str]:
-    """(result folder, stdout) of all items on a CPU."""
+    """(result folder, stdout) of the items on a CPU that do not take long."""
     folder = tmp_path_factory.mktemp("gpu_check")
     command = [sys.executable, repo_root / "tests/scripts/gpu_check.py", "--out", folder / "out", "--device", "cpu"]
+    command += ["--only", *gpu_check.ITEMS, "overflow", "process_group"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads would wait for each other on a busy machine
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -35,16 +36,16 @@ def results(checked: tuple[Path, str]) -> dict[str, dict[str, Any]]:
 def test_every_item_has_a_file_and_a_part_of_the_table(
     checked: tuple[Path, str], results: dict[str, dict[str, Any]]
 ) -> None:
-    assert results.keys() == gpu_check.ITEMS.keys()
+    assert results.keys() == gpu_check.ITEMS.keys() | {"overflow", "process_group"}
     for item, found in results.items():
         assert "error" not in found and "item_seconds" in found, (item, found)
-        assert f"\n{item}:\n" in checked[1]
+        assert f"{item}:\n" in checked[1]
     assert results["environment"]["device"] == "cpu" and results["environment"]["torch"] == torch.__version__
 
 
 def test_a_cpu_does_not_differ_from_itself(results: dict[str, dict[str, Any]]) -> None:
     differences = {name: value for name, value in results["parity"].items() if name != "item_seconds"}
-    assert len(differences) == 7 and set(differences.values()) == {0}
+    assert len(differences) == 8 and set(differences.values()) == {0}
 
 
 def test_differences() -> None:
@@ -64,27 +65,33 @@ def test_losses_are_finite_and_similar_in_both_precisions(results: dict[str, dic
 
 
 def test_every_form_has_a_speed(results: dict[str, dict[str, Any]]) -> None:
-    rows = {item: {name for name in results[item] if "batch" in name} for item in ("training", "inference")}
-    assert rows["training"] == {f"{form}, batch {count}" for form in gpu_check.FORMS for count in (1, 2)}
-    assert rows["inference"] == {
-        f"{form}, {kind}, batch {count}"
-        for form in gpu_check.FORMS
-        for kind in ("plain", "optimized")
-        for count in (1, 2)
+    forms = {
+        "training": gpu_check.PRECISIONS,
+        "inference": [f"{p}, {kind}" for p in ("float32", "tf32", "bf16") for kind in ("plain", "optimized")],
+        "light_inference": [f"{p}, {kind}" for p in ("tf32", "bf16") for kind in ("plain", "optimized")],
     }
-    for item, names in rows.items():
-        for name in names:
-            row = results[item][name]
+    for item, wanted in forms.items():
+        rows = {name: row for name, row in results[item].items() if "batch" in name}
+        assert rows.keys() == {f"{form}, batch {count}" for form in wanted for count in (1, 2)}
+        for row in rows.values():
             assert math.isfinite(row["images_per_second"]) and row["images_per_second"] > 0
-            assert item == "training" or row["instances"] == 100
-    assert results["quickstart"]["seconds"] > 0 and 0 <= results["quickstart"]["segm_AP"] <= 1
+            assert item == "training" or row["instances"] == 100 and row["network_ms"] < row["ms"]
+    for item in ("ceilings", "postprocess", "loader"):
+        speeds = {name: value for name, value in results[item].items() if name != "item_seconds"}
+        assert speeds and all(value > 0 for value in speeds.values())
+    assert 0 < results["profile"]["busy"]
+
+
+def test_overflow_and_process_group(results: dict[str, dict[str, Any]]) -> None:
+    assert results["overflow"]["skipped"] > 0 and results["overflow"]["scale"] < 2**40
+    assert results["process_group"]["backend"] == "gloo"
 
 
 def test_an_item_that_crashes_does_not_affect_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its process does not know the item and exits without a result; the result of an earlier call is not used."""
-    monkeypatch.setitem(gpu_check.ITEMS, "broken", lambda device: {})
+    monkeypatch.setitem(gpu_check.ITEMS, "broken", (lambda device: {}, 60))
     (tmp_path / "broken.json").write_text('{"seconds": 1.0}')
     assert gpu_check.main(["--only", "broken", "environment", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
@@ -96,7 +103,8 @@ def test_an_item_that_crashes_does_not_affect_others(
 
 
 def test_an_item_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "LIMIT", 0.01)
+    for item in ("parity", "step"):
+        monkeypatch.setitem(gpu_check.ITEMS, item, (gpu_check.ITEMS[item][0], 0.01))
     assert gpu_check.main(["--only", "parity", "step", "--out", str(tmp_path), "--device", "cpu"]) == 1
     for item in ("parity", "step"):
         assert json.loads((tmp_path / f"{item}.json").read_text()) == {"error": "took longer than 0.01 seconds"}
@@ -105,7 +113,7 @@ def test_an_item_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pyt
 def test_an_exception_becomes_the_result_of_its_item(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(gpu_check.ITEMS, "broken", lambda device: {"share": 1 / 0})
+    monkeypatch.setitem(gpu_check.ITEMS, "broken", (lambda device: {"share": 1 / 0}, 60))
     assert gpu_check.main(["--here", "broken", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert json.loads((tmp_path / "broken.json").read_text())["error"] == "ZeroDivisionError: division by zero"
     assert "Traceback" in capsys.readouterr().err
@@ -117,3 +125,11 @@ def test_a_step_that_does_not_fit_has_no_speed() -> None:
 
     row = gpu_check._speed(step, 2, torch.device("cpu"))
     assert row == {"images_per_second": None, "ms": None, "peak_mib": "more than there is"}
+
+
+def test_the_table_shows_an_earlier_call_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, speed in (("now", 2.0), ("then", 1.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "training.json").write_text(json.dumps({"bf16, batch 2": {"ms": speed}}))
+    assert gpu_check._show_table(tmp_path / "now", ["training"], tmp_path / "then") == 0
+    assert capsys.readouterr().out.split() == "training: bf16, batch 2 ms 2 before: ms 1".split()

@@ -71,9 +71,9 @@ def take_step(
         raise OutOfMemory(shortage) from error
     with span("update"):
         finite = torch.stack(list(losses.values())).isfinite().all()
-        for buffer, old in zip(statistics, before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, old))
         norm = update_weights(optimizer, scaler, clip_norm=clip_norm)
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(finite & norm.isfinite(), buffer, old))
     overflow = norm.isfinite().logical_not() * (OVERFLOWED if scaler.is_enabled() else FAILED)
     return losses, distributed.all_reduce_max(torch.where(finite, overflow, FAILED))
 

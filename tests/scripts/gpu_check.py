@@ -1,32 +1,39 @@
 """Check an accelerator: the same results as on the CPU, no waiting inside a training step, speed and memory.
 
-    python tests/scripts/gpu_check.py [--only ITEM ...] [--out DIR] [--device NAME]
+    python tests/scripts/gpu_check.py [--only ITEM ...] [--out DIR] [--device NAME] [--compare DIR]
 
-Every item runs in its own process, so that a failure or a broken device context does not affect the others, and writes
-DIR/ITEM.json when it is done; a table of all results is printed at the end. On a CPU the same items run at small sizes.
+Every item runs in its own process and has its own time limit, so that a failure, a hang or a broken device context does
+not affect the others, and writes DIR/ITEM.json when it is done; a table of all results is printed at the end, with
+--compare beside those of an earlier call. Without --only, the items that take a few minutes together run. On a CPU the
+same items run at small sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
 
 from helpers.parity import (  # noqa: E402
     BATCHES,
@@ -43,38 +50,64 @@ from helpers.parity import (  # noqa: E402
 )
 from helpers.tiny_models import lively  # noqa: E402
 from helpers.tiny_runs import SETTINGS, random_batch, tiny_config  # noqa: E402
+from kill_runs import differences  # noqa: E402
 
 import solov2  # noqa: E402
-from solov2.build import build_criterion, construct  # noqa: E402
-from solov2.compute import Compute, select_device, synchronize  # noqa: E402
+from solov2 import distributed  # noqa: E402
+from solov2.benchmarking.peak import convolution_peak  # noqa: E402
+from solov2.benchmarking.synthetic import ellipses, synthetic_raw  # noqa: E402
+from solov2.build import build_assigner, build_criterion, construct, prepare_for_training  # noqa: E402
+from solov2.checkpoint import load_file  # noqa: E402
+from solov2.compute import Compute, select_device, select_precision, synchronize  # noqa: E402
 from solov2.config import Config, load_config  # noqa: E402
+from solov2.data.build import prepare_data, training_dataset, training_loader  # noqa: E402
 from solov2.data.categories import default_class_names  # noqa: E402
 from solov2.ops.matrix_nms import matrix_nms  # noqa: E402
+from solov2.ops.resize import resize_image  # noqa: E402
 from solov2.predict import Predictor  # noqa: E402
 from solov2.training.environment import environment  # noqa: E402
 from solov2.training.guard import NonFiniteGuard  # noqa: E402
 from solov2.training.optim import WeightAverage, build_optimizer  # noqa: E402
+from solov2.training.signals import STOPPED  # noqa: E402
 from solov2.training.step import take_step  # noqa: E402
 
 CPU = torch.device("cpu")
-LIMIT = 150  # seconds per item
-FORMS = {"float32": ("float32", False), "tf32": ("float32", True), "bf16": ("bf16", True)}  # precision, TF32
-
-
-def allow_tf32(convolutions: bool) -> None:
-    """Switch TF32 convolutions on or off for the rest of the process; matrix products stay float32, torch's default."""
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, False
+PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 
 
 def check_environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and flags of the backends."""
+    """Machine and versions."""
     return {
         **environment(device),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
-        "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def check_ceilings(device: torch.device) -> dict[str, Any]:
+    """What the device reaches at best: GB/s of a copy, TFLOP/s of matrix products and of 3x3 convolutions."""
+    side = 256 if device.type == "cpu" else 8192
+    source = torch.empty(side * side, device=device)
+    target = torch.empty_like(source)
+    rows = {"copy, GB/s": 8 * source.numel() / _seconds(partial(target.copy_, source), device) / 1e9}
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        square = torch.randn(side, side, device=device, dtype=dtype)
+        rows[f"product {name}, TFLOP/s"] = 2 * side**3 / _seconds(partial(torch.mm, square, square), device) / 1e12
+    for precision in PRECISIONS[:3]:
+        best = convolution_peak(Compute(device, select_precision(precision, device)))["gflop_per_second"]
+        rows[f"convolution {precision}, TFLOP/s"] = best / 1000
+    return rows
+
+
+def _seconds(step: Callable[[], Any], device: torch.device, count: int = 10) -> float:
+    step()
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - started) / count
 
 
 # ---- the same results as on the CPU
@@ -82,13 +115,14 @@ def check_environment(device: torch.device) -> dict[str, Any]:
 
 def check_parity(device: torch.device) -> dict[str, Any]:
     """Maximum differences from the CPU in float32, without TF32, for the stored reference cases in tests/data."""
-    allow_tf32(False)
-    return {
-        **_network_parity(device),
-        "losses and their gradients": max(_loss_difference(case, device) for case in BATCHES.values()),
-        **_postprocess_parity(device),
-        "Matrix NMS": max(_nms_difference(name, device) for name in NMS_SETS),
-    }
+    with Compute(device, "float32").arithmetic():
+        return {
+            **_network_parity(device),
+            "losses and their gradients": max(_loss_difference(case, device) for case in BATCHES.values()),
+            **_postprocess_parity(device),
+            "Matrix NMS": max(_nms_difference(name, device) for name in NMS_SETS),
+            "resized pixels": _resize_difference(device),
+        }
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -152,6 +186,12 @@ def _nms_difference(name: str, device: torch.device) -> float:
     return max(difference(matrix_nms(*there, kernel=kernel), matrix_nms(*here, kernel=kernel)) for kernel in kernels)
 
 
+def _resize_difference(device: torch.device) -> float:
+    image = torch.randint(256, (3, 97, 131), dtype=torch.uint8)
+    sizes = (161, 200), (50, 77)
+    return max(difference(resize_image(image.to(device), size), resize_image(image, size)) for size in sizes)
+
+
 # ---- the training step
 
 
@@ -161,7 +201,8 @@ class Training:
     def __init__(self, config: Config, compute: Compute, images: int, size: tuple[int, int]) -> None:
         torch.manual_seed(0)
         self.compute, self.scaler = compute, compute.scaler()
-        self.model = compute.place(construct(config.model, default_class_names(config.model.num_classes))).train()
+        model = construct(config.model, default_class_names(config.model.num_classes))
+        self.model = prepare_for_training(model, config, compute).train()
         self.criterion = build_criterion(config.model)
         self.optimizer = build_optimizer(
             self.model, name="sgd", learning_rate=1e-6, momentum=0.9, weight_decay=1e-4, decay_norms=True
@@ -180,7 +221,7 @@ class Training:
 def check_step(device: torch.device) -> dict[str, Any]:
     """Losses of real training steps with weight average and guard; raises if the host waits for the device."""
     found: dict[str, Any] = {}
-    for precision in ("float32", "bf16"):
+    for precision in ("float32", "bf16", "fp16"):
         training = Training(load_config("quickstart"), Compute(device, precision, torch.channels_last), 2, (192, 192))
         average, guard = WeightAverage(training.model, 0.9), NonFiniteGuard(Path(tempfile.gettempdir()))
         for step in range(4):
@@ -191,9 +232,97 @@ def check_step(device: torch.device) -> dict[str, Any]:
             average.update(training.model)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-        assert guard.failure(now=True) is None, f"a step in {precision} was not finite"
+        assert precision == "fp16" or guard.failure(now=True) is None, f"a step in {precision} was not finite"
         found[precision] = {name: loss.item() for name, loss in losses.items()}
-    return {**found, "waits": 0 if device.type == "cuda" else "not watched on this device"}
+    return {**found, "waits of a step": 0 if device.type == "cuda" else None, "waits of a prediction": _waits(device)}
+
+
+def _waits(device: torch.device) -> int | None:
+    """How often the host waits for the device between the pixels of an image and its RLEs; None where unknown."""
+    if device.type != "cuda":
+        return None
+    config, size, _ = _workload(device, (800, 1088), (1, 8))
+    predictor = Predictor(lively(solov2.build_model(config, device=device)), Compute(device), mask_format="rle")
+    batch = _batch(1, size)
+    _predict(predictor, batch)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _predict(predictor, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def check_overflow(device: torch.device) -> dict[str, Any]:
+    """fp16 with a loss scale that overflows: the step is skipped, the scale falls, and the next steps succeed."""
+    config, size, counts = _workload(device, (192, 192), (1, 2), name="quickstart")
+    training = Training(config, Compute(device, "fp16", torch.channels_last), counts[-1], size)
+    training.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40)
+    before, scales, statuses = copy.deepcopy(training.model.state_dict()), [], []
+    for _ in range(60):
+        statuses.append(int(training.step()[1]))
+        scales.append(training.scaler.get_scale())
+        if not statuses[-1]:
+            break
+        state = training.model.state_dict()
+        assert all(torch.equal(before[name], state[name]) for name in before), "a skipped step changed the model"
+    assert statuses[0] and not statuses[-1], f"steps {statuses} at scales {scales}"
+    return {"skipped": len(statuses) - 1, "scale": scales[-1]}
+
+
+def check_process_group(device: torch.device) -> dict[str, Any]:
+    """A real step inside a process group of one, with DistributedDataParallel around the model."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    losses = []
+    plain = Training(load_config("quickstart"), Compute(device), 2, (192, 192))
+    losses.append(plain.step()[0])
+    with distributed.process_group(device):
+        training = Training(load_config("quickstart"), Compute(device), 2, (192, 192))
+        devices = None if device.type == "cpu" else [device.index or 0]
+        network = DistributedDataParallel(training.model, device_ids=devices)
+        losses.append(
+            take_step(
+                network, training.criterion, [training.batch], training.optimizer, training.scaler, training.compute,
+                clip_norm=35.0,
+            )[0]
+        )  # fmt: skip
+        gathered, backend = distributed.gather_objects("here"), distributed.backend(device)
+    apart = max(relative_difference(losses[1][name], losses[0][name]) for name in losses[0])
+    assert gathered == ["here"] and apart < 1e-3, f"losses differ by {apart}"
+    return {"backend": backend, "relative difference of the losses": apart}
+
+
+def check_deterministic(device: torch.device) -> dict[str, Any]:
+    """A deterministic run, once undisturbed and once stopped by SIGTERM and resumed: equal to the bit."""
+    words = ["quickstart", *(word for setting in SETTINGS for word in ("--set", setting))]
+    words += [
+        "--set",
+        "train.epochs=4",
+        "--set",
+        "train.checkpoint_steps=0",
+        "--deterministic",
+        "--device",
+        str(device),
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, str(ROOT / "train.py"), *words, "--data-root", str(folder / "shapes"), "--output"]
+        subprocess.run([*command, str(folder / "whole")], check=True, capture_output=True)
+        process = subprocess.Popen([*command, str(folder / "cut")], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2  step"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.communicate()
+        subprocess.run([*command, str(folder / "cut"), "--resume"], check=True, capture_output=True)
+        found = [load_file(folder / run / "last.pth") for run in ("whole", "cut")]
+    different = differences(*found)
+    assert process.returncode == STOPPED and not different, f"exit code {process.returncode}, different: {different}"
+    return {"exit code after SIGTERM": process.returncode, "different entries": len(different)}
 
 
 # ---- speed and memory
@@ -201,34 +330,149 @@ def check_step(device: torch.device) -> dict[str, Any]:
 
 def check_training(device: torch.device) -> dict[str, Any]:
     """Images per second of queued training steps, and their peak memory."""
-    config, size, counts = _workload(device, (800, 1344), (2, 16))
+    return _training(device, PRECISIONS, (2, 16))
+
+
+def check_large_batches(device: torch.device) -> dict[str, Any]:
+    """The same with large batches, and what the end of memory looks like."""
+    return _training(device, ("bf16",), (32, 64, 128))
+
+
+def check_recomputing(device: torch.device) -> dict[str, Any]:
+    """The same with activations that are computed again in the backward pass."""
+    changes = ("train.recompute_activations=true", "model.frozen_batch_norm=true", "model.head_norm=group")
+    return _training(device, ("bf16",), (2, 16), *changes)
+
+
+def _training(
+    device: torch.device, precisions: Sequence[str], counts: tuple[int, ...], *changes: str
+) -> dict[str, Any]:
+    config, size, counts = _workload(device, (800, 1344), counts, *changes)
     rows: dict[str, Any] = {"model": config.name, "size": size}
-    for form, (precision, allowed) in FORMS.items():
-        allow_tf32(allowed)
+    for precision in precisions:
         for count in counts:
             training = Training(config, Compute(device, precision, torch.channels_last), count, size)
-            rows[f"{form}, batch {count}"] = _speed(training.step, count, device)
+            rows[f"{precision}, batch {count}"] = _speed(training.step, count, device)
     return rows
 
 
 def check_inference(device: torch.device) -> dict[str, Any]:
-    """Images per second from padded pixels to 480 x 640 masks; the random weights find max_instances instances."""
-    config, size, counts = _workload(device, (800, 1088), (1, 8))
+    """Images per second from padded pixels to 480 x 640 masks, of R50; random weights find max_instances instances."""
+    return _inference(device, "solov2_r50_fpn_1x", (800, 1088), PRECISIONS[:3])
+
+
+def check_light_inference(device: torch.device) -> dict[str, Any]:
+    """The same of the light R50 at 448 x 768."""
+    return _inference(device, "solov2_light_r50_fpn_3x", (448, 768), ("tf32", "bf16"))
+
+
+def check_compiled_inference(device: torch.device) -> dict[str, Any]:
+    """The same of R50 with `optimize(compile=True)`."""
+    return _inference(device, "solov2_r50_fpn_1x", (800, 1088), ("bf16",), compile=True)
+
+
+def _inference(
+    device: torch.device, name: str, size: tuple[int, int], precisions: Sequence[str], *, compile: bool = False
+) -> dict[str, Any]:
+    config, size, counts = _workload(device, size, (1, 8), name=name)
     rows: dict[str, Any] = {"model": config.name, "size": size}
     torch.manual_seed(0)
     plain = lively(solov2.build_model(config, device=device)).to(memory_format=torch.channels_last)
-    for form, (precision, allowed) in FORMS.items():
-        allow_tf32(allowed)
-        fast = plain.optimize(precision=precision)  # its weights are cast to bf16, so it needs no autocast
-        for kind, model, cast in (("plain", plain, precision), ("optimized", fast, "float32")):
-            predictor = Predictor(model, Compute(device, cast, torch.channels_last), mask_format="bool")
+    for precision in precisions:
+        half = precision == "bf16"
+        fast = plain.optimize(precision="bf16" if half else "float32", compile=compile)
+        # Its weights are cast to bf16, so it needs no autocast.
+        for kind, model, cast in (("plain", plain, precision), ("optimized", fast, "tf32" if half else precision)):
+            compute = Compute(device, cast, torch.channels_last)
+            predictor = Predictor(model, compute, mask_format="bool")
             for count in counts:
-                pixels = torch.randint(256, (count, 3, *size), dtype=torch.uint8)
-                sizes, original_sizes = (torch.tensor([pair] * count) for pair in (size, (480, 640)))
-                batch = {"pixels": pixels, "sizes": sizes, "original_sizes": original_sizes}
+                batch = _batch(count, size)
                 found = len(_predict(predictor, batch)[0]["scores"])
                 speed = _speed(partial(_predict, predictor, batch), count, device)
-                rows[f"{form}, {kind}, batch {count}"] = {**speed, "instances": found}
+                rows[f"{precision}, {kind}, batch {count}"] = {
+                    **speed,
+                    "network_ms": _speed(partial(_network, predictor, batch), count, device)["ms"],
+                    "instances": found,
+                }
+    return rows
+
+
+def _batch(count: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    pixels = torch.randint(256, (count, 3, *size), dtype=torch.uint8)
+    sizes, original_sizes = (torch.tensor([pair] * count) for pair in (size, (480, 640)))
+    return {"pixels": pixels, "sizes": sizes, "original_sizes": original_sizes}
+
+
+def _network(predictor: Predictor, batch: dict[str, Tensor]) -> None:
+    predictor.launch(batch)
+    predictor._launched.clear()
+
+
+def check_postprocess(device: torch.device) -> dict[str, Any]:
+    """Matrix NMS and post-processing with 500 and 2,000 candidates, to two sizes, as masks and as RLEs."""
+    config, size, _ = _workload(device, (800, 1344), (1, 1))
+    counts = (20, 50) if device.type == "cpu" else (500, 2000)
+    targets = ((48, 64), (300, 400)) if device.type == "cpu" else ((480, 640), (3000, 4000))
+    model, generator = solov2.build_model(config, device=device).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        raw = model(torch.zeros(1, 3, *size, device=device))
+    rows: dict[str, Any] = {}
+    for count in counts:
+        masks = ellipses(count, *(side // 4 for side in size), generator).to(device) > 0
+        labels, scores = torch.zeros(count, dtype=torch.int64), torch.linspace(0.9, 0.1, count)
+        step = partial(matrix_nms, masks, labels.to(device), scores.to(device))
+        rows[f"Matrix NMS of {count} masks, ms"] = 1000 * _seconds(step, device)
+        made = synthetic_raw(raw, count, generator)
+        for target in targets:
+            for kind in ("bool", "rle"):
+                step = partial(model.postprocess, made, [size], [target], mask_format=kind, max_candidates=count)
+                name = f"post-processing, {count} candidates, to {target[0]} x {target[1]} as {kind}, ms"
+                rows[name] = 1000 * _seconds(step, device, 3)
+    return rows
+
+
+def check_profile(device: torch.device) -> dict[str, Any]:
+    """Where the time of a training step goes: the most expensive kernels and the share in which the device is busy."""
+    config, size, counts = _workload(device, (800, 1344), (2, 16))
+    training = Training(config, Compute(device, "bf16", torch.channels_last), counts[-1], size)
+    for _ in range(3):
+        training.step()
+    synchronize(device)
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profiler:
+        started = time.perf_counter()
+        for _ in range(3):
+            training.step()
+        synchronize(device)
+        seconds = time.perf_counter() - started
+    on_device = device.type != "cpu"
+    rows = {row.key: row.self_device_time_total if on_device else row.self_cpu_time_total for row in
+            profiler.key_averages() if not on_device or row.device_type != DeviceType.CPU}  # fmt: skip
+    total = sum(rows.values())
+    top = sorted(rows, key=lambda name: -rows[name])[:25]
+    return {"busy": total / 1e6 / seconds, **{name[:60]: rows[name] / max(total, 1e-9) for name in top}}
+
+
+def check_loader(device: torch.device) -> dict[str, Any]:
+    """Images per second of the training loader on generated images, by number of workers."""
+    counts = (1,) if device.type == "cpu" else (1, 2, 8, 16)
+    changes = (*SETTINGS, "data.shapes_train=64") if device.type == "cpu" else (
+        "data.shapes_size=640", "data.shapes_train=512", "data.train_scales=[800]", "data.train_long_edge=1333",
+        "train.batch_size=16",
+    )  # fmt: skip
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for workers in counts:
+            config = load_config("quickstart", [*changes, f"data.workers={workers}", f"data.root={folder}/shapes"])
+            prepare_data(config, splits=["train"])
+            loader, sampler = training_loader(
+                config, training_dataset(config.data), build_assigner(config.model), device=device
+            )
+            started, first = 0.0, 0
+            for number, _ in enumerate(loader):
+                if number == 1:  # the workers have started
+                    started, first = time.perf_counter(), number
+            seconds = time.perf_counter() - started
+            rows[f"{workers} workers, images/s"] = (len(sampler) - 1 - first) * config.train.batch_size / seconds
     return rows
 
 
@@ -238,12 +482,12 @@ def _predict(predictor: Predictor, batch: dict[str, Tensor]) -> list[dict[str, A
 
 
 def _workload(
-    device: torch.device, size: tuple[int, int], counts: tuple[int, int]
-) -> tuple[Config, tuple[int, int], tuple[int, int]]:
+    device: torch.device, size: tuple[int, int], counts: tuple[int, ...], *changes: str, name: str = "solov2_r50_fpn_1x"
+) -> tuple[Config, tuple[int, int], tuple[int, ...]]:
     """Configuration, input size and images per batch: as given for an accelerator, tiny ones for a CPU."""
     if device.type == "cpu":
-        return tiny_config(), (64, 96), (1, 2)
-    return load_config("solov2_r50_fpn_1x"), size, counts
+        return tiny_config(*changes), (64, 96), (1, 2)
+    return load_config(name, list(changes)), size, counts
 
 
 def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[str, Any]:
@@ -270,9 +514,7 @@ def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[s
 def check_quickstart(device: torch.device) -> dict[str, Any]:
     """The quickstart end to end; on a CPU, two epochs at a small size."""
     tiny = [*SETTINGS, "train.epochs=2"]
-    config = load_config(
-        "quickstart", tiny if device.type == "cpu" else [f"data.workers={min(8, os.cpu_count() or 1)}"]
-    )
+    config = load_config("quickstart", tiny if device.type == "cpu" else ["data.workers=auto"])
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         result = solov2.train(config, data=f"{folder}/shapes", output=f"{folder}/run", device=str(device))
@@ -282,23 +524,39 @@ def check_quickstart(device: torch.device) -> dict[str, Any]:
 
 # ---- one process per item
 
-ITEMS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
-    "environment": check_environment,
-    "parity": check_parity,
-    "step": check_step,
-    "training": check_training,
-    "inference": check_inference,
-    "quickstart": check_quickstart,
+Check = Callable[[torch.device], dict[str, Any]]
+ITEMS: dict[str, tuple[Check, float]] = {  # with their limit in seconds; in the order of what is needed most
+    "environment": (check_environment, 30),
+    "ceilings": (check_ceilings, 45),
+    "parity": (check_parity, 60),
+    "step": (check_step, 60),
+    "training": (check_training, 90),
+    "inference": (check_inference, 60),
+    "light_inference": (check_light_inference, 45),
+    "postprocess": (check_postprocess, 60),
+    "profile": (check_profile, 45),
+    "loader": (check_loader, 60),
+}
+OTHERS: dict[str, tuple[Check, float]] = {  # run by --only
+    "overflow": (check_overflow, 60),
+    "process_group": (check_process_group, 60),
+    "deterministic": (check_deterministic, 180),
+    "recomputing": (check_recomputing, 90),
+    "large_batches": (check_large_batches, 120),
+    "compiled_inference": (check_compiled_inference, 240),
+    "quickstart": (check_quickstart, 400),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the items; returns 0 if all of them succeeded, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="ITEM", help=", ".join(ITEMS))
+    every = ITEMS | OTHERS
+    parser.add_argument("--only", nargs="+", choices=every, default=list(ITEMS), metavar="ITEM", help=", ".join(every))
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="default: gpu_check/")
     parser.add_argument("--device", help="default: the accelerator, if there is one")
-    parser.add_argument("--here", choices=ITEMS, help=argparse.SUPPRESS)  # set by main for the process of an item
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="also show the results of an earlier call")
+    parser.add_argument("--here", choices=every, help=argparse.SUPPRESS)  # set by main for the process of an item
     args = parser.parse_args(argv)
     if args.here:
         return _run_here(args.here, args.out, args.device)
@@ -308,16 +566,17 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, __file__, "--here", item, "--out", str(args.out)]
         command += ["--device", args.device] if args.device else []
         try:
-            subprocess.run(command, timeout=LIMIT, check=False)
+            subprocess.run(command, timeout=every[item][1], check=False)
         except subprocess.TimeoutExpired:
-            _write(args.out, item, {"error": f"took longer than {LIMIT} seconds"})
-    return _show_table(args.out, args.only)
+            _write(args.out, item, {"error": f"took longer than {every[item][1]} seconds"})
+    return _show_table(args.out, args.only, args.compare)
 
 
 def _run_here(item: str, folder: Path, device: str | None) -> int:
     started = time.perf_counter()
     try:
-        found = ITEMS[item](select_device(device))
+        check, _ = (ITEMS | OTHERS)[item]
+        found = check(select_device(device))
     except Exception as error:  # any error is the result of its item
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
@@ -329,18 +588,23 @@ def _write(folder: Path, item: str, found: dict[str, Any]) -> None:
     (folder / f"{item}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _show_table(folder: Path, items: list[str]) -> int:
+def _show_table(folder: Path, items: list[str], earlier: Path | None = None) -> int:
     failed = False
     for item in items:
         path = folder / f"{item}.json"
         found = json.loads(path.read_text()) if path.is_file() else {"error": "the process ended without a result"}
         failed |= "error" in found
+        before = earlier / path.name if earlier is not None else path
+        then = json.loads(before.read_text()) if earlier is not None and before.is_file() else {}
         print(f"{item}:")
         for name, value in found.items():
-            parts = value if isinstance(value, dict) else {"": value}
-            words = [f"{key} {_short(part)}".strip() for key, part in parts.items() if part is not None]
-            print(f"  {name:<44}{'  '.join(words)}")
+            print(f"  {name:<44}{_words(value)}{f'   before: {_words(then[name])}' if name in then else ''}")
     return int(failed)
+
+
+def _words(value: Any) -> str:
+    parts = value if isinstance(value, dict) else {"": value}
+    return "  ".join(f"{key} {_short(part)}".strip() for key, part in parts.items() if part is not None)
 
 
 def _short(value: Any) -> str:
