@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,11 +264,13 @@ def build_compute(config: Config, device: torch.device, precision: str | None = 
 
 
 def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOLOv2:
-    """Move the model to its device and layout, with Winograd convolutions where they are faster; returns the model.
+    """Move the model to its device and layout, as `config.train` wants it: with Winograd convolutions, compiled.
+
+    Returns the model.
 
     Raises:
         InputError: a batch norm would be trained on a single value per channel, the 1 x 1 map of one small image, or
-            its activations would be computed twice.
+            its activations would be computed twice; or there is no compiler.
     """
     trains_batch_norm = not config.model.frozen_batch_norm or config.model.head_norm == "batch"
     scale = min(config.data.train_scales)
@@ -285,8 +288,13 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
     if _uses_winograd(config, compute.device, compute.precision):
         use_winograd(model)
     compute.place(model)
+    if config.train.compile:
+        if compute.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            raise InputError("train.compile needs a C++ compiler on a CPU, such as g++; install one or compile nothing")
+        model.compile(dynamic=True)
     return model
 
 
 def _uses_winograd(config: Config, device: torch.device, precision: str) -> bool:
-    return device.type == "cpu" and config.train.winograd and HALF_TYPES[precision] is None
+    wanted = config.train.winograd and not config.train.compile  # whose loops depend on the size of the maps
+    return device.type == "cpu" and wanted and HALF_TYPES[precision] is None

@@ -197,6 +197,11 @@ class TrainConfig(Settings):
         "precision of the network in training; tf32: float32, but NVIDIA cards round the inputs of convolutions to 10 "
         "bits (torch's default); auto: the fastest of the device",
     )
+    compile: bool = setting(
+        False,
+        "compile the network with torch.compile, once for all image sizes, which takes minutes at the start; a CPU "
+        "needs a C++ compiler for it, and computes without Winograd convolutions",
+    )
     recompute_activations: bool = setting(
         False,
         "save memory: keep few activations of backbone and mask branch, and compute them again in backward passes",

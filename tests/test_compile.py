@@ -10,12 +10,16 @@ import pytest
 import torch
 from helpers.parity import raw_tensors
 from helpers.tiny_models import VARIANTS, lively, tiny_model, tiny_targets
+from helpers.tiny_runs import random_batch, tiny_config
 from torch import Tensor, nn
 
-from solov2.build import build_model
+from solov2.build import build_compute, build_criterion, build_model, construct, prepare_for_training
+from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
 from solov2.models.solov2 import SOLOv2
 from solov2.models.winograd import WinogradConv2d, compiled_convolve
+from solov2.training.optim import WeightAverage
+from solov2.training.step import backward
 
 SIZE = (64, 96)
 # Both kinds of norm, with and without deformable convolutions; the full networks are among the slow tests.
@@ -52,6 +56,43 @@ def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch, varia
             for wanted, found in zip(raw_tensors(plain(images)), raw_tensors(fast(images)), strict=True):
                 torch.testing.assert_close(found, wanted)
     assert len(graphs) == 1
+
+
+def test_training_compiles_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the losses and gradients of the uncompiled network, the same names of weights, and an average of them."""
+    original, graphs, found = nn.Module.compile, [], []
+
+    def backend(graph: Any, _examples: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: original(self, backend=backend, **words))
+    for compile in (False, True):
+        config = tiny_config(f"train.compile={compile}", "train.winograd=false")
+        compute, criterion = build_compute(config, torch.device("cpu")), build_criterion(config.model)
+        torch.manual_seed(0)
+        model = prepare_for_training(construct(config.model, list("abcd")), config, compute).train()
+        average, values = WeightAverage(model, 0.9), []
+        with torch.backends.mkldnn.flags(enabled=False):
+            for seed, size in enumerate(((96, 128), (128, 96), (160, 192))):
+                batch = random_batch(config, seed=seed, size=size)
+                losses = backward(model, criterion, [batch], compute.scaler(), compute)
+                values += [*losses.values(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            average.update(model)
+        found.append((values, list(model.state_dict())))
+    assert len(graphs) == 1
+    (values, names), (same_values, same_names) = found
+    assert names == same_names and average.updates == 1
+    for value, same in zip(values, same_values, strict=True):
+        torch.testing.assert_close(value, same, rtol=1e-4, atol=1e-6)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    config = tiny_config("train.compile=true")
+    compute = build_compute(config, torch.device("cpu"))
+    with pytest.raises(InputError, match="train.compile .*compiler"):
+        prepare_for_training(construct(config.model, list("abcd")), config, compute)
 
 
 def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
