@@ -169,7 +169,7 @@ def test_a_resumed_run_keeps_the_metadata_of_its_initial_weights(run, tmp_path):
 def test_interrupted_and_resumed_equals_uninterrupted(run, tmp_path, repo_root):
     """Ctrl-C stops the run in the middle and prints how to resume; the resumed run ends bit-identically."""
     data, _ = run
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, if the tests run in background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in background
     words = ["--epochs", "4", "--evaluate-every", "0", "--set", "train.warmup_steps=3"]
     assert main(arguments(data, tmp_path / "whole", *words)) == 0
     process = subprocess.Popen(
