@@ -53,12 +53,16 @@ def assign_shapes(instances: list[dict], size: tuple[int, int]) -> dict:
     }
 
 
-def test_batch():
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_batch(interleaved):
     samples = [make_sample(0, 40, 50), make_sample(1, 33, 65, count=0)]
+    if interleaved:  # as images come from files
+        samples = [{**x, "image": x["image"].permute(1, 2, 0).contiguous().permute(2, 0, 1)} for x in samples]
     batch = Collate(None)(samples)
     assert set(batch) == {"pixels", "sizes", "original_sizes", "image_ids"}
     pixels = batch["pixels"]
     assert pixels.shape == (2, 3, 64, 96) and pixels.dtype == torch.uint8
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
     for plane, sample, (height, width) in zip(pixels, samples, [(40, 50), (33, 65)]):
         assert torch.equal(plane[:, :height, :width], sample["image"])
         assert plane[:, height:].count_nonzero() == 0 and plane[:, :, width:].count_nonzero() == 0

@@ -1,6 +1,7 @@
 """Batches: padding and target assignment in the workers, the samplers, and the DataLoader.
 
-batch  pixels uint8 [B, 3, H, W] RGB, zero-padded bottom/right | sizes int64 [B, 2] (h, w) before padding
+batch  pixels uint8 [B, 3, H, W] RGB, zero-padded bottom/right, channels last in memory
+       sizes int64 [B, 2] (h, w) before padding
        original_sizes int64 [B, 2] | image_ids list[int] | targets (what `assign_targets` returns; absent without it)
 """
 
@@ -43,11 +44,14 @@ class Collate:
         sizes = torch.tensor([sample["image"].shape[1:] for sample in samples])  # int64 [B, 2]
         height, width = padded_size(tuple(sizes.amax(0).tolist()), self.divisor)
         with span("pad"):
-            pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-            for canvas, sample, (h, w) in zip(pixels, samples, sizes.tolist()):
-                canvas.numpy()[:, :h, :w] = sample["image"].numpy()  # numpy de-interleaves channels faster
+            pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)  # as in files and in networks
+            for canvas, sample, (h, w) in zip(pixels.numpy(), samples, sizes.tolist()):
+                image = sample["image"].permute(1, 2, 0)  # [h, w, 3]
+                # One plane after the other is four times as fast where they do not lie interleaved.
+                for part in (slice(None),) if image.is_contiguous() else range(3):
+                    canvas[:h, :w, part] = image.numpy()[..., part]
         batch = {
-            "pixels": pixels,
+            "pixels": pixels.permute(0, 3, 1, 2),
             "sizes": sizes,
             "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
             "image_ids": [sample["image_id"] for sample in samples],
