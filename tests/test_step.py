@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 
 import pytest
 import torch
@@ -127,6 +128,26 @@ def test_arithmetic_of_nvidia_cards_is_set_and_restored(precision, convolutions)
             assert [flag.fp32_precision for flag in flags] == [*before[:2], "tf32"]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before[2]
+
+
+def test_threads_inside_one_arithmetic_do_not_change_it():
+    """An evaluation launches and collects in two threads, each with the same settings."""
+    flag, seen, compute = torch.backends.cudnn.conv, set(), Compute(torch.device("cuda"), "float32")
+    before = flag.fp32_precision
+
+    def work():
+        for _ in range(300):
+            with compute.arithmetic():
+                seen.add(flag.fp32_precision)
+
+    with compute.arithmetic():
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seen.add(flag.fp32_precision)
+    assert seen == {"none"} and flag.fp32_precision == before
 
 
 @pytest.mark.parametrize(

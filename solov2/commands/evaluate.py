@@ -101,6 +101,7 @@ def _run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     with distributed.process_group(device, timeout=config.train.stall_seconds):
         prepare_data(config, splits=[args.split])
+        compute = build_compute(config, device, args.precision)
         if args.oracle or checkpoint is None:
             dataset = oracle_dataset(config.data, args.split)
             config = with_classes(config, dataset)
@@ -112,7 +113,6 @@ def _run(args: argparse.Namespace) -> int:
             dataset, assigner = validation_dataset(config.data, args.split), None
             model = _model(args, config, checkpoint, device)
             category_ids = _category_ids(model, checkpoint, dataset)
-            compute = build_compute(config, device, args.precision)
             compute.place(model)
             predictor, settings = Predictor(model, compute), model.settings
         images = (dataset.image_root / image["file_name"] for image in dataset.coco.imgs.values())
@@ -129,14 +129,15 @@ def _run(args: argparse.Namespace) -> int:
             max_detections=config.data.max_detections,
         )
         loader = validation_loader(config, dataset, device=device, batch_size=args.batch_size, assigner=assigner)
-        summary = evaluate(
-            predictor,
-            watched(loader, dataset, stall_seconds=config.train.stall_seconds),
-            evaluator,
-            overlap=device.type != "cpu",
-            progress=len(loader) if distributed.is_main() else None,
-            per_class=args.per_class,
-        )
+        with compute.arithmetic():  # for both threads of the evaluation
+            summary = evaluate(
+                predictor,
+                watched(loader, dataset, stall_seconds=config.train.stall_seconds),
+                evaluator,
+                overlap=device.type != "cpu",
+                progress=len(loader) if distributed.is_main() else None,
+                per_class=args.per_class,
+            )
         if distributed.is_main():
             _report(summary, evaluator, args, config, source)
     return 0

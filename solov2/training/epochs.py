@@ -239,17 +239,18 @@ def _ready_on_all_ranks(run: Run, loader: DataLoader, stop: StopSignal) -> Itera
 def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str, Any]:
     loader = validation_loader(run.config, validation, device=run.compute.device)
     batches = watched(loader, validation, stall_seconds=run.config.train.stall_seconds, check=stop.check)
-    summary = evaluate(
-        Predictor(run.evaluated_model, run.compute),
-        stop.until_signaled(batches),  # a checkpoint was saved before
-        CocoEvaluator(
-            validation.coco,
-            match_categories(run.model.class_names, validation),
-            max_detections=run.config.data.max_detections,
-        ),
-        overlap=run.compute.device.type != "cpu",
-        progress=len(loader) if distributed.is_main() else None,
-    )
+    with run.compute.arithmetic():  # for both threads: each of them alone would restore what the other needs
+        summary = evaluate(
+            Predictor(run.evaluated_model, run.compute),
+            stop.until_signaled(batches),  # a checkpoint was saved before
+            CocoEvaluator(
+                validation.coco,
+                match_categories(run.model.class_names, validation),
+                max_detections=run.config.data.max_detections,
+            ),
+            overlap=run.compute.device.type != "cpu",
+            progress=len(loader) if distributed.is_main() else None,
+        )
     run.evaluated = run.epoch
     run.logger.write(
         "evaluation",
