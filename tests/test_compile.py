@@ -18,8 +18,9 @@ from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
 from solov2.models.solov2 import SOLOv2
 from solov2.models.winograd import WinogradConv2d, compiled_convolve
+from solov2.training.guard import first_nonfinite
 from solov2.training.optim import WeightAverage
-from solov2.training.step import backward
+from solov2.training.step import backward, repeat_forward
 
 SIZE = (64, 96)
 # Both kinds of norm, with and without deformable convolutions; the full networks are among the slow tests.
@@ -38,16 +39,23 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("variant", ["basic blocks", "nothing frozen, batch norm"])
-def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
-    """Without oneDNN, whose choice of a kernel makes torch compile again for maps of less than 20,480 values."""
-    original, graphs = nn.Module.compile, []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that `nn.Module.compile` makes, which run uncompiled, without a C++ compiler."""
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    original, found = nn.Module.compile, []
 
     def backend(graph: Any, _examples: Any) -> Any:
-        graphs.append(graph)
+        found.append(graph)
         return graph
 
     monkeypatch.setattr(nn.Module, "compile", lambda self, **words: original(self, backend=backend, **words))
+    return found
+
+
+@pytest.mark.parametrize("variant", ["basic blocks", "nothing frozen, batch norm"])
+def test_one_compilation_serves_all_sizes(graphs: list[Any], variant: str) -> None:
+    """Without oneDNN, whose choice of a kernel makes torch compile again for maps of less than 20,480 values."""
     model = lively(tiny_model(variant))
     plain, fast = model.optimize(), model.optimize(compile=True)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
@@ -58,15 +66,9 @@ def test_one_compilation_serves_all_sizes(monkeypatch: pytest.MonkeyPatch, varia
     assert len(graphs) == 1
 
 
-def test_training_compiles_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_compiles_once_for_all_sizes(graphs: list[Any]) -> None:
     """With the losses and gradients of the uncompiled network, the same names of weights, and an average of them."""
-    original, graphs, found = nn.Module.compile, [], []
-
-    def backend(graph: Any, _examples: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **words: original(self, backend=backend, **words))
+    found = []
     for compile in (False, True):
         config = tiny_config(f"train.compile={compile}", "train.winograd=false")
         compute, criterion = build_compute(config, torch.device("cpu")), build_criterion(config.model)
@@ -85,6 +87,17 @@ def test_training_compiles_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -
     assert names == same_names and average.updates == 1
     for value, same in zip(values, same_values, strict=True):
         torch.testing.assert_close(value, same, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_module_that_is_not_finite_is_named_in_a_compiled_network(graphs: list[Any]) -> None:
+    config = tiny_config("train.compile=true")
+    compute, criterion = build_compute(config, torch.device("cpu")), build_criterion(config.model)
+    model = prepare_for_training(construct(config.model, list("abcd")), config, compute).train()
+    batch = random_batch(config, seed=0)
+    model(model.normalize(batch["pixels"], batch["sizes"]))  # compiled before the hooks are there
+    broken = {**batch, "pixels": torch.full_like(batch["pixels"], float("nan"), dtype=torch.float32)}
+    cause = first_nonfinite(model, lambda: repeat_forward(model, criterion, [broken], compute))
+    assert "output of backbone.conv1" in cause and len(graphs) == 1
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

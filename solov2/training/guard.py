@@ -112,7 +112,8 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], dict[str, Tensor]]) 
     handles = [module.register_forward_hook(output_check(name)) for name, module in model.named_modules() if name]
     model.zero_grad(set_to_none=True)
     try:
-        losses = forward()
+        with torch.compiler.set_stance("force_eager"):  # hooks would make a compiled network compile again
+            losses = forward()
     finally:
         for handle in handles:
             handle.remove()
