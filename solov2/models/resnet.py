@@ -145,9 +145,7 @@ class ResNet(nn.Module):
         if block is BasicBlock and (deformable or stride_in_1x1):
             raise ValueError(f"{name} has basic blocks, which support neither deformable stages nor stride_in_1x1")
         self.frozen_stages, self.frozen_batch_norm = frozen_stages, frozen_batch_norm
-        self.recompute = (
-            False  # keep only the inputs of residual blocks for backward passes, which compute the rest again
-        )
+        self.recompute = False  # keep only the inputs of blocks for backward passes, which compute the rest again
         self.out_channels = [width * 2**i * block.expansion for i in range(4)]
 
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
