@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from solov2.errors import InputError
 
-UNIONS = (types.UnionType, typing.Union)  # the same type, until Python 3.14
+UNIONS = (types.UnionType, typing.Union)  # one type since Python 3.14
 NOUNS = {  # singular, plural
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),

@@ -134,6 +134,8 @@ def rles_of_columns(columns: Tensor) -> list[dict[str, Any]]:
     All masks are read in one pass, and only the borders of their runs are copied to the host.
     """
     count, width, height = columns.shape
+    if count == 0:
+        return []
     flat = columns.flatten(1)
     borders = flat.diff(prepend=flat.new_zeros(count, 1)).nonzero().cpu().numpy()  # rows (mask, first pixel of a run)
     parts = np.split(borders[:, 1], np.searchsorted(borders[:, 0], np.arange(1, count)))

@@ -131,7 +131,7 @@ class MaskResampler:
     def planes_to_rles(self, soft: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
         """`to_rles` for accelerators: the host waits once for many masks, for the borders of their runs."""
         rles, boxes = [], [torch.zeros(0, 4, device=soft.device)]
-        for planes in soft.split(self._planes_at_once) if len(soft) else ():
+        for planes in soft.split(self._planes_at_once):
             masks = self._thresholded(planes)
             boxes.append(masks_to_boxes(masks))
             rles += rles_of_columns(masks.mT)
