@@ -54,6 +54,7 @@ from kill_runs import differences  # noqa: E402
 
 import solov2  # noqa: E402
 from solov2 import distributed  # noqa: E402
+from solov2.benchmarking.measure import seconds_of  # noqa: E402
 from solov2.benchmarking.peak import convolution_peak  # noqa: E402
 from solov2.benchmarking.synthetic import ellipses, synthetic_raw  # noqa: E402
 from solov2.build import build_assigner, build_criterion, construct, prepare_for_training  # noqa: E402
@@ -101,13 +102,8 @@ def check_ceilings(device: torch.device) -> dict[str, Any]:
 
 
 def _seconds(step: Callable[[], Any], device: torch.device, count: int = 10) -> float:
-    step()
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - started) / count
+    step()  # warms up
+    return seconds_of(step, device, count)
 
 
 # ---- the same results as on the CPU
