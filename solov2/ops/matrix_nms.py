@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 32  # pixels; small enough that few masks touch a tile, large enough for an efficient matrix product
-CHUNK_VALUES = 2**20  # mask values of one class per product, as float32: they stay in the CPU's cache
+CHUNK_VALUES = 2**20  # mask values of one class per product: they stay in the CPU's cache
+# Products of bytes, with sums in int32, are four to six times as fast as those of float32 on CPUs with AVX-512.
+MULTIPLIES_BYTES = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def matrix_nms(
@@ -69,8 +74,8 @@ def decay_scores(
 def _intersections(masks: Tensor, labels: Tensor) -> Tensor:
     """Pairwise intersections of bool masks [N, h, w], in pixels: float32 [N, N], areas on the diagonal.
 
-    Pairs of different classes may be left at 0. 0 and 1 are exact in bf16 and float32, and in float32 so are sums below
-    2^24 pixels. An accelerator multiplies all pairs faster than it could select some; a CPU works tile by tile on the
+    Pairs of different classes may be left at 0. 0 and 1 are exact in any type, and in float32 so are sums below 2^24
+    pixels. An accelerator multiplies all pairs faster than it could select some; a CPU works tile by tile on the
     masks that touch the tile, or class by class where that is less work.
     """
     with torch.autocast(masks.device.type, enabled=False):
@@ -80,17 +85,38 @@ def _intersections(masks: Tensor, labels: Tensor) -> Tensor:
         if masks.device.type != "cpu":
             flat = masks.flatten(1).float()
             return flat @ flat.T
-        tiles = [tile for rows in masks.split(TILE, dim=1) for tile in rows.split(TILE, dim=2)]
-        groups = [(tile.contiguous().view(torch.uint8).flatten(1).amax(1).nonzero()[:, 0], tile) for tile in tiles]
+        groups = list(_cut_into_tiles(masks))
         order, (_, counts) = labels.argsort(stable=True), labels.unique(return_counts=True)
-        if int((counts**2).sum()) * len(tiles) < sum(len(touching) ** 2 for touching, _ in groups):
+        if int((counts**2).sum()) * len(groups) < sum(len(members) ** 2 for members, _ in groups):
             groups = [
-                (own, part)
+                (own, part[own])
                 for own in order.split(counts.tolist())
                 for part in masks.flatten(1).split(max(1, CHUNK_VALUES // len(own)), dim=1)
             ]
-        shared = torch.zeros(len(masks), len(masks))
+        shared = torch.zeros(len(masks), len(masks), dtype=torch.int32 if MULTIPLIES_BYTES else torch.float32)
         for members, part in groups:
-            flat = part[members].flatten(1).float()
-            shared[members[:, None], members] += flat @ flat.T
-    return shared
+            shared[members[:, None], members] += _multiply(part)
+    return shared.float()
+
+
+def _cut_into_tiles(masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Bool masks [N, h, w] on a CPU -> (indices of the n masks that touch it, bool [n, pixels]) for every tile.
+
+    Tiles at the right border are filled up with zeros. Eight pixels are moved as one number.
+    """
+    for rows in masks.view(torch.uint8).split(TILE, dim=1):
+        padded = F.pad(rows, (0, -rows.shape[2] % TILE)).contiguous()
+        eights = padded.view(torch.int64).unflatten(2, (-1, TILE // 8))  # [N, rows, columns of tiles, TILE / 8]
+        tiles = eights.permute(2, 0, 1, 3).flatten(2)  # [columns of tiles, N, pixels / 8]
+        for touching, tile in zip(tiles.any(2), tiles):
+            members = touching.nonzero()[:, 0]
+            yield members, tile[members].view(torch.bool)
+
+
+def _multiply(masks: Tensor) -> Tensor:
+    """Intersections of bool masks [n, pixels] on a CPU: int32 [n, n] if `MULTIPLIES_BYTES`, else float32 [n, n]."""
+    if MULTIPLIES_BYTES:
+        values = masks.view(torch.int8)
+        return torch._int_mm(values, values.T)
+    flat = masks.float()
+    return flat @ flat.T
