@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from solov2.build import build_model
 from solov2.losses import SOLOv2Criterion
 from solov2.models.head import apply_tower
-from solov2.models.layers import ConvNormReLU, DeformConv2d, conv_norm, make_norm
+from solov2.models.layers import ConvNormReLU, DeformConv2d, make_norm
 from solov2.models.mask_feature import double_axis, upsample_twice
 from solov2.models.resnet import ResNet, SubsampledConv2d
 from solov2.models.solov2 import SOLOv2
@@ -315,6 +315,40 @@ def test_tower_batch_norm_covers_all_levels() -> None:
         assert torch.equal(result, tower(level))
 
 
+def test_towers_round_norms_as_convolutions_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With group norm in float32, as autocast has it on NVIDIA cards, but without its larger activations."""
+
+    def wide_norm(self: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps)
+
+    def round_later(self: ConvNormReLU, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.norm(x))
+
+    monkeypatch.setattr(nn.GroupNorm, "forward", wide_norm)
+    tower = nn.Sequential(*(ConvNormReLU(32, 32) for _ in range(3)))
+    predictor, levels = nn.Conv2d(32, 5, 3, padding=1), [torch.randn(2, 32, size, size) for size in (12, 8)]
+    found, kept = [], []
+    for late in (False, True):
+        if late:
+            monkeypatch.setattr(ConvNormReLU, "norm_relu", round_later)
+        saved: dict[int, torch.Tensor] = {}
+
+        def save(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autocast("cpu", dtype=torch.bfloat16), Operations() as seen:
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                logits = [predictor(x) for x in apply_tower(tower, levels)]
+        assert seen.dtypes["native_group_norm"] == torch.float32
+        assert seen.dtypes["relu_"] == (torch.float32 if late else torch.bfloat16)
+        gradients = torch.autograd.grad(sum(x.float().square().sum() for x in logits), [*tower.parameters()])
+        found.append([*logits, *gradients])
+        kept.append(sum(tensor.numel() * tensor.element_size() for tensor in saved.values() if tensor.ndim == 4))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert kept[0] < 0.8 * kept[1]
+
+
 def test_channels_last_is_only_a_layout() -> None:
     model, images = tiny_model(), torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -355,31 +389,6 @@ def test_bf16_autocast_of_quickstart() -> None:
         assert losses[name].dtype == torch.float32
         assert losses[name].item() == pytest.approx(loss.item(), rel=0.05)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("deformable", [False, True])
-def test_folded_batch_norm_equals_the_batch_norm(deformable: bool) -> None:
-    """Values and all gradients in float64; batch norms that update their statistics are not folded."""
-    torch.manual_seed(0)
-    kind = DeformConv2d if deformable else nn.Conv2d
-    conv, norm = kind(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
-    if not deformable:
-        conv.bias = None
-    conv, norm = conv.double(), norm.double().eval()
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean):
-            tensor.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 6, 9, 11, dtype=torch.float64, requires_grad=True)
-    inputs = [x, conv.weight, norm.weight, norm.bias]
-    plain, folded = norm(conv(x)), conv_norm(conv, norm, x)
-    assert torch.allclose(plain, folded, atol=1e-12)
-    upstream = torch.randn_like(plain)
-    for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (plain, folded)), strict=True):
-        assert torch.allclose(one, other, atol=1e-11)
-    before = norm.train().running_mean.clone()
-    conv_norm(conv, norm, x)
-    assert not torch.equal(norm.running_mean, before)
 
 
 def test_narrow_strided_shortcuts_subsample_first():

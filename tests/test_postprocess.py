@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.operations import Waits
 from helpers.parity import (
     POSTPROCESS_CASES,
     assert_same_instances,
@@ -20,14 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from solov2.models.postprocess import (
     CELL_CHUNK,
+    Candidates,
     PostprocessSettings,
     apply_kernels,
     flatten_raw,
     postprocess,
     select_candidates,
+    suppress,
     suppress_neighbors,
 )
 from solov2.ops.masks import decode_rle
+from solov2.ops.resample import MaskResampler
 
 
 def test_all_cases_are_present() -> None:
@@ -80,6 +84,82 @@ def test_chunked_candidates_equal_the_full_list(limit: int) -> None:
         assert torch.equal(getattr(found, name), getattr(everything, name)[:limit])
     own = apply_kernels(kernels[found.cells], arguments[2]) > 0.5
     assert torch.equal(own, found.masks.flatten(1))
+
+
+def equal_candidates(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments of `select_candidates` with many equal scores, whose probabilities 0, 0.5 and 1 are summed exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 12, (300, 5), generator=generator) / 12
+    kernels = torch.eye(6)[torch.randint(0, 6, (300,), generator=generator)]
+    features = 200.0 * torch.randint(-1, 2, (6, 9, 7), generator=generator)
+    return scores, kernels, features, torch.randint(10, 45, (300,), generator=generator).float()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100, 700])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_candidates_of_equal_score_come_in_the_order_of_cells_and_classes(
+    limit: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when all pairs are sorted at once; the size of chunks changes the scores of no candidate."""
+    scores, kernels, features, thresholds = equal_candidates(seed)
+    settings = PostprocessSettings(max_candidates=limit, category_threshold=0.2, mask_threshold=0.4)
+    soft = (kernels @ features.flatten(1)).sigmoid()
+    masks = soft > 0.4
+    areas = masks.sum(1)
+    maskness = torch.where(areas > thresholds, (soft * masks).sum(1) / areas, 0)
+    cells, labels = ((scores > 0.2) & (maskness > 0)[:, None]).nonzero(as_tuple=True)
+    wanted = scores[cells, labels] * maskness[cells]
+    order = wanted.argsort(descending=True, stable=True)[: limit or None]
+    found = select_candidates(scores, kernels, features, thresholds, settings)
+    assert len(wanted) > 500 and len(wanted.unique()) < 100
+    for value, expected in (
+        (found.scores, wanted),
+        (found.labels, labels),
+        (found.cells, cells),
+        (found.masks.flatten(1), masks[cells]),
+    ):
+        assert torch.equal(value, expected[order])
+    monkeypatch.setattr("solov2.models.postprocess.CELL_CHUNK", 70)
+    chunked = select_candidates(scores, kernels, features, thresholds, settings)
+    assert torch.equal(chunked.scores, found.scores)
+    assert torch.equal(chunked.masks.flatten(1), masks[chunked.cells])
+    assert torch.equal(scores[chunked.cells, chunked.labels] * maskness[chunked.cells], chunked.scores)
+
+
+@pytest.mark.parametrize(("chunk", "limit", "waits"), [(10**6, 500, 3), (500, 500, 4), (500, 0, 6), (500, 1, 3)])
+def test_the_host_waits_for_an_accelerator_once_per_chunk(
+    chunk: int, limit: int, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for the numbers of cells and of instances; 1,901 cells pass. Intersections are those of accelerators."""
+
+    def product(masks: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
+        return masks.flatten(1).float() @ masks.flatten(1).float().T
+
+    case = POSTPROCESS_CASES["over_500"]
+    raw = raw_outputs(case["tag"], case["params"], torch.float64)
+    settings = PostprocessSettings(max_candidates=limit)
+    (scores,), (kernels,), thresholds = flatten_raw(raw, settings)
+    monkeypatch.setattr("solov2.ops.matrix_nms._intersections", product)
+    monkeypatch.setattr("solov2.models.postprocess.CELL_CHUNK", chunk)
+    with Waits() as seen:
+        candidates = select_candidates(scores, kernels, raw["mask_features"][0], thresholds, settings)
+        kept = suppress(candidates, settings)
+    assert isinstance(kept, Candidates) and len(kept.scores) > 0
+    assert len(seen.waits) == waits, seen.waits
+
+
+@pytest.mark.parametrize(("mask_format", "waits"), [("bool", 4), ("rle", 6)])
+def test_waits_of_the_whole_post_processing(mask_format: str, waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per image, in the forms for accelerators: RLEs take one more, and the copy of their borders."""
+    monkeypatch.setattr(
+        "solov2.ops.matrix_nms._intersections", lambda masks, _: masks.flatten(1).float() @ masks.flatten(1).float().T
+    )
+    monkeypatch.setattr(MaskResampler, "to_masks", MaskResampler.planes_to_masks)
+    monkeypatch.setattr(MaskResampler, "to_rles", MaskResampler.planes_to_rles)
+    case = POSTPROCESS_CASES["batch_of_three"]
+    with Waits() as seen:
+        results = postprocess_case(case, mask_format=mask_format)
+    assert len(results) == 3 and len(seen.waits) <= 3 * waits, seen.waits
 
 
 @pytest.mark.parametrize("max_candidates", [500, 0])

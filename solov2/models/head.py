@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from solov2.models.coordinates import ConvolveMaps, convolve_each, convolve_with_coordinates
 from solov2.models.layers import ConvNormReLU
 from solov2.ops.coords import coordinate_channels
-
-
-def convolve_each_level(conv: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
-    """Apply one convolution to every level: list of [B, D, S, S] -> list of [B, D', S, S]."""
-    return [conv(level) for level in levels]
 
 
 class SOLOv2Head(nn.Module):
@@ -36,7 +32,7 @@ class SOLOv2Head(nn.Module):
     """
 
     # `solov2.models.optimize.use_winograd` replaces it with a faster function that computes the same.
-    convolve: Callable[[nn.Module, Sequence[Tensor]], list[Tensor]] = staticmethod(convolve_each_level)
+    convolve: ConvolveMaps = staticmethod(convolve_each)
 
     def __init__(
         self,
@@ -83,13 +79,12 @@ class SOLOv2Head(nn.Module):
         levels = resample_outer_levels(pyramid)  # five of [B, D, H / s, W / s], s = 8, 8, 16, 32, 32
         grids = [resize(x, (S, S)) for x, S in zip(levels, self.grid_sizes, strict=True)]  # [B, D, S, S]
         # Equal objects in two places share their class but not their mask: only kernels see coordinates (3.1.2).
-        coordinates = [grid_coordinates(x, S) for x, S in zip(levels, self.grid_sizes)]  # [B, 2, S, S]
-        kernel_inputs = [torch.cat(pair, dim=1) for pair in zip(grids, coordinates)]  # [B, D + 2, S, S]
+        coordinates = [grid_coordinates(x, S) for x, S in zip(levels, self.grid_sizes)]  # [1, 2, S, S]
 
         features = apply_tower(self.category_tower, grids, self.convolve)  # [B, T, S, S]
-        category_logits = self.convolve(self.category_predictor, features)  # [B, C, S, S]
-        features = apply_tower(self.kernel_tower, kernel_inputs, self.convolve)  # [B, T, S, S]
-        kernels = self.convolve(self.kernel_predictor, features)  # [B, E, S, S]
+        category_logits = self.convolve(self.category_predictor, features, None)  # [B, C, S, S]
+        features = apply_tower(self.kernel_tower, grids, self.convolve, coordinates)  # [B, T, S, S]
+        kernels = self.convolve(self.kernel_predictor, features, None)  # [B, E, S, S]
         return category_logits, kernels
 
 
@@ -102,13 +97,13 @@ def resample_outer_levels(pyramid: Sequence[Tensor]) -> list[Tensor]:
 
 
 def grid_coordinates(level: Tensor, size: int) -> Tensor:
-    """Coordinate channels (x, then y) of a level [B, D, H, W], resized to its grid: [B, 2, S, S].
+    """Coordinate channels (x, then y) of a level [B, D, H, W], resized to its grid: [1, 2, S, S].
 
     The reference appends them to the level and resizes both together; resizing works per channel, so this gives the
     same result without the copy.
     """
     coordinates = coordinate_channels(*level.shape[-2:], dtype=level.dtype, device=level.device)  # [1, 2, H, W]
-    return resize(coordinates, (size, size)).expand(level.shape[0], -1, -1, -1)  # [B, 2, S, S]
+    return resize(coordinates, (size, size))  # [1, 2, S, S]
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -119,21 +114,27 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 def apply_tower(
     tower: nn.Sequential,
     levels: Sequence[Tensor],
-    convolve: Callable[[nn.Module, Sequence[Tensor]], list[Tensor]] = SOLOv2Head.convolve,
+    convolve: ConvolveMaps = convolve_each,
+    coordinates: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Apply a tower of `ConvNormReLU` steps to every level: list of [B, D, S, S] -> list of [B, T, S, S].
 
+    `coordinates`, [1, 2, S, S] per level, are further channels of the first step's input, if there are any.
     Group norm works per level, as in the reference. In training, batch norm computes its statistics over the cells of
     all levels together: per-level statistics would leave running statistics that match none of the levels.
     """
     for step in tower:
         assert isinstance(step, ConvNormReLU)
-        maps = convolve(step.conv, levels)  # [B, T, S, S]
+        if coordinates:
+            maps = convolve_with_coordinates(step.conv, levels, coordinates, convolve)  # [B, T, S, S]
+            coordinates = ()
+        else:
+            maps = convolve(step.conv, levels, None)  # [B, T, S, S]
         if isinstance(step.norm, nn.BatchNorm2d) and step.norm.training:
             cells = torch.cat([x.flatten(2) for x in maps], dim=2)  # [B, T, cells of all levels]
-            cells = step.relu(step.norm(cells[..., None]))[..., 0]  # [B, T, cells of all levels]
+            cells = step.norm_relu(cells[..., None])[..., 0]  # [B, T, cells of all levels]
             parts = cells.split([x.shape[-2] * x.shape[-1] for x in maps], dim=2)  # [B, T, S * S]
             levels = [part.unflatten(2, x.shape[-2:]) for part, x in zip(parts, maps)]  # [B, T, S, S]
         else:
-            levels = [step.relu(step.norm(x)) for x in maps]  # [B, T, S, S]
+            levels = [step.norm_relu(x) for x in maps]  # [B, T, S, S]
     return list(levels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,29 +83,9 @@ class DeformConv2d(nn.Module):
         return y.to(result_dtype)
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), keeping only the inputs for the backward pass, which calls the function again."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)), [B, C, H, W] -> [B, C', H', W'].
-
-    A batch norm with fixed statistics is a scale and a shift per channel. In training it is therefore folded into the
-    convolution's weight and bias: function and gradients are the same, each direction saves one pass over memory, and
-    the activation between the two need not be kept. Evaluation applies them one after the other, which rounds as the
-    reference does; `SOLOv2.optimize` folds permanently.
-    """
-    if not isinstance(norm, nn.BatchNorm2d) or norm.training or not conv.training:
-        return norm(conv(x))
-    mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(conv, (nn.Conv2d, DeformConv2d)) and mean is not None and variance is not None
-    scale = norm.weight * (variance + norm.eps).rsqrt()  # [C']
-    weight = conv.weight * scale[:, None, None, None]  # [C', C, k, k]
-    bias = norm.bias - mean * scale  # [C']
-    if isinstance(conv, DeformConv2d):
-        return conv(x, weight, bias)
-    return conv._conv_forward(x, weight, bias)
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
@@ -144,3 +125,11 @@ class ConvNormReLU(nn.Sequential):
             nn.init.normal_(self.conv.weight, std=0.01)
         self.norm = make_norm(norm, out_channels)
         self.relu = nn.ReLU(inplace=True)
+
+    def norm_relu(self, x: Tensor) -> Tensor:
+        """Norm and ReLU of a map [B, C', H, W], in its own type, for another convolution to read.
+
+        On an NVIDIA card autocast computes group norm in float32 and leaves the result so. Rounding it here instead of
+        in that convolution changes no number, since ReLU and rounding commute, and halves what ReLU reads and keeps.
+        """
+        return self.relu(self.norm(x).to(x.dtype))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from solov2.models.coordinates import convolve_with_coordinates
 from solov2.models.layers import ConvNormReLU, recomputed
 from solov2.ops.coords import coordinate_channels
 
@@ -18,7 +20,7 @@ class MaskFeatureHead(nn.Module):
 
     P2 passes through one step of 3x3 convolution, norm and ReLU; P3, P4 and P5 through one, two and three steps, each
     followed by bilinear 2x upsampling. The four results are summed, and a 1x1 step turns the sum into the features,
-    which are never negative because of its ReLU.
+    which are never negative because of its ReLU. Upsampling is linear, so P3, P4 and P5 are summed before the last one.
 
     Shape letters: B images, D pyramid channels, M hidden channels, E mask feature channels.
 
@@ -60,15 +62,14 @@ class MaskFeatureHead(nn.Module):
         """The same for four levels [B, D, H / s, W / s], s = 4, 8, 16, 32."""
         # Kernels depend on position, so the features must too (section 3.1.2); coordinates enter at the coarsest level.
         coordinates = coordinate_channels(*p5.shape[-2:], dtype=p5.dtype, device=p5.device)  # [1, 2, H / 32, W / 32]
-        p5 = torch.cat([p5, coordinates.expand(p5.shape[0], -1, -1, -1)], dim=1)  # [B, D + 2, H / 32, W / 32]
-
-        (step,) = self.levels[0].children()
-        fused = step(p2)  # [B, M, H / 4, W / 4]
-        for i, x in enumerate((p3, p4, p5), 1):
-            for step in self.levels[i].children():
-                x = upsample_twice(step(x))  # [B, M, 2 h, 2 w]
-            fused = fused + x  # [B, M, H / 4, W / 4]
-        return self.predictor(fused)  # [B, E, H / 4, W / 4]
+        levels: list[list[Any]] = [[*steps.children()] for steps in self.levels]
+        (first2,), (first3,), (first4, second4), (first5, second5, third5) = levels
+        (x5,) = convolve_with_coordinates(first5.conv, [p5], [coordinates])  # [B, M, H / 32, W / 32]
+        x5 = upsample_twice(first5.relu(first5.norm(x5)))  # [B, M, H / 16, W / 16]
+        x5 = upsample_twice(second5(x5))  # [B, M, H / 8, W / 8]
+        x4 = upsample_twice(first4(p4))  # [B, M, H / 8, W / 8]
+        coarse = first3(p3) + second4(x4) + third5(x5)  # [B, M, H / 8, W / 8]
+        return self.predictor(first2(p2) + upsample_twice(coarse))  # [B, E, H / 4, W / 4]
 
 
 def upsample_twice(x: Tensor) -> Tensor:

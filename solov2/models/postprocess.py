@@ -5,6 +5,7 @@ Steps: points NMS, category threshold, masks, mask scores, Matrix NMS, score thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,7 @@ def apply_kernels(kernels: Tensor, features: Tensor) -> Tensor:
     return (kernels.to(features.dtype) @ features.flatten(1)).sigmoid()
 
 
-def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def score_masks(kernels: Tensor, features: Tensor, threshold: float, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Binary masks of the given cells and the mean probability inside each (SOLO's "maskness").
 
     Chunked by pixels on a CPU, so that full probability maps are never materialized.
@@ -135,21 +136,21 @@ def score_masks(kernels: Tensor, features: Tensor, threshold: float) -> tuple[Te
         kernels: [n, E].
         features: [E, h, w].
         threshold: a pixel is set where its probability is above it.
+        masks: bool [n, h, w], to be filled.
 
     Returns:
-        masks bool [n, h, w], areas [n] in pixels, mean probabilities [n] (0 for an empty mask).
+        areas [n] in pixels, mean probabilities [n] (0 for an empty mask).
     """
-    size, features = features.shape[1:], features.flatten(1)  # [E, h * w]
+    features = features.flatten(1)  # [E, h * w]
     kernels = kernels.to(features.dtype)
     pixels = PIXEL_CHUNK if features.device.type == "cpu" else max(1, features.shape[1])
-    masks = torch.empty(len(kernels), features.shape[1], dtype=torch.bool, device=features.device)  # [n, h * w]
     areas, totals = features.new_zeros(2, len(kernels))  # [n] each
-    for part, mask in zip(features.split(pixels, dim=1), masks.split(pixels, dim=1)):
+    for part, mask in zip(features.split(pixels, dim=1), masks.view(len(masks), -1).split(pixels, dim=1)):
         soft = (kernels @ part).sigmoid_()  # [n, pixels]
         torch.gt(soft, threshold, out=mask)
         areas += mask.sum(1, dtype=areas.dtype)  # [n]
         totals += soft.mul_(mask).sum(1)  # [n]
-    return masks.unflatten(1, size), areas, totals / areas.clamp(min=1)
+    return areas, totals / areas.clamp(min=1)
 
 
 def select_candidates(
@@ -159,7 +160,8 @@ def select_candidates(
 
     The reference computes the masks of all pairs at once. A pair never scores above its category score, so visiting the
     cells in descending order of category score, and stopping once enough candidates score above the next cell's, gives
-    the same result with one mask per cell and bounded memory.
+    the same result with one mask per cell and bounded memory. The host waits for an accelerator once for the number of
+    cells and once per `CELL_CHUNK` of them.
 
     Args:
         category_scores: [cells, C] after points NMS.
@@ -168,51 +170,53 @@ def select_candidates(
         area_thresholds: [cells].
         settings: category_threshold, mask_threshold, max_candidates.
     """
-    pair_cells, pair_labels = (category_scores > settings.category_threshold).nonzero(as_tuple=True)  # [pairs] each
-    pair_scores = category_scores[pair_cells, pair_labels]  # [pairs]
     best = category_scores.amax(1) if category_scores.numel() else category_scores.new_zeros(len(category_scores))
     cells = (best > settings.category_threshold).nonzero()[:, 0]
     cells = cells[best[cells].argsort(descending=True, stable=True)]  # cells above the threshold, best first
-    limit = settings.max_candidates if settings.max_candidates > 0 else len(pair_cells)
-
-    slot_of_cell = torch.full_like(best, -1, dtype=torch.int64)  # [cells], index of a cell's mask in the chunk
-    found = Candidates(
-        pair_scores[:0],
-        pair_labels[:0],
-        pair_cells[:0],
-        torch.zeros(0, *features.shape[1:], dtype=torch.bool, device=features.device),
-    )
-    for chunk in cells.split(CELL_CHUNK):
-        if 0 < limit == len(found.scores) and found.scores[-1] >= best[chunk[0]]:
-            break
-        masks, areas, maskness = score_masks(kernels[chunk], features, settings.mask_threshold)  # [m, h, w], [m], [m]
+    limit = settings.max_candidates if settings.max_candidates > 0 else None
+    chunk, following = cells.tensor_split([CELL_CHUNK])
+    masks = torch.empty(len(chunk), *features.shape[1:], dtype=torch.bool, device=features.device)
+    # Until the search ends, the masks of those found are followed by room for those of the next cells.
+    found = Candidates(category_scores.new_empty(0), cells[:0], cells[:0], masks)
+    while len(chunk):
+        masks = found.masks[len(found.scores) :]  # [m, h, w]
+        areas, maskness = score_masks(kernels[chunk], features, settings.mask_threshold, masks)  # [m] each
         maskness = torch.where(areas > area_thresholds[chunk], maskness, -1.0)  # [m], -1 for tiny masks
-        slot_of_cell.fill_(-1)
-        slot_of_cell[chunk] = torch.arange(len(chunk), device=chunk.device)
-        slots = slot_of_cell[pair_cells]  # [pairs], -1 outside the chunk
-        usable = ((slots >= 0) & (maskness[slots] > 0)).nonzero()[:, 0]  # pairs of the chunk with a mask
-        slots = slots[usable]
-        found = _keep_best(
-            limit,
-            found,
-            Candidates(pair_scores[usable] * maskness[slots], pair_labels[usable], pair_cells[usable], masks),
-            slots,
-        )
+        order = chunk.argsort()  # [m]: pairs of equal score shall come in the order of their cells
+        maskness, own = maskness[order, None], category_scores[chunk[order]]  # [m, 1], [m, C]
+        usable = (own > settings.category_threshold) & (maskness > 0)  # [m, C], pairs with a mask
+        scores = own * maskness  # [m, C]
+
+        bound = best[following[:1]] if len(following) else math.inf
+        final = (usable & (scores >= bound)).sum() + (found.scores >= bound).sum()  # pairs that stay above later ones
+        ranks = usable.flatten().cumsum(0)  # [m * C], the k-th pair is where k first appears
+        count, final = torch.stack([ranks[-1], final]).tolist()  # the host waits
+        pairs = torch.searchsorted(ranks, torch.arange(1, count + 1, device=ranks.device))  # [pairs]
+        slots = order[pairs // own.shape[1]]  # [pairs], index of each pair's mask
+        new = Candidates(scores.flatten()[pairs], pairs % own.shape[1], chunk[slots], masks)
+
+        enough = limit is not None and final >= limit
+        chunk, following = following[: 0 if enough else None].tensor_split([CELL_CHUNK])
+        found = _keep_best(limit, found, new, slots, room=len(chunk))
     return found
 
 
-def _keep_best(limit: int, found: Candidates, new: Candidates, slots: Tensor) -> Candidates:
-    """The `limit` best of both; `new.masks` holds one mask per cell, and `slots` the index of each pair's mask."""
-    scores = torch.cat([found.scores, new.scores])
+def _keep_best(limit: int | None, found: Candidates, new: Candidates, slots: Tensor, *, room: int) -> Candidates:
+    """The `limit` best of both, with room for more masks.
+
+    Args:
+        limit: None for all.
+        found, new: `new.masks` has one mask per cell, in memory right after the masks of those found.
+        slots: int64, index of each new pair's mask in `new.masks`.
+        room: number of masks to leave room for at the end.
+    """
+    scores, labels = torch.cat([found.scores, new.scores]), torch.cat([found.labels, new.labels])
+    cells, count = torch.cat([found.cells, new.cells]), len(found.scores)
     order = scores.argsort(descending=True, stable=True)[:limit]  # [n]
-    old_count = len(found.scores)
-    masks = torch.empty(len(order), *new.masks.shape[1:], dtype=torch.bool, device=scores.device)  # [n, h, w]
-    is_old = order < old_count
-    masks[is_old] = found.masks[order[is_old]]
-    masks[~is_old] = new.masks[slots[order[~is_old] - old_count]]
-    return Candidates(
-        scores[order], torch.cat([found.labels, new.labels])[order], torch.cat([found.cells, new.cells])[order], masks
-    )
+    slots = torch.cat([torch.arange(count, device=slots.device), slots + count])[order]  # [n], in `found.masks`
+    masks = found.masks.new_empty(len(order) + room, *found.masks.shape[1:])
+    torch.index_select(found.masks, 0, slots, out=masks[: len(order)])
+    return Candidates(scores[order], labels[order], cells[order], masks)
 
 
 def suppress(candidates: Candidates, settings: PostprocessSettings) -> Candidates:

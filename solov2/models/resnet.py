@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solov2.models.layers import DeformConv2d, conv_norm, recomputed
+from solov2.models.folding import Folded, NormFolder, conv_norm
+from solov2.models.layers import DeformConv2d, recomputed
 
 
 class BasicBlock(nn.Module):
@@ -24,11 +25,11 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, folded: Folded | None = None) -> Tensor:
         """[B, C, H, W] -> [B, planes, H / stride, W / stride]."""
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, planes, H / stride, W / stride]
-        out = conv_norm(self.conv2, self.bn2, out)  # [B, planes, H / stride, W / stride]
-        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
+        out = self.relu(conv_norm(self.conv1, self.bn1, x, folded))  # [B, planes, H / stride, W / stride]
+        out = conv_norm(self.conv2, self.bn2, out, folded)  # [B, planes, H / stride, W / stride]
+        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x, folded)
         return self.relu(out.add_(shortcut))
 
 
@@ -66,12 +67,12 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, out_channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, folded: Folded | None = None) -> Tensor:
         """[B, C, H, W] -> [B, 4 planes, H / stride, W / stride]."""
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))  # [B, width, H, W], strided if stride_in_1x1
-        out = self.relu(conv_norm(self.conv2, self.bn2, out))  # [B, width, H / stride, W / stride]
-        out = conv_norm(self.conv3, self.bn3, out)  # [B, 4 planes, H / stride, W / stride]
-        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
+        out = self.relu(conv_norm(self.conv1, self.bn1, x, folded))  # [B, width, H, W], strided if stride_in_1x1
+        out = self.relu(conv_norm(self.conv2, self.bn2, out, folded))  # [B, width, H / stride, W / stride]
+        out = conv_norm(self.conv3, self.bn3, out, folded)  # [B, 4 planes, H / stride, W / stride]
+        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x, folded)
         return self.relu(out.add_(shortcut))
 
 
@@ -168,6 +169,7 @@ class ResNet(nn.Module):
                 blocks.append(block(in_channels, planes, stride=2 if i and not j else 1, **options))
                 in_channels = planes * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+        self._folders = [NormFolder() for _ in range(5)]  # of stem and stages
         self._initialize()
         for module in self._frozen_modules():
             module.requires_grad_(False)
@@ -184,6 +186,7 @@ class ResNet(nn.Module):
     def train(self, mode: bool = True) -> ResNet:
         """Set the mode, but keep batch norms with fixed statistics in evaluation mode."""
         super().train(mode)
+        self._folders = [NormFolder() for _ in range(5)]
         fixed = [self] if self.frozen_batch_norm else self._frozen_modules()
         for part in fixed:
             for module in part.modules():
@@ -193,11 +196,13 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] -> [C2..C5], each [B, out_channels[i], H / s, W / s] with strides s = 4, 8, 16, 32."""
-        x = self.relu(conv_norm(self.conv1, self.bn1, images))  # [B, width, H / 2, W / 2]
+        fold_stem, *fold_stages = self._folders
+        x = self.relu(conv_norm(self.conv1, self.bn1, images, fold_stem(self)))  # [B, width, H / 2, W / 2]
         x = self.maxpool(x)  # [B, width, H / 4, W / 4]
         features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = recomputed(block, x) if self.recompute else block(x)  # [B, out_channels[i], H / s, W / s]
+        for stage, fold in zip((self.layer1, self.layer2, self.layer3, self.layer4), fold_stages):
+            folded = fold(*stage)
+            for block in stage:  # [B, out_channels[i], H / s, W / s]
+                x = recomputed(block, x, folded) if self.recompute else block(x, folded)
             features.append(x)
         return features

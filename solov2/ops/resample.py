@@ -41,7 +41,7 @@ class Axis:
         for pixel, weight in ((near, 1 - far_weight), (far, far_weight)):
             np.add.at(matrix, (rows, low[pixel]), weight * (1 - high_weight[pixel]))
             np.add.at(matrix, (rows, high[pixel]), weight * high_weight[pixel])
-        self.matrix = torch.from_numpy(matrix).to(device, dtype)
+        self.matrix = torch.from_numpy(matrix).to(device, dtype, non_blocking=True)
         self.first, self.last = low[near], high[far]  # outermost sources of each target pixel, both ascending
 
     def target_range(self, start: int, stop: int) -> tuple[int, int]:
