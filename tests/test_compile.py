@@ -62,7 +62,7 @@ def test_one_compilation_serves_all_sizes(graphs: list[Any], variant: str) -> No
         for size in ((256, 320), (320, 256), (512, 384), (480, 640), (352, 352)):
             images = torch.randn(1, 3, *size)
             for wanted, found in zip(raw_tensors(plain(images)), raw_tensors(fast(images)), strict=True):
-                torch.testing.assert_close(found, wanted)
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)  # other sums, in float32
     assert len(graphs) == 1
 
 

@@ -78,7 +78,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
 def _run(args: argparse.Namespace) -> int:
     from solov2 import distributed
     from solov2.build import build_assigner, build_compute
-    from solov2.compute import select_device
+    from solov2.compute import reuse_freed_memory, select_device
     from solov2.data.build import oracle_dataset, prepare_data, validation_dataset, validation_loader, with_classes
     from solov2.data.watch import watched
     from solov2.evaluation.coco import CocoEvaluator, limit_warning
@@ -98,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
     config = _configuration(args, checkpoint)
     if args.nproc is not None:
         distributed.relaunch(args.nproc, [*own_command("eval"), *distributed.without_nproc(args.words)], args.device)
+    reuse_freed_memory()
     device = select_device(args.device)
     with distributed.process_group(device, timeout=config.train.stall_seconds):
         prepare_data(config, splits=[args.split])

@@ -1,4 +1,4 @@
-"""Faster forms of a model: norms folded into convolutions, channels-last memory, Winograd convolutions."""
+"""Faster forms of a model: norms, ReLUs and sums folded into convolutions, channels-last memory, Winograd."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
+from solov2.models.fused import FusedBlock, FusedConvReLU
 from solov2.models.head import SOLOv2Head
 from solov2.models.layers import DeformConv2d
+from solov2.models.resnet import ResNet
 from solov2.models.winograd import WinogradConv2d, convolve_levels_jointly
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -19,8 +21,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) -> Model:
     """A copy of a SOLOv2 that computes the same function faster and can no longer be trained.
 
-    Batch norms are folded into the convolutions before them, memory is laid out channels last, and on a CPU in float32
-    the 3x3 convolutions with stride 1 become `WinogradConv2d`.
+    Batch norms are folded into the convolutions before them, which also apply the ReLUs and sums of the backbone.
+    Memory is laid out channels last. On a CPU in float32, the 3x3 convolutions with stride 1 that gain from it become
+    `WinogradConv2d`.
 
     Args:
         model: in training or evaluation mode; left unchanged.
@@ -28,6 +31,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) 
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norms(model)
+    fuse_activations(model)
     device = next(model.parameters()).device
     if device.type == "cpu" and dtype == torch.float32:
         use_winograd(model)
@@ -37,6 +41,17 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) 
     for part in model.children():  # not the model itself: its pixel statistics stay float32
         part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
     return model
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Let the convolutions of every backbone apply its ReLUs and sums, in place; its norms must be folded."""
+    for backbone in model.modules():
+        if not isinstance(backbone, ResNet):
+            continue
+        backbone.conv1, backbone.relu = FusedConvReLU(backbone.conv1), nn.Identity()  # type: ignore[assignment]
+        for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+            for i, block in enumerate(stage):
+                stage[i] = FusedBlock(block).eval()
 
 
 def use_winograd(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from solov2.compute import PRECISIONS, Compute, select_precision, span
 from solov2.errors import InputError
 from solov2.models.fpn import FPN
+from solov2.models.graphs import use_graphs
 from solov2.models.head import SOLOv2Head
 from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.optimize import optimize_for_inference
@@ -109,22 +110,29 @@ class SOLOv2(nn.Module):
             mask_features = self.mask_feature_head(pyramid[:4])
         return {"category_logits": category_logits, "kernels": kernels, "mask_features": mask_features}
 
-    def optimize(self, *, precision: str = "float32", compile: bool = False) -> SOLOv2:
+    def optimize(self, *, precision: str = "float32", compile: bool = False, graphs: bool = False) -> SOLOv2:
         """A faster copy for inference, see `solov2.models.optimize.optimize_for_inference`.
 
         Args:
             precision: "float32", or "bf16" where the device is faster with it.
             compile: also compile the forward pass with `torch.compile`, once for all input sizes (on a CPU this needs a
                 C++ compiler).
+            graphs: launch the forward pass of one or two images as a CUDA graph, recorded once per input size, see
+                `solov2.models.graphs.GraphedForward`; for inputs of few sizes on fast devices.
 
         Raises:
-            ValueError: unknown precision.
+            ValueError: unknown precision, or both compile and graphs.
+            InputError: graphs on a device that has none.
         """
         if precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
+        if compile and graphs:
+            raise ValueError("choose compile=True or graphs=True: a compiled forward pass is not recorded")
         model = optimize_for_inference(self, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         if compile:
             model.compile(dynamic=True)
+        if graphs:
+            use_graphs(model, model.device)
         return model
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
