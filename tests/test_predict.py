@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +20,12 @@ from helpers.tiny_models import save_content
 from PIL import Image
 
 from solov2.build import build_model
+from solov2.commands import predict
 from solov2.commands.predict import find_sources, main, plan_outputs
 from solov2.config import load_config
 from solov2.errors import InputError
+from solov2.models.solov2 import SOLOv2
+from solov2.ops import images
 from solov2.ops.masks import decode_rle, encode_rle
 from solov2.outputs import check_outputs
 
@@ -277,6 +286,139 @@ def test_results_on_the_screen_and_settings(
         found.append([entry["score"] for entry in json.loads(output.out)])
         assert "b.png: " in output.err
     assert found[0] != found[1] and found[0] != found[2] and not (tmp_path / "-").exists()
+
+
+def test_a_cpu_does_one_thing_at_a_time() -> None:
+    assert [predict._images_ahead(torch.device(kind), 3) for kind in ("cpu", "cuda", "mps")] == [0, 3, 3]
+
+
+@pytest.fixture
+def eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight images, with threads that work ahead as on an accelerator."""
+    monkeypatch.setattr(predict, "_images_ahead", lambda device, batch_size: batch_size)
+    folder = tmp_path / "eight"
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_reading_and_writing_overlap_the_network_in_bounded_memory(
+    batch_size: int,
+    weights: Path,
+    eight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each step waits for one that only runs if the two overlap; while a picture is slow, reading stops, too."""
+    events: list[str] = []
+    changed = threading.Condition()
+
+    def happened(event: str) -> None:
+        with changed:
+            events.append(event)
+            changed.notify_all()
+
+    def wait_for(event: str) -> None:
+        with changed:
+            assert changed.wait_for(lambda: event in events, timeout=20), (event, events)
+
+    read, forward, write = images.to_rgb_tensor, SOLOv2.forward, predict.write_picture
+
+    def slow_read(path: Path, **limits: int) -> torch.Tensor:
+        happened(f"read {path.stem}")
+        return read(path, **limits)
+
+    def slow_forward(model: SOLOv2, pixels: torch.Tensor) -> dict[str, Any]:
+        if "network" not in events:
+            wait_for(f"read {batch_size}")  # an image of the next batch
+        happened("network")
+        return forward(model, pixels)
+
+    def slow_write(path: Path, picture: Image.Image) -> None:
+        if path.stem == "0":
+            wait_for(f"read {3 * batch_size - 1}")  # for the batch after the next, while the next is in the network
+            time.sleep(0.3)
+            assert sum(event.startswith("read") for event in events) == 3 * batch_size
+            assert sum(event == "network" for event in events) == 2
+        write(path, picture)
+        happened(f"wrote {path.stem}")
+
+    monkeypatch.setattr(images, "to_rgb_tensor", slow_read)
+    monkeypatch.setattr(SOLOv2, "forward", slow_forward)
+    monkeypatch.setattr(predict, "write_picture", slow_write)
+    arguments = ("--weights", weights, "--output", tmp_path / "out", "--results", tmp_path / "found.json")
+    assert run(eight, *arguments, "--max-instances", "1", "--batch-size", str(batch_size)) == 0
+    for step in ("read", "wrote"):
+        assert [event for event in events if event.startswith(step)] == [f"{step} {number}" for number in range(8)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    assert [Path(line.split(" -> ")[1]).stem for line in lines] == list("01234567")
+    entries = json.loads((tmp_path / "found.json").read_text())
+    assert [Path(entry["file_name"]).stem for entry in entries] == list("01234567")
+
+
+def test_ctrl_c_completes_the_picture_that_is_being_written(
+    weights: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command waits for its threads and drops what they have not begun."""
+    write = predict.write_picture
+
+    def interrupted(path: Path, picture: Image.Image) -> None:
+        if path.stem == "2":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)  # the main thread is already on its way out
+        write(path, picture)
+
+    monkeypatch.setattr(predict, "write_picture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(eight, "--weights", weights, "--output", tmp_path / "out", "--batch-size", "4")
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    assert "interrupted" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
+    for path in (tmp_path / "out").iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "code", "word"),
+    [
+        ("write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "2.png"), 2, "2.png: No space"),
+        ("network", torch.OutOfMemoryError("tried to allocate 2 GiB"), 1, "--batch-size"),
+        ("read", MemoryError(), 1, "--batch-size"),
+    ],
+)
+def test_what_stops_the_command(
+    place: str,
+    error: Exception,
+    code: int,
+    word: str,
+    weights: Path,
+    eight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In whichever thread: one sentence, and the pictures before it are complete."""
+    module, name = {
+        "write": (predict, "write_picture"), "network": (SOLOv2, "forward"), "read": (images, "to_rgb_tensor")
+    }[place]  # fmt: skip
+    calls, working = [], getattr(module, name)
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise error
+        return working(*arguments, **named)
+
+    monkeypatch.setattr(module, name, failing)
+    assert run(eight, "--weights", weights, "--output", tmp_path / "out") == code
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and word in errors[0]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written in (["0.png"], ["0.png", "1.png"], ["0.png", "1.png", "3.png"]) and len(calls) < 7
 
 
 def test_the_module_runs(weights: Path, photos: Path, tmp_path: Path, repo_root: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -18,9 +20,13 @@ from solov2.errors import InputError, printable
 from solov2.outputs import check_outputs, fold_name, write_json, write_picture
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from solov2.models.solov2 import SOLOv2
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 SCORE_THRESHOLD = 0.3
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")  # pictures of other inputs are written as PNG
@@ -79,7 +85,7 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     from solov2.build import build_model, resolve_config
-    from solov2.compute import select_device
+    from solov2.compute import reuse_freed_memory, select_device
     from solov2.weights import find_checkpoint
 
     if args.output.exists() and not args.output.is_dir():
@@ -92,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.score_threshold is None and "model.score_threshold" not in overrides:
         args.score_threshold = SCORE_THRESHOLD
     config = resolve_config(args.model, checkpoint, overrides)
+    reuse_freed_memory()
     device = select_device(args.device)
     changes = model_settings(overrides) | given(args, LIMITS)
     model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
@@ -171,24 +178,38 @@ def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], model
 
 
 def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argparse.Namespace, max_pixels: int) -> int:
+    """Predict the images; while an accelerator computes a batch, two threads read the next and draw the last."""
+    from solov2.ops.images import to_rgb_tensor
     from solov2.visualize import draw_instances
 
+    def read(job: tuple[Path, Path]) -> Tensor:
+        return to_rgb_tensor(job[0], max_pixels=max_pixels)
+
+    def draw(found: tuple[int, Tensor, Mapping[str, Any]]) -> None:
+        number, pixels, result = found
+        write_picture(jobs[number][1], draw_instances(pixels, result, model.class_names, score_threshold=0.0))
+
     args.output.mkdir(parents=True, exist_ok=True)
+    ahead = _images_ahead(model.device, args.batch_size)
     entries: list[dict[str, Any]] = []
     done = 0
     waiting: deque[tuple[int, Tensor]] = deque()  # images whose results have not arrived: one batch at most
-    with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
+    with (
+        _thread() as reader,
+        _thread() as writer,
+        tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress,
+    ):
         results = model.predict_iter(
-            _read(jobs, waiting, max_pixels),
+            _readable(_ahead(reader, read, jobs, ahead), waiting),
             batch_size=args.batch_size,
             mask_format="rle",
             precision=args.precision,
         )
-        for result in results:
-            number, pixels = waiting.popleft()
+        found = ((*waiting.popleft(), _on_host(result)) for result in results)
+        for (number, _, result), written in _ahead(writer, draw, found, ahead):
+            written.result()
             done += 1
             image, picture = jobs[number]
-            write_picture(picture, draw_instances(pixels, result, model.class_names, score_threshold=0.0))
             entries += coco_entries(number + 1, str(image), result, model)
             line = printable(_report(image, picture, result["labels"].tolist(), model))
             progress.write(line, file=text_stream(args.results))
@@ -198,20 +219,55 @@ def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argpars
     return 0 if done == len(jobs) else 1
 
 
-def _read(jobs: Sequence[tuple[Path, Path]], waiting: deque[tuple[int, Tensor]], max_pixels: int) -> Iterator[Tensor]:
+def _images_ahead(device: torch.device, batch_size: int) -> int:
+    """How many images each thread works ahead. On a CPU none, because all would compete for the same cores."""
+    return 0 if device.type == "cpu" else batch_size
+
+
+@contextlib.contextmanager
+def _thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread that in the end completes what it has begun, such as writing a file, and drops everything else."""
+    thread = ThreadPoolExecutor(max_workers=1)
+    try:
+        yield thread
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _ahead(
+    thread: ThreadPoolExecutor, function: Callable[[Item], Made], items: Iterable[Item], count: int
+) -> Iterator[tuple[Item, Future[Made]]]:
+    """Each item, in order, with the future of function(item), which the thread computes while the caller does other
+    work; the items are taken at most `count` ahead of the caller, so that memory is bounded.
+    """
+    begun: deque[tuple[Item, Future[Made]]] = deque()
+    for item in items:
+        begun.append((item, thread.submit(function, item)))
+        if len(begun) > count:
+            yield begun.popleft()
+    while begun:
+        yield begun.popleft()
+
+
+def _readable(
+    images: Iterable[tuple[tuple[Path, Path], Future[Tensor]]], waiting: deque[tuple[int, Tensor]]
+) -> Iterator[Tensor]:
     """Yield each readable image, uint8 [3, H, W], upright by EXIF, and append it to `waiting` with its number; report
     the others on stderr.
     """
-    from solov2.ops.images import to_rgb_tensor
-
-    for number, (image, _) in enumerate(jobs):
+    for number, (_, reading) in enumerate(images):
         try:
-            pixels = to_rgb_tensor(image, max_pixels=max_pixels)
+            pixels = reading.result()
         except InputError as error:
             tqdm.write(f"error: {printable(str(error))}", file=sys.stderr)
             continue
         waiting.append((number, pixels))
         yield pixels
+
+
+def _on_host(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the tensors of a result to the host now: later, a copy would wait for the network of the next batch."""
+    return {key: value if key == "masks" else value.cpu() for key, value in result.items()}  # the masks are RLEs
 
 
 def _report(image: Path, picture: Path, labels: Sequence[int], model: SOLOv2) -> str:
