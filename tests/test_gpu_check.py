@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,56 @@ def test_the_table_shows_an_earlier_call_beside(tmp_path: Path, capsys: pytest.C
         (tmp_path / folder / "training.json").write_text(json.dumps({"bf16, batch 2": {"ms": speed}}))
     assert gpu_check._show_table(tmp_path / "now", ["training"], tmp_path / "then") == 0
     assert capsys.readouterr().out.split() == "training: bf16, batch 2 ms 2 before: ms 1".split()
+
+
+def test_inference_with_graphs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One more row, whose failure does not hide the others; on a CPU without graphs it fails."""
+    torch.set_num_threads(1)  # as above
+    monkeypatch.setattr(gpu_check, "has_graphs", lambda device: True)
+    model = "solov2_r50_fpn_1x", (800, 1088)
+    rows = gpu_check._inference(gpu_check.CPU, *model, ["tf32"])
+    assert "InputError" in rows.pop("bf16, graphs, batch 1")["error"] and "Traceback" in capsys.readouterr().err
+    assert gpu_check._failed({"graphs": {"error": "x"}}) and not gpu_check._failed(rows)
+    assert len(rows) == 6 and all(row["images_per_second"] > 0 for name, row in rows.items() if "batch" in name)
+    monkeypatch.setattr("solov2.models.solov2.use_graphs", lambda model, device: None)
+    row = gpu_check._inference(gpu_check.CPU, *model, [])["bf16, graphs, batch 1"]
+    assert row["difference"] == 0 and row["network_ms"] < row["ms"] and row["instances"] == 100
+
+
+def test_waits_are_counted_by_module() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for module in ("postprocess", "masks", "masks"):
+            warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, f"solov2/{module}.py", 1)
+        warnings.warn_explicit("something else", UserWarning, "solov2/masks.py", 1)
+    assert gpu_check._by_module(caught) == {"all": 3, "postprocess": 1, "masks": 2}
+
+
+def test_the_reference_is_timed_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in gpu_check.PEER:
+        monkeypatch.delenv(name, raising=False)
+    assert gpu_check._run_here("reference", tmp_path, "cpu") == 0
+    assert "--peer" in json.loads((tmp_path / "reference.json").read_text())["reference"]
+    (tmp_path / "peer.py").touch()
+    calls: list[dict[str, str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda _command, env, **_others: calls.append(env))
+    gpu_check.main(["--only", "reference", "--peer", str(tmp_path), sys.executable, "--out", str(tmp_path / "out")])
+    for name in gpu_check.PEER:
+        monkeypatch.setenv(name, calls[0][name])
+    assert gpu_check._run_here("reference", tmp_path, "cpu") == 1  # there is a peer.py, but nothing in it
+    assert "no attribute 'build'" in json.loads((tmp_path / "reference.json").read_text())["error"]
+
+
+@pytest.mark.slow
+def test_the_reference_on_a_cpu(tmp_path: Path) -> None:
+    if not all(os.environ.get(name) for name in gpu_check.PEER):
+        pytest.skip(f"{' and '.join(gpu_check.PEER)} are not both set")
+    assert gpu_check._run_here("reference", tmp_path, "cpu") == 0
+    found = json.loads((tmp_path / "reference.json").read_text())
+    assert found["relative difference of losses"] < 1e-4
+    assert found["instances"]["reference"] == found["instances"]["plain"] > 0
+    for name in ("network, batch 1", "network, batch 2", "inference, batch 1", "inference, batch 2"):
+        assert found[name].keys() == {"reference_ms"} | {
+            f"{form}_{unit}" for form in ("plain", "optimized", "bf16") for unit in ("ms", "ratio")
+        }
+    assert found["training, batch 2"]["plain_ratio"] > 0

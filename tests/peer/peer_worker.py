@@ -25,7 +25,7 @@ class Worker:
     def __init__(self, peer: Any) -> None:
         self.peer = peer
 
-    def setup(self, config: str, size: list[int], candidates: int, folder: str) -> dict[str, Any]:
+    def setup(self, config: str, size: list[int], candidates: int, folder: str, device: str = "cpu") -> dict[str, Any]:
         """Build and calibrate the model; its weights and the image (uint8 BGR [3, H, W]) go into the folder."""
         self.model, self.config = self.peer.build(config, 0)
         self.size = tuple(size)
@@ -39,6 +39,11 @@ class Worker:
         self.weights = Path(folder) / "weights.pth"
         torch.save({"state_dict": self.model.state_dict()}, self.weights)
         torch.save({"image": self.image}, Path(folder) / "image.pth")
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self.inputs = self.inputs.to(self.device)
+        if self.device.type != "cpu":
+            use_plain_focal_loss()
         return {}
 
     @torch.no_grad()
@@ -53,6 +58,36 @@ class Worker:
         end = time.perf_counter()
         return {"seconds": end - start, "parts": [neck - start, head - neck, end - head], "found": len(result.scores),
                 "score_sum": float(result.scores.sum())}  # fmt: skip
+
+    def speed(self, what: str, images: int, warm_ups: int, iterations: int) -> dict[str, Any]:
+        """Mean seconds of "network", "inference" (network and post-processing) or "training" on a batch of the image,
+        with a single wait for the device after the last iteration.
+        """
+        inputs, metas = self.inputs.repeat(images, 1, 1, 1), [self.meta] * images
+        self.model.train(what == "training")
+
+        def step() -> None:
+            if what == "training":
+                self.update(self.prepare(images))
+                return
+            with torch.no_grad():
+                raw = self.model.mask_head(self.model.extract_feat(inputs))
+                if what == "inference":
+                    self.model.mask_head.predict_by_feat(*raw, batch_img_metas=metas)
+
+        for _ in range(warm_ups):
+            step()
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(iterations):
+            step()
+        self.wait()
+        return {"seconds": (time.perf_counter() - start) / iterations}
+
+    def wait(self) -> None:
+        """Wait until the device has finished its queued work."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def open_head(self, head: dict[str, Any], mask_branch: dict[str, Any], test: dict[str, Any]) -> dict[str, Any]:
         """A head of another size, whose weights play no part in `postprocess`."""
@@ -146,21 +181,46 @@ class Worker:
         self.optimizer = torch.optim.SGD(self.parameters, lr=1e-5, momentum=0.9, weight_decay=1e-4)
         return {}
 
-    def train(self) -> dict[str, Any]:
+    def train(self, images: int = 1) -> dict[str, Any]:
         """One training step: targets, forward, losses, backward, clipping, SGD."""
         self.model.train()
-        data = self.model.data_preprocessor({"inputs": [self.image], "data_samples": [self.sample]}, True)
+        data = self.prepare(images)
         forget_peak()
         before = resident("VmRSS")
         start = time.perf_counter()
+        losses = self.update(data)
+        self.wait()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "before": before, "peak": resident("VmHWM"),
+                "losses": {key: float(value.detach()) for key, value in losses.items()}}  # fmt: skip
+
+    def prepare(self, images: int) -> dict[str, Any]:
+        """A batch of the image and its ground truth, normalized and on the device."""
+        given = {"inputs": [self.image] * images, "data_samples": [self.sample] * images}
+        return self.model.data_preprocessor(given, True)
+
+    def update(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The training step itself; returns its losses on the device."""
         losses = self.model.loss(data["inputs"], data["data_samples"])
         self.optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 35)
         self.optimizer.step()
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "before": before, "peak": resident("VmHWM"),
-                "losses": {key: float(value.detach()) for key, value in losses.items()}}  # fmt: skip
+        return losses
+
+
+def use_plain_focal_loss() -> None:
+    """Compute the focal loss with torch, as the reference does on a CPU; elsewhere it calls a part of mmcv that would
+    have to be compiled.
+    """
+    from mmdet.models.losses import focal_loss
+
+    def plain(pred: torch.Tensor, target: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        classes = pred.size(1)
+        one_hot = torch.nn.functional.one_hot(target, num_classes=classes + 1)[:, :classes]
+        return focal_loss.py_sigmoid_focal_loss(pred, one_hot, *arguments, **named)
+
+    focal_loss.sigmoid_focal_loss = plain
 
 
 def resident(key: str) -> float:

@@ -1,11 +1,15 @@
 """Check an accelerator: the same results as on the CPU, no waiting inside a training step, speed and memory.
 
-    python tests/scripts/gpu_check.py [--only ITEM ...] [--out DIR] [--device NAME] [--compare DIR]
+    python tests/scripts/gpu_check.py [--only ITEM ...] [--out DIR] [--device NAME] [--compare DIR] [--peer DIR PYTHON]
 
 Every item runs in its own process and has its own time limit, so that a failure, a hang or a broken device context does
 not affect the others, and writes DIR/ITEM.json when it is done; a table of all results is printed at the end, with
 --compare beside those of an earlier call. Without --only, the items that take a few minutes together run. On a CPU the
 same items run at small sizes.
+
+The item `reference` times mmdetection beside this library. DIR is a folder with its driver `peer.py`, which is not part
+of this repository, and PYTHON the interpreter of an environment with mmdetection 3.3; by default they are taken from
+SOLOV2_PEER_DIR and SOLOV2_PEER_PYTHON. Its focal loss is computed by torch, because mmcv is not compiled there.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scripts")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / part) for part in ("", "scripts", "peer"))]
 
 from helpers.parity import (  # noqa: E402
     BATCHES,
@@ -51,6 +57,7 @@ from helpers.parity import (  # noqa: E402
 from helpers.tiny_models import lively  # noqa: E402
 from helpers.tiny_runs import SETTINGS, random_batch, tiny_config  # noqa: E402
 from kill_runs import differences  # noqa: E402
+from on_device import compare_on_device  # noqa: E402
 
 import solov2  # noqa: E402
 from solov2 import distributed  # noqa: E402
@@ -59,10 +66,11 @@ from solov2.benchmarking.peak import convolution_peak  # noqa: E402
 from solov2.benchmarking.synthetic import ellipses, synthetic_raw  # noqa: E402
 from solov2.build import build_assigner, build_criterion, construct, prepare_for_training  # noqa: E402
 from solov2.checkpoint import load_file  # noqa: E402
-from solov2.compute import Compute, select_device, select_precision, synchronize  # noqa: E402
+from solov2.compute import Compute, has_graphs, select_device, select_precision, synchronize  # noqa: E402
 from solov2.config import Config, load_config  # noqa: E402
 from solov2.data.build import prepare_data, training_dataset, training_loader  # noqa: E402
 from solov2.data.categories import default_class_names  # noqa: E402
+from solov2.models.solov2 import SOLOv2  # noqa: E402
 from solov2.ops.matrix_nms import matrix_nms  # noqa: E402
 from solov2.ops.resize import resize_image  # noqa: E402
 from solov2.predict import Predictor  # noqa: E402
@@ -74,6 +82,7 @@ from solov2.training.step import take_step  # noqa: E402
 
 CPU = torch.device("cpu")
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
+PEER = ("SOLOV2_PEER_DIR", "SOLOV2_PEER_PYTHON")
 
 
 def check_environment(device: torch.device) -> dict[str, Any]:
@@ -233,22 +242,28 @@ def check_step(device: torch.device) -> dict[str, Any]:
     return {**found, "waits of a step": 0 if device.type == "cuda" else None, "waits of a prediction": _waits(device)}
 
 
-def _waits(device: torch.device) -> int | None:
-    """How often the host waits for the device between the pixels of an image and its RLEs; None where unknown."""
+def _waits(device: torch.device) -> dict[str, int] | None:
+    """How often the host waits for the device between an image and its RLEs, by module; None where unknown."""
     if device.type != "cuda":
         return None
-    config, size, _ = _workload(device, (800, 1088), (1, 8))
-    predictor = Predictor(lively(solov2.build_model(config, device=device)), Compute(device), mask_format="rle")
-    batch = _batch(1, size)
-    _predict(predictor, batch)
+    config, _, _ = _workload(device, (800, 1088), (1, 8))
+    model = lively(solov2.build_model(config, device=device))
+    image = torch.randint(256, (3, 480, 640), dtype=torch.uint8)
+    model.predict(image, mask_format="rle")
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _predict(predictor, batch)
+            model.predict(image, mask_format="rle")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return _by_module(caught)
+
+
+def _by_module(caught: Sequence[warnings.WarningMessage]) -> dict[str, int]:
+    """The number of warnings about waiting for a device: all of them, and by the module that waited."""
+    modules = [Path(warning.filename).stem for warning in caught if "synchroniz" in str(warning.message)]
+    return {"all": len(modules), **Counter(modules)}
 
 
 def check_overflow(device: torch.device) -> dict[str, Any]:
@@ -379,18 +394,40 @@ def _inference(
         fast = plain.optimize(precision="bf16" if half else "float32", compile=compile)
         # Its weights are cast to bf16, so it needs no autocast.
         for kind, model, cast in (("plain", plain, precision), ("optimized", fast, "tf32" if half else precision)):
-            compute = Compute(device, cast, torch.channels_last)
-            predictor = Predictor(model, compute, mask_format="bool")
+            predictor = Predictor(model, Compute(device, cast, torch.channels_last), mask_format="bool")
             for count in counts:
-                batch = _batch(count, size)
-                found = len(_predict(predictor, batch)[0]["scores"])
-                speed = _speed(partial(_predict, predictor, batch), count, device)
-                rows[f"{precision}, {kind}, batch {count}"] = {
-                    **speed,
-                    "network_ms": _speed(partial(_network, predictor, batch), count, device)["ms"],
-                    "instances": found,
-                }
+                rows[f"{precision}, {kind}, batch {count}"] = _prediction_speed(predictor, _batch(count, size))
+    if has_graphs(device) and not compile:  # last: after a graph that fails, the device may be of no more use
+        rows["bf16, graphs, batch 1"] = _graphs_speed(plain, _batch(1, size), device)
     return rows
+
+
+def _prediction_speed(predictor: Predictor, batch: dict[str, Tensor]) -> dict[str, Any]:
+    found, count, device = _predict(predictor, batch)[0], len(batch["pixels"]), predictor.compute.device
+    return {
+        **_speed(partial(_predict, predictor, batch), count, device),
+        "network_ms": _speed(partial(_network, predictor, batch), count, device)["ms"],
+        "instances": len(found["scores"]),
+    }
+
+
+def _graphs_speed(plain: SOLOv2, batch: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """The same with `optimize(graphs=True)`, and the difference of its raw outputs from those without graphs.
+
+    Any error is the result, so that it does not hide the other figures.
+    """
+    compute = Compute(device, "tf32", torch.channels_last)
+    try:
+        fast = plain.optimize(precision="bf16", graphs=True)
+        row = _prediction_speed(Predictor(fast, compute, mask_format="bool"), batch)
+        other = compute.move(_batch(1, batch["pixels"].shape[2:]))  # other pixels than those recorded
+        with torch.no_grad(), compute.arithmetic():
+            images = compute.images(fast, other)
+            pair = [raw_tensors(model(images)) for model in (fast, copy.deepcopy(fast))]  # copies have no graphs
+        return {**row, "difference": max(map(relative_difference, *pair))}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _batch(count: int, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -507,6 +544,17 @@ def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[s
     return {"images_per_second": images * count / seconds, "ms": 1000 * seconds / count, "peak_mib": peak}
 
 
+def check_reference(device: torch.device) -> dict[str, Any]:
+    """Times of mmdetection and of this library, see tests/peer/on_device.py."""
+    folder, python = (os.environ.get(name, "") for name in PEER)
+    if not Path(folder, "peer.py").is_file() or shutil.which(python) is None:
+        return {"reference": "not timed: give --peer DIR PYTHON, see the top of gpu_check.py"}
+    if device.type == "cpu":
+        small = {"config": "solov2_light_r18", "size": (64, 96), "counts": (1, 2), "warm_ups": 1, "iterations": 1}
+        return compare_on_device(device, folder, python, **small)
+    return compare_on_device(device, folder, python)
+
+
 def check_quickstart(device: torch.device) -> dict[str, Any]:
     """The quickstart end to end; on a CPU, two epochs at a small size."""
     tiny = [*SETTINGS, "train.epochs=2"]
@@ -540,6 +588,7 @@ OTHERS: dict[str, tuple[Check, float]] = {  # run by --only
     "recomputing": (check_recomputing, 90),
     "large_batches": (check_large_batches, 120),
     "compiled_inference": (check_compiled_inference, 240),
+    "reference": (check_reference, 240),
     "quickstart": (check_quickstart, 400),
 }
 
@@ -552,17 +601,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="default: gpu_check/")
     parser.add_argument("--device", help="default: the accelerator, if there is one")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="also show the results of an earlier call")
+    parser.add_argument(
+        "--peer", nargs=2, metavar=("DIR", "PYTHON"), help="of the reference; default: " + ", ".join(PEER)
+    )
     parser.add_argument("--here", choices=every, help=argparse.SUPPRESS)  # set by main for the process of an item
     args = parser.parse_args(argv)
     if args.here:
         return _run_here(args.here, args.out, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
+    environ = os.environ | dict(zip(PEER, args.peer or ()))
     for item in args.only:
         (args.out / f"{item}.json").unlink(missing_ok=True)  # of an earlier call
         command = [sys.executable, __file__, "--here", item, "--out", str(args.out)]
         command += ["--device", args.device] if args.device else []
         try:
-            subprocess.run(command, timeout=every[item][1], check=False)
+            subprocess.run(command, timeout=every[item][1], check=False, env=environ)
         except subprocess.TimeoutExpired:
             _write(args.out, item, {"error": f"took longer than {every[item][1]} seconds"})
     return _show_table(args.out, args.only, args.compare)
@@ -577,7 +630,12 @@ def _run_here(item: str, folder: Path, device: str | None) -> int:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
     _write(folder, item, {**found, "item_seconds": round(time.perf_counter() - started, 1)})
-    return 1 if "error" in found else 0
+    return 1 if _failed(found) else 0
+
+
+def _failed(found: dict[str, Any]) -> bool:
+    """Whether the item or one of its rows failed."""
+    return any("error" in part for part in (found, *found.values()) if isinstance(part, dict))
 
 
 def _write(folder: Path, item: str, found: dict[str, Any]) -> None:
@@ -589,7 +647,7 @@ def _show_table(folder: Path, items: list[str], earlier: Path | None = None) -> 
     for item in items:
         path = folder / f"{item}.json"
         found = json.loads(path.read_text()) if path.is_file() else {"error": "the process ended without a result"}
-        failed |= "error" in found
+        failed |= _failed(found)
         before = earlier / path.name if earlier is not None else path
         then = json.loads(before.read_text()) if earlier is not None and before.is_file() else {}
         print(f"{item}:")
