@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -26,10 +26,13 @@ MAX_ID = 2**63 - 1
 MAX_CROWD_SHARE = 0.1  # of the annotations; COCO has 0.012. More are probably single objects that a tool has flagged
 
 
+ImageId = int | str  # a string only in panoptic files
+
+
 class ImageRecord(NamedTuple):
     """The fields of an entry of `images` that loading uses."""
 
-    image_id: int
+    image_id: ImageId
     file_name: str
     height: int
     width: int
@@ -44,6 +47,7 @@ class Problem:
     index: int  # of the entry within its section
     where: str  # such as "annotation 7"; empty if the id itself is wrong
     message: str
+    segment: int | None = None  # of a panoptic annotation: the place in its `segments_info`
 
     def sentence(self, path: str | Path) -> str:
         """The message with the file and the entry in front."""
@@ -56,10 +60,20 @@ def load_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, not JSON, or not in COCO's instance format; the message says what it is.
     """
+    return require_instances(parse_json(path), path)
+
+
+def parse_json(path: Path) -> Any:
+    """Parse an annotation file of any format.
+
+    Raises:
+        InputError: the file is missing, not JSON, or nested too deeply for a format of COCO.
+    """
     if path.is_dir():
         raise InputError(f"annotation file {path} is a folder; name the JSON file")
     if not path.is_file():
         raise InputError(f"annotation file {path} does not exist")
+    too_deep = InputError(f"annotation file {path} is nested too deeply to be in COCO's format")
     try:
         data = path.read_bytes()
         content = json.loads(data)
@@ -69,22 +83,40 @@ def load_json(path: Path) -> dict[str, Any]:
         reason = describe_bytes(data) or f"is not valid JSON; it may be truncated ({error})"
         raise InputError(f"annotation file {path} {reason}") from error
     except RecursionError as error:
-        raise InputError(f"annotation file {path} is nested too deeply to be COCO's instance format") from error
+        raise too_deep from error
+    if _is_deeper(content, MAX_DEPTH):
+        raise too_deep
+    return content
+
+
+def require_instances(content: Any, path: Path) -> dict[str, Any]:
+    """The content of an annotation file if it may be in COCO's instance format.
+
+    Raises:
+        InputError: it is not; the message says what it is.
+    """
     what = describe_json(content)
     if what is not None:
         raise InputError(f"annotation file {path} {what}")
-    for key in SECTIONS:
+    return require_lists(content, path, tuple(SECTIONS), "COCO's instance format")
+
+
+def require_lists(content: Any, path: Path, keys: Sequence[str], name: str) -> dict[str, Any]:
+    """The content of an annotation file in the format `name` if it has these lists.
+
+    Raises:
+        InputError: it lacks one.
+    """
+    for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"annotation file {path} has no list `{key}`, so it is not in COCO's instance format")
-    if _is_deeper(content, MAX_DEPTH):
-        raise InputError(f"annotation file {path} is nested too deeply to be COCO's instance format")
+            raise InputError(f"annotation file {path} has no list `{key}`, so it is not in {name}")
     return content
 
 
 def _is_deeper(content: Any, limit: int) -> bool:
     """Whether JSON values are nested more than `limit` levels deep, found without recursion."""
-    level = [content]
-    for _ in range(limit):
+    level: list[Any] = [[content]]
+    for _ in range(limit + 1):
         inner = (value.values() if type(value) is dict else value for value in level)
         level = [value for values in inner for value in values if type(value) is dict or type(value) is list]
     return bool(level)
@@ -155,7 +187,7 @@ def crowd_message(crowds: int, total: int) -> str:
 def find_problems(content: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) -> Iterator[Problem]:
     """All faults that stop loading: first those of ids, then the first of each entry. Segmentations are not checked."""
     for section in SECTIONS:
-        yield from _id_problems(content[section], section)
+        yield from id_problems(content[section], section)
     image_ids = {image["id"] for image in content["images"] if has_id(image)}
     checks = {
         "images": lambda image: image_fault(image, max_pixels),
@@ -187,7 +219,8 @@ def all_finite(values: Iterable[Any]) -> bool:
         return False
 
 
-def _id_problems(entries: list[Any], section: str) -> Iterator[Problem]:
+def id_problems(entries: list[Any], section: str) -> Iterator[Problem]:
+    """Entries of a section whose id is no integer, or that of an earlier entry."""
     kind, ids = SECTIONS[section], set()
     for index, entry in enumerate(entries):
         if not has_id(entry):
@@ -206,7 +239,7 @@ def image_fault(image: dict[str, Any], max_pixels: int = MAX_PIXELS) -> tuple[st
     if not isinstance(name, str) or not name:
         hint = ", but a coco_url, as in LVIS (solov2 check-data --fix takes the name from it)" * ("coco_url" in image)
         return "file name", f"has no file_name{hint}"
-    if PurePath(name).is_absolute() or PurePath(os.path.normpath(name)).parts[:1] == ("..",):
+    if is_outside(name):
         return "file outside", f"has the file_name {name}, which is outside the image folder"
     if not (all_finite(size) and min(size) >= 1 and all(side == int(side) for side in size)):
         return "size", "has no positive width and height in whole pixels"
@@ -216,18 +249,29 @@ def image_fault(image: dict[str, Any], max_pixels: int = MAX_PIXELS) -> tuple[st
     return None
 
 
+def is_outside(name: str) -> bool:
+    """Whether a file name leaves the folder that it is relative to."""
+    return PurePath(name).is_absolute() or PurePath(os.path.normpath(name)).parts[:1] == ("..",)
+
+
 def category_fault(category: dict[str, Any]) -> tuple[str, str] | None:
     """(kind, message) of the first fault in an entry of `categories`, or None."""
     return None if isinstance(category.get("name"), str) else ("category name", "has no name")
 
 
-def annotation_fault(annotation: dict[str, Any], image_ids: set[int]) -> tuple[str, str] | None:
+def annotation_fault(annotation: dict[str, Any], image_ids: Collection[ImageId]) -> tuple[str, str] | None:
     """(kind, message) of the first fault in an entry of `annotations`, not counting its segmentation, or None."""
-    image_id, box = annotation.get("image_id"), annotation.get("bbox")
+    image_id = annotation.get("image_id")
     if not is_integer(image_id) or image_id not in image_ids:
         return "unknown image", f"belongs to image {image_id!r}, which is not in `images`"
     if not is_integer(annotation.get("category_id")):
         return "category id", "has no integer category_id"
+    return number_fault(annotation)
+
+
+def number_fault(annotation: dict[str, Any]) -> tuple[str, str] | None:
+    """(kind, message) of the first fault in the `bbox`, `area` and `iscrowd` of an annotation or segment, or None."""
+    box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all_finite(box):
         return "box", "has no bbox of four finite numbers x, y, width, height"
     if not all_finite([annotation.get("area")]):

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from solov2.compute import span
 from solov2.data.annotations import (
+    ImageId,
     ImageRecord,
     check_separators,
     count_short_polygons,
@@ -131,7 +132,7 @@ class CocoInstances(Dataset):
         if fault is not None:
             raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {fault}")
 
-    def file_name(self, image_id: int) -> str:
+    def file_name(self, image_id: ImageId) -> str:
         """The file name of an image, relative to the image folder."""
         return self._unpack(self.image_ids.index(image_id))[0].file_name
 
@@ -217,13 +218,15 @@ class CocoInstances(Dataset):
             self._warned.add(message)
             LOG.warning("%s; the next image is used instead", message)
 
-    def _collect_instances(self, annotations: list[dict], records: dict[int, ImageRecord]) -> dict[int, list[tuple]]:
+    def _collect_instances(
+        self, annotations: list[dict], records: dict[ImageId, ImageRecord]
+    ) -> dict[ImageId, list[tuple]]:
         """Image id -> (box xyxy, label, segmentation) of its usable annotations, with their segmentations checked.
 
         Evaluation passes every annotation to pycocotools, crowds included, so it checks all of them.
         """
         labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        instances: dict[int, list[tuple]] = {image_id: [] for image_id in records}
+        instances: dict[ImageId, list[tuple]] = {image_id: [] for image_id in records}
         ignored: dict[str, list[str]] = defaultdict(list)  # reason to warn -> the annotations it applies to
         for annotation in annotations:
             record, category_id = records[annotation["image_id"]], annotation["category_id"]

@@ -50,12 +50,21 @@ def describe_json(content: Any) -> str | None:
     annotations = content.get("annotations")
     if isinstance(annotations, dict):
         return "has an object as `annotations`, where COCO's format has a list"
+    if is_panoptic(content):
+        return (
+            "is a panoptic annotation file (segments_info); an instance model needs instances_*.json, and a model with "
+            "model.num_stuff > 0 takes this one"
+        )
     entry = annotations[0] if isinstance(annotations, list) and annotations else None
-    if isinstance(entry, dict) and "segments_info" in entry:
-        return "is a panoptic annotation file (segments_info); training needs instances_*.json"
     if isinstance(entry, dict) and "caption" in entry and "category_id" not in entry:
         return "holds captions; training needs instances_*.json"
     return None
+
+
+def is_panoptic(content: Any) -> bool:
+    """Whether parsed JSON is a panoptic annotation file."""
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    return isinstance(annotations, list) and any(isinstance(x, dict) and "segments_info" in x for x in annotations)
 
 
 def describe_folder(root: Path) -> str:

@@ -21,6 +21,7 @@ from solov2.data.annotations import (
     MAX_CROWD_SHARE,
     NO_MASKS,
     SECTIONS,
+    ImageId,
     ImageRecord,
     category_id_shift,
     count_crowds,
@@ -87,7 +88,7 @@ def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *
     findings += _annotation_file_findings(usable, _file_names(content["images"]))
     categories = sorted(usable["categories"], key=lambda category: category["id"])
     records = [ImageRecord(x["id"], x["file_name"], int(x["height"]), int(x["width"])) for x in usable["images"]]
-    annotations: dict[int, list[dict]] = defaultdict(list)
+    annotations: dict[ImageId, list[dict]] = defaultdict(list)
     for entry in usable["annotations"]:
         annotations[entry["image_id"]].append(entry)
     short_edges = config.data.train_scales
@@ -165,7 +166,7 @@ def _file_names(images: Sequence[Any]) -> dict[int, Any]:
 
 def _with_fixes(findings: Sequence[Finding], content: Mapping[str, Any], changes: Sequence[Change]) -> list[Finding]:
     """The findings with what `repair` did to their entries."""
-    places: dict[tuple[str, int | None], tuple[str, int]] = {
+    places: dict[tuple[str, ImageId | None], tuple[str, int]] = {
         (section, entry["id"]): (section, index)
         for section in ("images", "annotations")
         for index, entry in reversed(list(enumerate(content[section])))

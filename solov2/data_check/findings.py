@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from solov2.data.annotations import (
+    ImageId,
     ImageRecord,
     count_short_polygons,
     is_file,
@@ -70,7 +71,7 @@ class Finding(NamedTuple):
 
     kind: str  # a key of SEVERITIES
     message: str
-    image_id: int | None = None
+    image_id: ImageId | None = None
     annotation_id: int | None = None
     file: str | None = None
     place: tuple[str, int] | None = None

@@ -17,6 +17,7 @@ import pycocotools.mask as coco_mask
 
 from solov2.data.annotations import (
     SECTIONS,
+    ImageId,
     ImageRecord,
     annotation_fault,
     category_fault,
@@ -37,7 +38,7 @@ from solov2.ops.masks import segmentation_to_rle
 def repair(
     content: Mapping[str, Any],
     images: Path,
-    unusable_images: Mapping[int, str],
+    unusable_images: Mapping[ImageId, str],
     *,
     crowd: str = "ignore",
     max_pixels: int = MAX_PIXELS,
@@ -130,7 +131,7 @@ def _with_unique_ids(entries: list[Any], section: str, report: Callable[..., Non
     return kept
 
 
-def _image_removal_reason(image: dict, unusable_images: Mapping[int, str], max_pixels: int) -> str | None:
+def _image_removal_reason(image: dict, unusable_images: Mapping[ImageId, str], max_pixels: int) -> str | None:
     fault = image_fault(image, max_pixels)
     return fault[1] if fault is not None else unusable_images.get(image["id"])
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from solov2.config import Config, DataConfig, ModelConfig
+from solov2.data.annotations import ImageId
 from solov2.data.class_matching import distinct_names
 from solov2.data_check.findings import ImageCheck, Instances
 
@@ -37,7 +38,7 @@ def _concatenate_instances(checks: Sequence[ImageCheck]) -> tuple[Instances, np.
 
 
 def summarize(
-    checks: Sequence[ImageCheck], image_ids: Sequence[int], class_names: Sequence[str], config: Config
+    checks: Sequence[ImageCheck], image_ids: Sequence[ImageId], class_names: Sequence[str], config: Config
 ) -> dict[str, Any]:
     """Statistics of a checked dataset, as plain JSON types.
 

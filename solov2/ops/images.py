@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from solov2.errors import InputError
@@ -83,15 +83,20 @@ class ImageHeader(NamedTuple):
 def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Size and pixel format of an image file; arguments and errors as in `read_image`."""
     with open_image(source, max_pixels=max_pixels) as image:
-        raw_mode = str(image.tile[0][3]) if image.tile else ""  # "RGB;16B" for 16-bit RGB, which Pillow opens as RGB
         return ImageHeader(
             height=image.height,
             width=image.width,
             mode=image.mode,
-            deep=image.mode in _DEEP_GRAY_MODES or ";16" in raw_mode,
+            deep=is_deep(image),
             turned=image.format != "TIFF" and _orientation(image) in _UPRIGHT,
             animated=_is_animated(image),
         )
+
+
+def is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether an opened file that is not yet decoded has more than eight bits per channel."""
+    raw_mode = str(image.tile[0][3]) if image.tile else ""  # "RGB;16B" for 16-bit RGB, which Pillow opens as RGB
+    return image.mode in _DEEP_GRAY_MODES or ";16" in raw_mode
 
 
 def _orientation(image: Image.Image) -> int:
