@@ -159,6 +159,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": "FILE",
         "help": "write the instances in COCO's results format; -: to standard output (default: none)",
     },
+    "--per-class": {"action": "store_true", "help": "also report the figures of each class"},
     "--overwrite": {"action": "store_true", "help": "replace existing files"},
     "--set": {
         "action": "append",

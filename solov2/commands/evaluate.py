@@ -52,7 +52,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         help="evaluate the training targets themselves: the highest AP that this resolution and these grids allow",
     )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
-    parser.add_argument("--per-class", action="store_true", help="also report the AP of each class")
+    add_shared_arguments(parser, "--per-class")
     parser.add_argument(
         "--fast",
         action="store_true",

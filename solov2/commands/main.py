@@ -17,6 +17,7 @@ from solov2.version import __version__
 COMMANDS = {
     "train": "train a model on data in COCO's format",
     "eval": "evaluate COCO mask AP and box AP of a model",
+    "panoptic-quality": "compute the panoptic quality of two files in COCO's panoptic format",
     "predict": "segment images and draw the results",
     "benchmark": "measure images per second, by stage",
     "check-data": "check a dataset and write a repaired copy",
@@ -25,7 +26,8 @@ COMMANDS = {
     "models": "list the models, their parameters and their published AP",
 }
 MODULES = {"eval": "evaluate"}  # commands whose module has another name
-PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "IN", "OUT", "SOURCE")  # metavars that a shell completes with paths
+# metavars that a shell completes with paths
+PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "GT.json", "IN", "OUT", "PRED.json", "SOURCE")
 SHELLS = ("bash", "zsh", "tcsh")
 
 
