@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from solov2.ops.encoded_masks import EncodedMasks
+from solov2.ops.mask_map import MaskMap
 from solov2.ops.masks import centers_of_mass
 from solov2.ops.resize import quarter_masks
+
+IGNORED = 255  # label of pixels that nobody has annotated
 
 
 class TargetAssigner:
@@ -58,7 +61,8 @@ class TargetAssigner:
         Args:
             instances: per image boxes float32 [N, 4] x1, y1, x2, y2 (of the annotation, in input pixels), labels
                 int64 [N], masks uint8 of 0 and 1 or bool [N, h, w] at the size of the image before padding, or
-                `EncodedMasks` of that shape, which take less memory. All on the CPU.
+                `EncodedMasks` or `MaskMap` of that shape, which take less memory; in panoptic data also semantic uint8
+                [h, w]. All on the CPU.
             padded_size: (H, W) of the batch, multiples of 32.
 
         Returns:
@@ -67,6 +71,7 @@ class TargetAssigner:
                 Instances are numbered across the batch.
             masks: uint8 [sum N, H / 4, W / 4].
             positives_per_image, instances_per_image: lists of B integers.
+            semantic: uint8 [B, H / 4, W / 4], in panoptic data.
         """
         quarter = (padded_size[0] // 4, padded_size[1] // 4)
         categories, positives, masks, offset = [], [], [], 0
@@ -78,12 +83,15 @@ class TargetAssigner:
             positives.append(torch.cat([images, pairs + torch.tensor([0, offset])], dim=1))  # [P_i, 3]
             masks += quarters  # each [n, H / 4, W / 4]
             offset += len(truth["labels"])
+        maps = [semantic_target(truth["semantic"], padded_size) for truth in instances if "semantic" in truth]
+        semantic = {"semantic": torch.stack(maps)} if maps else {}
         return {
             "category": torch.stack(categories),  # [B, cells]
             "positives": torch.cat(positives),  # [P, 3]
             "masks": torch.cat(masks),  # [sum N, H / 4, W / 4]
             "positives_per_image": [len(pairs) for pairs in positives],
             "instances_per_image": [len(truth["labels"]) for truth in instances],
+            **semantic,
         }
 
     def _assign(
@@ -122,9 +130,27 @@ class TargetAssigner:
         return category, pairs
 
 
-def _reduce(masks: Tensor | EncodedMasks, size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+def semantic_target(labels: Tensor, padded_size: tuple[int, int]) -> Tensor:
+    """The labels at the centers of 4 x 4 blocks, `IGNORED` beyond the map: uint8 [H / 4, W / 4].
+
+    Labels are never averaged. The upper left pixel of each block, which mmdetection takes, would move every border by
+    1.5 pixels against the masks of the instances.
+
+    Args:
+        labels: uint8 [h, w], the semantic map of an image before padding.
+        padded_size: (H, W) of the batch, multiples of 4.
+    """
+    target = labels.new_full((padded_size[0] // 4, padded_size[1] // 4), IGNORED)
+    centers = labels[2::4, 2::4]
+    target[: centers.shape[0], : centers.shape[1]] = centers
+    return target
+
+
+def _reduce(
+    masks: Tensor | EncodedMasks | MaskMap, size: tuple[int, int]
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
     """Centers of mass (y, x, area, each [N]) and quarter masks uint8 [n, *size], in parts, of the masks of an image."""
-    chunks = masks.chunks() if isinstance(masks, EncodedMasks) else [(masks, None)]
+    chunks = [(masks, None)] if isinstance(masks, Tensor) else masks.chunks()
     parts = [(centers_of_mass(planes, extents), quarter_masks(planes, size, extents)) for planes, extents in chunks]
     y, x, area = (torch.cat(values) for values in zip(*(centers for centers, _ in parts)))
     return (y, x, area), [quarters for _, quarters in parts]

@@ -294,7 +294,7 @@ def test_files_that_contradict_themselves(tree: PanopticTree, tmp_path: Path) ->
         compare_files(truth, open_predictions(tmp_path / "found.json", truth))
 
     compare(found, paint(found))
-    swapped = paint([segment(0x710101, 4, (4, 4, 20, 12)), segment(9 << 16, 9, (30, 4, 10, 8))])
+    swapped = paint([segment(0x711101, 4, (4, 4, 20, 12)), segment(9 << 16, 9, (30, 4, 10, 8))])
     for infos, ids, named in (
         (found[:1], paint(found), "1.png .* segment 9"),
         (found, paint(found[1:]), "segment 70001.*1.png"),

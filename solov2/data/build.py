@@ -15,6 +15,7 @@ from solov2 import distributed
 from solov2.config import Config, DataConfig, override_config
 from solov2.data.annotations import is_file
 from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.data.loader import AssignTargets, Collate, EvalSampler, TrainBatchSampler, build_loader
 from solov2.data.recognize import describe_folder
 from solov2.data.shapes import generate_shapes
@@ -202,7 +203,7 @@ def oracle_dataset(data: DataConfig, split: str) -> CocoInstances:
 
 def training_loader(
     config: Config,
-    dataset: CocoInstances,
+    dataset: ImageDataset,
     assigner: AssignTargets,
     *,
     device: torch.device = CPU,
@@ -240,7 +241,7 @@ def training_loader(
 
 def validation_loader(
     config: Config,
-    dataset: CocoInstances,
+    dataset: ImageDataset,
     *,
     device: torch.device = CPU,
     batch_size: int = 1,
@@ -268,6 +269,6 @@ def worker_count(workers: int | str) -> int:
     return max(1, min(MAX_AUTOMATIC_WORKERS, cores // distributed.local_world_size()))
 
 
-def with_classes(config: Config, dataset: CocoInstances) -> Config:
+def with_classes(config: Config, dataset: ImageDataset) -> Config:
     """The configuration with `num_classes` set to the number of classes in the annotation file."""
     return replace(config, model=replace(config.model, num_classes=len(dataset.class_names)))

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ def can_match(names: Sequence[str] | None, others: Sequence[str]) -> bool:
     return not numbered or not set(names).isdisjoint(others)
 
 
-def match_categories(class_names: Sequence[str], dataset: CocoInstances) -> list[int | None]:
+def match_categories(class_names: Sequence[str], dataset: ImageDataset) -> list[int | None]:
     """The category id, in the annotation file of `dataset`, of each of a model's classes; None if the file lacks it."""
     return [None if i is None else dataset.category_ids[i] for i in match_names(class_names, dataset.class_names)]
 
 
-def check_categories(class_names: Sequence[str], dataset: CocoInstances, source: str) -> None:
+def check_categories(class_names: Sequence[str], dataset: ImageDataset, source: str) -> None:
     """Check before an evaluation that classes can be matched by name, and warn about those that only one side has.
 
     Args:

@@ -13,7 +13,7 @@ import contextlib
 import io
 import logging
 import marshal
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from solov2.compute import span
 from solov2.data.annotations import (
@@ -31,18 +30,18 @@ from solov2.data.annotations import (
     count_short_polygons,
     read_annotations,
     reason_unusable,
-    require_folder,
     segmentation_fault,
 )
+from solov2.data.image_dataset import Box, ImageDataset
 from solov2.errors import InputError, count
 from solov2.ops.encoded_masks import EncodedMasks
-from solov2.ops.images import MAX_PIXELS, read_image
+from solov2.ops.images import MAX_PIXELS
 from solov2.ops.masks import segmentations_to_masks
 
 LOG = logging.getLogger(__name__)
 
 
-class CocoInstances(Dataset):
+class CocoInstances(ImageDataset):
     """Images and instances of one COCO annotation file.
 
     Args:
@@ -81,16 +80,19 @@ class CocoInstances(Dataset):
         max_pixels: int = MAX_PIXELS,
         decode_masks: bool = True,
     ) -> None:
-        self.annotation_file, self.image_root = Path(annotations), Path(images)
-        self.training, self.skip_broken_images, self.decode_masks = training, skip_broken_images, decode_masks
-        self._warned: set[str] = set()
-        self.unknown_categories: Counter[int] = Counter()
-        require_folder(self.image_root)
-        self._crowd, self.max_pixels = crowd, max_pixels
+        super().__init__(
+            annotations,
+            images,
+            training=training,
+            skip_broken_images=skip_broken_images,
+            max_pixels=max_pixels,
+            decode_masks=decode_masks,
+        )
+        self._crowd = crowd
         content = read_annotations(self.annotation_file, crowd=crowd, max_pixels=max_pixels)
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.category_ids: list[int] = [category["id"] for category in categories]
-        self.class_names: list[str] = [category["name"] for category in categories]
+        self.category_ids = [category["id"] for category in categories]
+        self.class_names = [category["name"] for category in categories]
         records = [ImageRecord(x["id"], x["file_name"], int(x["height"]), int(x["width"])) for x in content["images"]]
         check_separators(records, self.image_root, self.annotation_file)
         instances = self._collect_instances(content["annotations"], {record.image_id: record for record in records})
@@ -132,46 +134,16 @@ class CocoInstances(Dataset):
         if fault is not None:
             raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {fault}")
 
-    def file_name(self, image_id: ImageId) -> str:
-        """The file name of an image, relative to the image folder."""
-        return self._unpack(self.image_ids.index(image_id))[0].file_name
+    def record(self, position: int) -> ImageRecord:
+        """What the annotation file says about the image at a position."""
+        return self._unpack(position)[0]
+
+    def boxes(self, position: int) -> list[tuple[Box, int]]:
+        """(box xyxy, label) of the instances of the image at a position; in training only."""
+        return [(box, label) for box, label, _ in self._unpack(position)[1]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coco": None}  # workers never need it
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample at `index`; with `skip_broken_images`, the next one that can be read."""
-        start = range(len(self))[index]  # raises IndexError if out of range
-        for step in range(len(self)):
-            try:
-                return self._load((start + step) % len(self))
-            except InputError as error:
-                if not self.skip_broken_images:
-                    raise
-                self._warn_once(str(error))
-        raise InputError(f"no image of {self.annotation_file} in {self.image_root} can be read")
-
-    def instance_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All training instances without their masks; no file is read.
-
-        Returns:
-            position of the image in the dataset int64 [N], label int64 [N], box float64 [N, 4] (xyxy, image pixels).
-        """
-        rows = [
-            (position, label, *box)
-            for position in range(len(self) if self.training else 0)
-            for box, label, _ in self._unpack(position)[1]
-        ]
-        table = np.array(rows, dtype=np.float64).reshape(-1, 6)
-        return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:]
-
-    def image_sizes(self) -> np.ndarray:
-        """(h, w) of each image according to the annotation file, int64 [images, 2]."""
-        records = [self._unpack(position)[0] for position in range(len(self))]
-        return np.array([(record.height, record.width) for record in records], dtype=np.int64)
 
     def _unpack(self, position: int) -> tuple[ImageRecord, list[tuple]]:
         """The record of an image and its instances: (box xyxy, label, segmentation)."""
@@ -197,26 +169,6 @@ class CocoInstances(Dataset):
         if not self.decode_masks:
             return EncodedMasks.from_segmentations(segmentations, size)
         return segmentations_to_masks(segmentations, size)[0]
-
-    def _read_image(self, record: ImageRecord) -> Tensor:
-        path = self.image_root / record.file_name
-        stated = f"{self.annotation_file} says {record.width} x {record.height}"
-        try:
-            with span("decode"):
-                image = read_image(path, apply_exif=False, max_pixels=self.max_pixels)
-        except InputError as error:
-            raise InputError(f"{error} ({stated})") from error
-        height, width = image.shape[1:]
-        if (height, width) != (record.height, record.width):
-            turned = (width, height) == (record.height, record.width)
-            hint = "; EXIF rotation is not applied to dataset images" if turned else ""
-            raise InputError(f"image {path} is {width} x {height}, but {stated}{hint}")
-        return image
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            LOG.warning("%s; the next image is used instead", message)
 
     def _collect_instances(
         self, annotations: list[dict], records: dict[ImageId, ImageRecord]

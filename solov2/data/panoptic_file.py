@@ -56,6 +56,7 @@ class PanopticFile:
         folder: of the PNGs.
         categories: in the order of the file.
         image_ids: of the images with an annotation, in the order of `annotations`.
+        bare_image_ids: of the images without an annotation.
         max_pixels: maximum width x height of a PNG.
     """
 
@@ -66,10 +67,12 @@ class PanopticFile:
         categories: Sequence[Category],
         annotations: Sequence[Annotation],
         *,
+        bare_image_ids: Sequence[ImageId] = (),
         max_pixels: int,
     ) -> None:
         self.path, self.folder, self.categories, self.max_pixels = path, folder, list(categories), max_pixels
         self.image_ids = [annotation.record.image_id for annotation in annotations]
+        self.bare_image_ids = list(bare_image_ids)
         self._places = {image_id: place for place, image_id in enumerate(self.image_ids)}
         # As in CocoInstances: one block instead of millions of objects, so that workers share its memory.
         packed = [marshal.dumps((tuple(record), png, [*map(tuple, found)])) for record, png, found in annotations]
@@ -130,7 +133,15 @@ def open_annotations(
             f"{count(len(crowds), 'segment')} of stuff in {path} {'has' if len(crowds) == 1 else 'have'} iscrowd 1, "
             f"which is meant for things; the first is segment {crowds[0][1].id} of image {crowds[0][0].record.image_id}"
         )
-    return PanopticFile(path, segments_folder(path, folder), categories, annotations, max_pixels=max_pixels)
+    bare = records.keys() - {x.record.image_id for x in annotations}
+    return PanopticFile(
+        path,
+        segments_folder(path, folder),
+        categories,
+        annotations,
+        bare_image_ids=[image_id for image_id in records if image_id in bare],
+        max_pixels=max_pixels,
+    )
 
 
 def open_predictions(path: str | Path, truth: PanopticFile, folder: str | Path | None = None) -> PanopticFile:
@@ -196,12 +207,12 @@ def read_segment_map(path: Path, size: tuple[int, int], *, max_pixels: int = MAX
     with open_image(path, max_pixels=max_pixels) as image:
         if image.format != "PNG":
             lossy = ", whose compression changes the ids" if image.format == "JPEG" else ""
-            raise InputError(f"is a {image.format} file{lossy}; segment ids must be in a PNG")
+            raise InputError(f"{path} is a {image.format} file{lossy}; segment ids must be in a PNG")
         if image.mode != "RGB" or is_deep(image):
             bits = "16 bits per channel" if is_deep(image) else f"the pixel format {image.mode}"
-            raise InputError(f"has {bits}, but segment ids must be in an RGB PNG with 8 bits per channel")
+            raise InputError(f"{path} has {bits}, but segment ids must be in an RGB PNG with 8 bits per channel")
         if (image.height, image.width) != tuple(size):
-            raise InputError(f"is {image.width} x {image.height}, but its image is {size[1]} x {size[0]}")
+            raise InputError(f"{path} is {image.width} x {image.height}, but its image is {size[1]} x {size[0]}")
         return ids_from_rgb(np.asarray(image))
 
 

@@ -1,4 +1,4 @@
-"""Transforms of samples (described in data/coco.py). Pixels and masks stay uint8 throughout."""
+"""Transforms of samples (described in data/coco.py and data/panoptic.py). Pixels and masks stay uint8 throughout."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from solov2.compute import span
-from solov2.data.coco import CocoInstances
-from solov2.ops.encoded_masks import EncodedMasks
-from solov2.ops.resize import resize_image, resize_masks, resized_size
+from solov2.data.image_dataset import ImageDataset
+from solov2.ops.resize import resize_image, resize_map, resize_masks, resized_size
 
 Sample = dict[str, Any]
 
@@ -21,11 +20,13 @@ Sample = dict[str, Any]
 def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
     """Resize to `size` (h, w): image bilinearly, masks by nearest neighbor; boxes are scaled and clipped."""
     masks = sample["masks"]
+    semantic = {"semantic": resize_map(sample["semantic"], size)} if "semantic" in sample else {}
     return {
         **sample,
+        **semantic,
         "image": resize_image(sample["image"], size),
         "boxes": resize_boxes(sample["boxes"], tuple(sample["image"].shape[1:]), size),
-        "masks": masks.resize(size) if isinstance(masks, EncodedMasks) else resize_masks(masks, size),
+        "masks": resize_masks(masks, size) if isinstance(masks, Tensor) else masks.resize(size),
     }
 
 
@@ -42,8 +43,10 @@ def flip_sample(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
     if not dims:
         return sample
     size = tuple(sample["image"].shape[1:])
+    semantic = {"semantic": sample["semantic"].flip([dim - 1 for dim in dims])} if "semantic" in sample else {}
     return {
         **sample,
+        **semantic,
         "image": sample["image"].flip(dims),
         "boxes": _flip_boxes(sample["boxes"], size, horizontal=horizontal, vertical=vertical),
         "masks": sample["masks"].flip(dims),
@@ -61,8 +64,10 @@ def _flip_boxes(boxes: Tensor, size: tuple[int, int], *, horizontal: bool, verti
 
 def transpose_sample(sample: Sample) -> Sample:
     """Mirror across the main diagonal: rows become columns, and `original_size` is swapped too."""
+    semantic = {"semantic": sample["semantic"].mT} if "semantic" in sample else {}
     return {
         **sample,
+        **semantic,
         "image": sample["image"].mT,
         "boxes": sample["boxes"][:, [1, 0, 3, 2]],
         "masks": sample["masks"].mT,
@@ -128,7 +133,7 @@ class TransformedDataset(Dataset):
     """
 
     def __init__(
-        self, dataset: CocoInstances, transform: Callable[[Sample, torch.Generator], Sample], *, seed: int
+        self, dataset: ImageDataset, transform: Callable[[Sample, torch.Generator], Sample], *, seed: int
     ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 

@@ -20,7 +20,7 @@ from solov2.errors import InputError, RunFailed
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-    from solov2.data.coco import CocoInstances
+    from solov2.data.image_dataset import ImageDataset
 
 Result = TypeVar("Result")
 
@@ -39,7 +39,7 @@ MORE_SHARED_MEMORY = (
 
 def watched(
     loader: DataLoader,
-    dataset: CocoInstances,
+    dataset: ImageDataset,
     *,
     stall_seconds: float = 0,
     check: Callable[[], None] = lambda: None,

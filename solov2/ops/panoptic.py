@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 from torch import Tensor, from_numpy
 
 MAX_SEGMENT_ID = 2**24 - 1  # three bytes
@@ -79,6 +81,14 @@ def measure_segments(ids: np.ndarray) -> SegmentTable:
     x1, y1 = (np.minimum.reduceat(start, first) for start in (left, rows))
     x2, y2 = (np.maximum.reduceat(end, first) for end in (left + lengths, rows + 1))
     return SegmentTable(found, np.add.reduceat(lengths, first), np.stack((x1, y1, x2, y2), axis=1))
+
+
+def replace_ids(ids: np.ndarray, values: Mapping[int, int], *, other: int, dtype: DTypeLike) -> np.ndarray:
+    """The map, integers [H, W], with every id replaced by its value, and those that have none by `other`."""
+    starts = _run_starts(ids)
+    distinct, inverse = np.unique(ids.reshape(-1)[starts], return_inverse=True)
+    replaced = np.array([values.get(number, other) for number in distinct.tolist()], dtype=dtype)
+    return np.repeat(replaced[inverse], np.diff(starts, append=ids.size)).reshape(ids.shape)
 
 
 def count_pairs(first: np.ndarray, second: np.ndarray) -> dict[tuple[int, int], int]:

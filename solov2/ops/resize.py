@@ -203,6 +203,12 @@ def resize_masks(masks: Tensor, size: tuple[int, int], extents: Tensor | None = 
     return torch.from_numpy(resized)
 
 
+def resize_map(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a map of labels [h, w] on the host to [H, W] by nearest neighbor, as `resize_masks` does."""
+    rows, columns = (source_indices(n, m) for n, m in zip(labels.shape, size))
+    return torch.from_numpy(labels.numpy().take(rows, axis=0).take(columns, axis=1))
+
+
 def resize_extents(extents: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
     """The extents, int64 [N, 4] as x1, y1, x2, y2, after `resize_masks` from `size` to `new_size` (h, w)."""
     rows, columns = (source_indices(n, m) for n, m in zip(size, new_size))

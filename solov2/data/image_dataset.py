@@ -1,0 +1,131 @@
+"""What the datasets of annotated images share: images of the stated size, and what to do about broken ones."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from solov2.compute import span
+from solov2.data.annotations import ImageId, ImageRecord, require_folder
+from solov2.errors import InputError
+from solov2.ops.images import read_image
+
+LOG = logging.getLogger(__name__)
+Box = tuple[float, float, float, float]
+
+
+class ImageDataset(Dataset):
+    """Images of one annotation file; `CocoInstances` and `CocoPanoptic` say what is annotated.
+
+    Args:
+        annotations: path of the JSON file.
+        images: the folder that `file_name` is relative to.
+        training: whether samples have instances.
+        skip_broken_images: instead of an image that cannot be read, return the next readable sample and warn.
+        max_pixels: maximum width x height of an image; larger ones are rejected.
+        decode_masks: False gives masks that are only drawn at the size of the targets.
+
+    Attributes:
+        class_names: of the instances, in order of category id; a label is an index into this list.
+        category_ids: the file's category id of each label.
+        image_ids, aspect_ratios: id and width / height of each image, in dataset order.
+        unknown_categories: category ids that are not in `categories` -> number of annotations with that id.
+    """
+
+    class_names: list[str]
+    category_ids: list[int]
+    image_ids: list[ImageId]
+    aspect_ratios: list[float]
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        *,
+        training: bool,
+        skip_broken_images: bool,
+        max_pixels: int,
+        decode_masks: bool,
+    ) -> None:
+        self.annotation_file, self.image_root = Path(annotations), Path(images)
+        self.training, self.skip_broken_images, self.decode_masks = training, skip_broken_images, decode_masks
+        self.max_pixels = max_pixels
+        self.unknown_categories: Counter[int] = Counter()
+        self._warned: set[str] = set()
+        require_folder(self.image_root)
+
+    def record(self, position: int) -> ImageRecord:
+        """What the annotation file says about the image at a position."""
+        raise NotImplementedError
+
+    def boxes(self, position: int) -> list[tuple[Box, int]]:
+        """(box xyxy, label) of the instances of the image at a position; in training only."""
+        raise NotImplementedError
+
+    def _load(self, position: int) -> dict[str, Any]:
+        """The sample at a position."""
+        raise NotImplementedError
+
+    def file_name(self, image_id: ImageId) -> str:
+        """The file name of an image, relative to the image folder."""
+        return self.record(self.image_ids.index(image_id)).file_name
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample at `index`; with `skip_broken_images`, the next one that can be read."""
+        start = range(len(self))[index]  # raises IndexError if out of range
+        for step in range(len(self)):
+            try:
+                return self._load((start + step) % len(self))
+            except InputError as error:
+                if not self.skip_broken_images:
+                    raise
+                self._warn_once(str(error))
+        raise InputError(f"no image of {self.annotation_file} in {self.image_root} can be read")
+
+    def instance_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All training instances without their masks; no file is read.
+
+        Returns:
+            position of the image in the dataset int64 [N], label int64 [N], box float64 [N, 4] (xyxy, image pixels).
+        """
+        rows = [
+            (position, label, *box)
+            for position in range(len(self) if self.training else 0)
+            for box, label in self.boxes(position)
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(-1, 6)
+        return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:]
+
+    def image_sizes(self) -> np.ndarray:
+        """(h, w) of each image according to the annotation file, int64 [images, 2]."""
+        records = [self.record(position) for position in range(len(self))]
+        return np.array([(record.height, record.width) for record in records], dtype=np.int64)
+
+    def _read_image(self, record: ImageRecord) -> Tensor:
+        path = self.image_root / record.file_name
+        stated = f"{self.annotation_file} says {record.width} x {record.height}"
+        try:
+            with span("decode"):
+                image = read_image(path, apply_exif=False, max_pixels=self.max_pixels)
+        except InputError as error:
+            raise InputError(f"{error} ({stated})") from error
+        height, width = image.shape[1:]
+        if (height, width) != (record.height, record.width):
+            turned = (width, height) == (record.height, record.width)
+            hint = "; EXIF rotation is not applied to dataset images" if turned else ""
+            raise InputError(f"image {path} is {width} x {height}, but {stated}{hint}")
+        return image
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            LOG.warning("%s; the next image is used instead", message)
