@@ -10,25 +10,24 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import secrets
-import shutil
-import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from pycocotools import mask as mask_api
-from tqdm import tqdm
 
-from solov2.errors import InputError
+from solov2.data.generate import (
+    LICENSE,
+    draw_in_parallel,
+    file_name,
+    image_entry,
+    save_image,
+    scene_generator,
+    write_dataset,
+)
 
 CLASSES = {"disc": 1, "square": 3, "triangle": 4, "star": 7}  # name -> category id, with gaps as in COCO
-SPLITS = ("train2017", "val2017")
 EMPTY_EVERY = 50  # one image in this many has no objects
 CROWD_EVERY = 25  # one image in this many has a crowd region
 SMALL_SHARE = 0.33  # of objects: smaller than 1/8 of the image side
@@ -54,51 +53,8 @@ def generate_shapes(
     Raises:
         InputError: `root` holds other data or cannot be written, or a process was killed while drawing.
     """
-    root = Path(root)
     recipe = {"train_images": train_images, "val_images": val_images, "size": size, "seed": seed, "version": 2}
-    if _already_generated(root, recipe):
-        return False
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        partial = root.parent / f".{root.name}.{secrets.token_hex(4)}"
-        partial.mkdir()
-    except OSError as error:
-        raise InputError(f"cannot write the generated dataset to {root}: {error.strerror}") from error
-    try:
-        for split, count in zip(SPLITS, (train_images, val_images), strict=True):
-            _write_split(partial, split, count, size, seed, progress)
-        (partial / "shapes.json").write_text(json.dumps(recipe))
-        return _publish(partial, root, recipe)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _publish(partial: Path, root: Path, recipe: dict[str, int]) -> bool:
-    """Move the complete dataset into place; False if another run has put the same one there in the meantime."""
-    try:
-        if root.exists():
-            root.rmdir()
-        os.replace(partial, root)
-    except OSError:
-        if not _already_generated(root, recipe):
-            raise
-        shutil.rmtree(partial)
-        return False
-    return True
-
-
-def _already_generated(root: Path, recipe: dict[str, int]) -> bool:
-    """Whether the folder holds this very dataset; InputError if it holds anything else."""
-    if not root.exists() or not any(root.iterdir()):
-        return False
-    marker = root / "shapes.json"
-    if marker.is_file() and json.loads(marker.read_text()) == recipe:
-        return True
-    raise InputError(
-        f"{root} holds other data than the shapes that data.shapes generates; name another folder with --data, or "
-        "train on what is there with --set data.shapes=false"
-    )
+    return write_dataset(Path(root), recipe, _write_split, progress=progress)
 
 
 def _write_split(root: Path, split: str, count: int, size: int, seed: int, progress: bool) -> None:
@@ -106,22 +62,14 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int, progr
     (root / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    bar = tqdm(desc=f"drawing {split}", total=count, leave=False, unit="image", disable=None if progress else True)
     draw = functools.partial(_write_scene, root, split, size, seed)
-    ignore_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    try:
-        with bar, ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=ignore_interrupts) as pool:
-            for i, objects in enumerate(pool.map(draw, range(count), chunksize=8)):
-                bar.update()
-                name = _file_name(i)
-                images.append({"id": i + 1, "file_name": name, "width": size, "height": size, "license": 0})
-                for entry in objects:
-                    annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **entry})
-    except BrokenProcessPool as error:
-        raise InputError("a drawing process was killed, perhaps out of memory; run the command again") from error
+    for i, objects in enumerate(draw_in_parallel(draw, count, f"drawing {split}", progress=progress)):
+        images.append(image_entry(i, size))
+        for entry in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **entry})
     content = {
         "info": {"description": f"textured shapes, {split}, seed {seed}"},
-        "licenses": [{"id": 0, "name": "generated, no rights reserved", "url": ""}],
+        "licenses": [LICENSE],
         "categories": [{"id": number, "name": name, "supercategory": "shape"} for name, number in CLASSES.items()],
         "images": images,
         "annotations": annotations,
@@ -129,14 +77,10 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int, progr
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def _file_name(index: int) -> str:
-    return f"{index + 1:012d}.jpg"
-
-
 def _write_scene(root: Path, split: str, size: int, seed: int, index: int) -> list[dict[str, Any]]:
     """Draw one image and save it; returns its annotations."""
-    pixels, objects = draw_scene(np.random.default_rng([seed, SPLITS.index(split), index]), size, index)
-    PIL.Image.fromarray(pixels).save(root / split / _file_name(index), quality=92)
+    pixels, objects = draw_scene(scene_generator(seed, split, index), size, index)
+    save_image(root / split / file_name(index), pixels)
     return objects
 
 
@@ -152,13 +96,32 @@ def draw_scene(rng: np.random.Generator, size: int, index: int) -> tuple[np.ndar
         image uint8 [size, size, 3] RGB, and COCO annotations without id and image_id.
     """
     canvas = _background(rng, size)
+    crowd, shapes = draw_objects(canvas, rng, index)
+    entries = [] if crowd is None else [_crowd_annotation(crowd)]
+    entries.extend(_annotation(shape) for shape in shapes)
+    return add_noise(canvas, rng), entries
+
+
+def draw_objects(
+    canvas: np.ndarray, rng: np.random.Generator, index: int
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Paint the objects of one image on its background, float32 [size, size, 3].
+
+    Args:
+        canvas: the background.
+        rng: source of all randomness.
+        index: as for `draw_scene`.
+
+    Returns:
+        The crowd region, or None, and the shapes: each with its `name` and its `visible` pixels, bool [size, size].
+    """
     if index % EMPTY_EVERY == EMPTY_EVERY - 1:
-        return _add_noise(canvas, rng), []
-    entries = []
+        return None, []
+    size, crowd = len(canvas), None
     blocked = np.zeros((size, size), bool)
     if index % CROWD_EVERY == CROWD_EVERY // 2:
-        blocked, entry = _draw_crowd(canvas, rng)
-        entries.append(entry)
+        crowd = _draw_crowd(canvas, rng)
+        blocked = crowd["visible"]
     shapes: list[dict[str, Any]] = []
     for _ in range(int(rng.integers(3, 9))):
         shape = _place(rng, size, shapes, blocked)
@@ -168,8 +131,7 @@ def draw_scene(rng: np.random.Generator, size: int, index: int) -> tuple[np.ndar
             shapes.append(shape)
     for shape in shapes:
         _paint(canvas, shape, rng)
-    entries.extend(_annotation(shape) for shape in shapes)
-    return _add_noise(canvas, rng), entries
+    return crowd, shapes
 
 
 def _place(
@@ -248,8 +210,8 @@ def _annotation(shape: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _draw_crowd(canvas: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
-    """Paint a cluster of tiny shapes of one class; returns its region bool [size, size] and its crowd annotation."""
+def _draw_crowd(canvas: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """Paint a cluster of tiny shapes of one class; returns its name and its region, bool [size, size]."""
     size = len(canvas)
     name = str(rng.choice(list(CLASSES)))
     middle = rng.uniform(0.15 * size, 0.85 * size, 2)
@@ -260,14 +222,19 @@ def _draw_crowd(canvas: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
         shape = {"name": name, "center": center, "side": 0.08 * size, "mask": _rasterize(polygon, size)}
         _paint(canvas, shape, rng)
         region |= shape["mask"]
+    return {"name": name, "visible": region}
+
+
+def _crowd_annotation(crowd: dict[str, Any]) -> dict[str, Any]:
+    region = crowd["visible"]
     pixels = region.T.ravel()  # column-major, as in COCO
     borders = np.flatnonzero(np.diff(np.concatenate([[False], pixels, [False]]))).tolist()
     counts = np.diff([0, *borders, pixels.size]).tolist()
     encoded = mask_api.encode(np.asfortranarray(region.astype(np.uint8)))
-    return region, {
-        "category_id": CLASSES[name],
+    return {
+        "category_id": CLASSES[crowd["name"]],
         "iscrowd": 1,
-        "segmentation": {"size": [size, size], "counts": counts},
+        "segmentation": {"size": [*region.shape], "counts": counts},
         "area": float(region.sum()),
         "bbox": mask_api.toBbox(encoded).tolist(),
     }
@@ -277,11 +244,17 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """A soft two-color gradient with waves, float32 [size, size, 3]."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, frequency = rng.uniform(0, 2 * math.pi), rng.uniform(2, 7)
+    waves = np.sin(2 * math.pi * frequency * (math.sin(angle) * x - math.cos(angle) * y))[..., None]
+    return (gradient(rng, size, angle) + 10 * waves).astype(np.float32)
+
+
+def gradient(rng: np.random.Generator, size: int, angle: float) -> np.ndarray:
+    """A soft gradient of two random colors along a direction, float32 [size, size, 3]."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
     along = math.cos(angle) * x + math.sin(angle) * y
     blend = (0.5 + 0.5 * np.sin(2 * math.pi * (along * rng.uniform(0.3, 0.8) + rng.random())))[..., None]
-    waves = np.sin(2 * math.pi * frequency * (math.sin(angle) * x - math.cos(angle) * y))[..., None]
     first, second = rng.uniform(40, 200, (2, 3)).astype(np.float32)
-    return (first * blend + second * (1 - blend) + 10 * waves).astype(np.float32)
+    return first * blend + second * (1 - blend)
 
 
 # Each class has its own texture, as real classes do: a function of (along, across) in units of the object's side.
@@ -306,7 +279,7 @@ def _paint(canvas: np.ndarray, shape: dict[str, Any], rng: np.random.Generator) 
     canvas[rows, columns] = color + contrast * pattern[:, None]
 
 
-def _add_noise(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def add_noise(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Add noise and round to uint8."""
     noise = rng.normal(0, 6, canvas.shape).astype(np.float32)
     return (canvas + noise).clip(0, 255).round().astype(np.uint8)
