@@ -1,4 +1,7 @@
-"""solov2 check-data ANNOTATIONS --images DIR: check a COCO dataset and, with --fix, write a repaired copy."""
+"""solov2 check-data ANNOTATIONS --images DIR: check a COCO dataset and, with --fix, write a repaired copy.
+
+A panoptic annotation file is recognized by its `segments_info`.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,12 @@ def build_parser(typed: str = "solov2 check-data") -> Parser:
     parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="annotation file in COCO's JSON format")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     parser.add_argument(
+        "--segments",
+        type=Path,
+        metavar="DIR",
+        help="folder of the PNGs of panoptic annotations (default: the path of ANNOTATIONS without .json)",
+    )
+    parser.add_argument(
         "--fix",
         metavar="FILE",
         help="write a repaired annotation file, and the changes to FILE.changes.json (default: none)",
@@ -54,9 +63,13 @@ def build_parser(typed: str = "solov2 check-data") -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from solov2.data.annotations import load_json
+    from solov2.data.annotations import parse_json, require_instances
     from solov2.data.build import worker_count
+    from solov2.data.panoptic_annotations import require_panoptic
+    from solov2.data.panoptic_file import segments_folder
+    from solov2.data.recognize import is_panoptic
     from solov2.data_check.check import check_data
+    from solov2.data_check.panoptic import check_panoptic_data
     from solov2.data_check.report import report_lines, to_json
 
     config = load_config(args.model, args.set)
@@ -64,26 +77,33 @@ def _run(args: argparse.Namespace) -> int:
     changes_file = None if fixed is None else fixed.with_name(f"{fixed.name}.changes.json")
     outputs = (("--json", args.json), ("--fix", fixed), ("--fix", changes_file))
     check_outputs(outputs, overwrite=args.overwrite, inputs=[args.annotations, args.model])
-    content = load_json(args.annotations)
-    check_outputs(outputs, overwrite=args.overwrite, inputs=_image_files(content, args.images))
-    workers = "auto" if args.workers is None else args.workers
-    report = check_data(content, args.images, config, workers=worker_count(workers))
+    content = parse_json(args.annotations)
+    panoptic = is_panoptic(content)
+    content = (require_panoptic if panoptic else require_instances)(content, args.annotations)
+    check_outputs(outputs, overwrite=args.overwrite, inputs=_files(content["images"], args.images))
+    workers = worker_count("auto" if args.workers is None else args.workers)
+    if panoptic:
+        folder = segments_folder(args.annotations, args.segments)
+        check_outputs(outputs, overwrite=args.overwrite, inputs=_files(content["annotations"], folder))
+        report = check_panoptic_data(content, args.images, folder, config, workers=workers)
+    else:
+        report = check_data(content, args.images, config, workers=workers)
     lines = report_lines(report, args.annotations, config, model=args.model, show=args.show)
     try:
         if args.json is not None:
             write_json(args.json, to_json(report, args.annotations, config), indent=1)
         if fixed is not None and changes_file is not None:
             lines.append(_write_repaired(report, fixed, changes_file))
+            lines += [f"its PNGs stay in {folder}: name that folder with it"] if panoptic else []
     finally:  # the findings are not lost with a file that cannot be written
         show(*lines, file=text_stream(args.json))
     return 1 if report.counts()["error"] else 0
 
 
-def _image_files(content: Any, folder: Path) -> Iterator[Path]:
-    images = content.get("images") if isinstance(content, dict) else None
-    for image in images if isinstance(images, list) else ():
-        if isinstance(image, dict) and isinstance(image.get("file_name"), str):
-            yield folder / image["file_name"]
+def _files(entries: Sequence[Any], folder: Path) -> Iterator[Path]:
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str):
+            yield folder / entry["file_name"]
 
 
 def _write_repaired(report: Report, path: Path, changes_file: Path) -> str:

@@ -52,13 +52,20 @@ def load_panoptic_json(path: Path, *, predictions: bool = False) -> dict[str, An
         InputError: the file is missing, not JSON, or not in COCO's panoptic format; the message says what it is.
     """
     content = parse_json(path)
-    if is_panoptic(content):
-        return require_lists(content, path, ("annotations",) if predictions else tuple(SECTIONS), FORMAT)
-    what = describe_json(content)
+    return require_panoptic(content, path, predictions=predictions)
+
+
+def require_panoptic(content: Any, path: Path, *, predictions: bool = False) -> dict[str, Any]:
+    """The content of an annotation file if it may be in COCO's panoptic format.
+
+    Raises:
+        InputError: it is not; the message says what it is.
+    """
+    what = None if is_panoptic(content) else describe_json(content)
     if what is not None:
         raise InputError(f"annotation file {path} {what}")
     content = require_lists(content, path, ("annotations",) if predictions else tuple(SECTIONS), FORMAT)
-    if content["annotations"]:
+    if content["annotations"] and not is_panoptic(content):
         raise InputError(
             f"annotation file {path} is an instances file (no segments_info); panoptic models need panoptic_*.json, "
             "and instance models take this one"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,13 +31,14 @@ from solov2.data.annotations import (
     lacks_masks,
     require_folder,
 )
-from solov2.data_check.findings import REPAIRABLE, CheckSettings, Finding, ImageCheck, check_image
+from solov2.data_check.findings import REPAIRABLE, CheckSettings, Finding, check_image
 from solov2.data_check.normalize import Change, normalize
 from solov2.data_check.quick import CORNERS, off_by_one_message
 from solov2.data_check.repair import normalize_file_name, repair
 from solov2.data_check.statistics import boxes_look_like_corners, summarize
 from solov2.errors import InputError
 
+Checked = TypeVar("Checked")
 CHUNK = 8  # images that a checking process takes at a time
 UNUSABLE_FILES = ("missing file", "unreadable file", "wrong size")
 NOTATION = ("missing file", "segmentation")  # kinds of `normalize` that `find_problems` does not report
@@ -91,17 +92,10 @@ def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *
     annotations: dict[ImageId, list[dict]] = defaultdict(list)
     for entry in usable["annotations"]:
         annotations[entry["image_id"]].append(entry)
-    short_edges = config.data.train_scales
-    settings = CheckSettings(
-        root=Path(images),
-        labels={category["id"]: label for label, category in enumerate(categories)},
-        short_edges=tuple(sorted({min(short_edges), max(short_edges)})),
-        long_edge=config.data.train_long_edge,
-        min_size=config.data.min_image_size,
-        max_pixels=max_pixels,
-        assign=build_assigner(replace(config.model, num_classes=max(1, len(categories)))),
-    )
-    checks = check_images(records, [annotations[record.image_id] for record in records], settings, workers)
+    labels = {category["id"]: label for label, category in enumerate(categories)}
+    settings = check_settings(config, Path(images), labels)
+    check = functools.partial(check_image, settings=settings)
+    checks = check_images(check, records, [annotations[record.image_id] for record in records], workers)
     found = [finding for check in checks for finding in check.findings]
     unusable = {f.image_id: f.message for f in found if f.kind in UNUSABLE_FILES and f.image_id is not None}
     findings += found
@@ -111,6 +105,20 @@ def check_data(content: Mapping[str, Any], images: str | Path, config: Config, *
     names = [category["name"] for category in categories]
     statistics = summarize(checks, [record.image_id for record in records], names, config)
     return Report(_with_fixes(findings, content, changes), statistics, repaired, changes)
+
+
+def check_settings(config: Config, images: Path, labels: dict[int, int]) -> CheckSettings:
+    """What images are checked against; `labels` are those of the category ids of the instances."""
+    short_edges = config.data.train_scales
+    return CheckSettings(
+        root=images,
+        labels=labels,
+        short_edges=tuple(sorted({min(short_edges), max(short_edges)})),
+        long_edge=config.data.train_long_edge,
+        min_size=config.data.min_image_size,
+        max_pixels=config.data.max_image_pixels,
+        assign=build_assigner(replace(config.model, num_classes=max(1, len(labels)))),
+    )
 
 
 def _problem_findings(content: Mapping[str, Any], max_pixels: int) -> Iterator[Finding]:
@@ -156,8 +164,8 @@ def _annotation_file_findings(usable: Mapping[str, list[dict]], names: Mapping[i
         if annotation["id"] == 0:
             text = "has the id 0, which pycocotools takes for 'no match': evaluation counts it as missed"
             yield Finding("id 0", text, annotation["image_id"], 0, names[annotation["image_id"]])
-    yield from _duplicate_files(usable["images"])
-    yield from _category_findings(annotations, usable["categories"], names)
+    yield from duplicate_files(usable["images"])
+    yield from category_findings(annotations, usable["categories"], names)
 
 
 def _file_names(images: Sequence[Any]) -> dict[int, Any]:
@@ -194,14 +202,13 @@ def _with_fixes(findings: Sequence[Finding], content: Mapping[str, Any], changes
 
 
 def check_images(
-    records: Sequence[ImageRecord], annotations: Sequence[Sequence[dict]], settings: CheckSettings, workers: int
-) -> list[ImageCheck]:
-    """`check_image` for every image, in order, by several processes.
+    check: Callable[[Any, Any], Checked], records: Sequence[Any], annotations: Sequence[Any], workers: int
+) -> list[Checked]:
+    """`check(record, annotation)` for every image, in order, by several processes.
 
     Raises:
         InputError: a checking process was killed.
     """
-    check = functools.partial(check_image, settings=settings)
     progress = functools.partial(tqdm, total=len(records), unit="image", disable=len(records) <= CHUNK, leave=False)
     if workers <= 1 or len(records) <= CHUNK:
         return list(progress(map(check, records, annotations)))
@@ -215,17 +222,19 @@ def check_images(
             raise
 
 
-def _duplicate_files(images: Sequence[dict]) -> Iterator[Finding]:
-    first: dict[str, int] = {}
+def duplicate_files(images: Sequence[dict]) -> Iterator[Finding]:
+    """Findings of images that name the file of an earlier one."""
+    first: dict[str, ImageId] = {}
     for image in images:
         other = first.setdefault(normalize_file_name(image["file_name"]), image["id"])
         if other != image["id"]:
             yield Finding("file twice", f"is also listed as image {other}", image["id"], None, image["file_name"])
 
 
-def _category_findings(
+def category_findings(
     annotations: Sequence[dict], categories: Sequence[dict], names: Mapping[int, Any]
 ) -> Iterator[Finding]:
+    """Findings of category ids that are off by one, unknown or unused, and of names that occur twice."""
     declared = [category["id"] for category in categories]
     used = Counter(annotation["category_id"] for annotation in annotations)
     shift = category_id_shift(used, declared)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -50,6 +50,12 @@ SEVERITIES = {
     **dict.fromkeys(("unused category", "16 bit", "animation", "EXIF rotation", "no mask pixel"), "warning"),
     **dict.fromkeys(("crowd", "uncompressed RLE", "gray", "CMYK", "alpha", "small image", "no instance"), "note"),
 }
+PANOPTIC_SEVERITIES = {  # of panoptic files alone, beside those above
+    **dict.fromkeys(("mixed ids", "isthing", "classes", "image twice", "no segments", "segment id"), "error"),
+    **dict.fromkeys(("segment id twice", "unusable PNG", "red and blue", "unlisted id"), "error"),
+    **dict.fromkeys(("crowd of stuff", "all void"), "warning"),
+    **dict.fromkeys(("no annotation", "no segment", "mostly void"), "note"),
+}
 # What solov2.data_check.repair corrects or, where the data does not determine the right value, removes.
 REPAIRABLE = {
     *("no id", "id twice", "file name", "file outside", "size", "category name", "unknown image", "category id"),
@@ -66,21 +72,22 @@ class Finding(NamedTuple):
     """One fault or remark. Ids are None if it is not about one image or annotation.
 
     `file` is the image's file name; `place`, where the ids do not say it, the entry's section and index; `fix` what
-    --fix does about it: "repairs", "removes" the entry, or None.
+    --fix does about it: "repairs", "removes" the entry, or None; `segment_id` is for panoptic files.
     """
 
-    kind: str  # a key of SEVERITIES
+    kind: str  # a key of SEVERITIES or PANOPTIC_SEVERITIES
     message: str
     image_id: ImageId | None = None
     annotation_id: int | None = None
     file: str | None = None
     place: tuple[str, int] | None = None
     fix: str | None = None
+    segment_id: int | None = None
 
     @property
     def severity(self) -> str:
         """One of error, warning and note."""
-        return SEVERITIES[self.kind]
+        return (SEVERITIES | PANOPTIC_SEVERITIES)[self.kind]
 
     def sentence(self) -> str:
         """The message, with the file and the ids it is about in front."""
@@ -88,6 +95,7 @@ class Finding(NamedTuple):
             self.file,
             None if self.image_id is None else f"image {self.image_id}",
             None if self.annotation_id is None else f"annotation {self.annotation_id}",
+            None if self.segment_id is None else f"segment {self.segment_id}",
         ]
         where = ", ".join(part for part in parts if part)
         return f"{where}: {self.message}" if where else self.message
@@ -140,6 +148,18 @@ class ImageCheck(NamedTuple):
     findings: list[Finding]
     instances: Instances
     shared_cells: int
+
+
+class ChecksOfImage(Protocol):
+    """What statistics need of `ImageCheck` and of its counterpart for panoptic files."""
+
+    @property
+    def instances(self) -> Instances:
+        """The usable instances."""
+
+    @property
+    def shared_cells(self) -> int:
+        """The number of cells claimed by two or more instances."""
 
 
 def check_image(record: ImageRecord, annotations: Sequence[dict[str, Any]], settings: CheckSettings) -> ImageCheck:

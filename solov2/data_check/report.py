@@ -11,7 +11,7 @@ import yaml
 
 from solov2.config import Config, config_folder, find_config
 from solov2.data_check.check import Report
-from solov2.data_check.findings import SEVERITIES, Finding
+from solov2.data_check.findings import Finding
 from solov2.errors import printable
 
 
@@ -30,14 +30,15 @@ def report_lines(report: Report, source: Path, config: Config, *, model: str | P
     by_kind: dict[str, list[Finding]] = defaultdict(list)
     for finding in report.findings:
         by_kind[finding.kind].append(finding)
-    for kind in sorted(by_kind, key=lambda kind: (("error", "warning", "note").index(SEVERITIES[kind]), kind)):
+    for kind in sorted(by_kind, key=lambda kind: (("error", "warning", "note").index(by_kind[kind][0].severity), kind)):
         found = by_kind[kind]
-        lines.append(f"{SEVERITIES[kind]}: {kind} ({len(found)}{_fix_text(found)})")
+        lines.append(f"{found[0].severity}: {kind} ({len(found)}{_fix_text(found)})")
         lines += [f"    {finding.sentence()}" for finding in found[:show]]
         if len(found) > show:
             lines.append(f"    and {len(found) - show} more (--show {len(found)} or --json lists them all)")
     lines.append(", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()))
     lines += statistics_lines(statistics, config)
+    lines += panoptic_lines(statistics["panoptic"]) if "panoptic" in statistics else []
     if statistics["suggestion"] is not None:
         lines += ["", *suggested_config(statistics["suggestion"], model)]
     return [printable(line) for line in lines]
@@ -76,6 +77,22 @@ def statistics_lines(statistics: Mapping[str, Any], config: Config) -> list[str]
         f"  {len(present)} of {len(counts)} classes have instances: " + ", ".join(f"{n} {c}".strip() for n, c in shown)
     )
     return lines if statistics["suggestion"] is not None else [*lines, "  too few instances to suggest sizes"]
+
+
+def panoptic_lines(statistics: Mapping[str, Any]) -> list[str]:
+    """The statistics of `panoptic_statistics` as lines of text."""
+    classes = statistics["stuff"]
+    counts = sorted(
+        ((values["segments"], name) for name, values in classes.items() if values["segments"]), reverse=True
+    )
+    shown = ", ".join(f"{name} {number} ({classes[name]['share']:.1%})" for number, name in counts[:10])
+    more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
+    return [
+        f"  void: {statistics['void_share']:.1%} of all pixels, more than half of {statistics['mostly_void']} images",
+        f"  {statistics['images_without_things']} images without things, {statistics['images_without_stuff']} without "
+        f"stuff, {statistics['crowds']} crowds",
+        f"  {len(counts)} of {len(classes)} stuff classes have segments (share of pixels): {shown}{more}",
+    ]
 
 
 def suggested_config(suggestion: Mapping[str, Any], model: str | Path) -> list[str]:

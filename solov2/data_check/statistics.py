@@ -13,7 +13,7 @@ import numpy as np
 from solov2.config import Config, DataConfig, ModelConfig
 from solov2.data.annotations import ImageId
 from solov2.data.class_matching import distinct_names
-from solov2.data_check.findings import ImageCheck, Instances
+from solov2.data_check.findings import ChecksOfImage, Instances
 
 PERCENTILES = (1, 10, 50, 90, 99)
 # The suggestion keeps the proportions of the published model: in COCO images at a short edge of 800, a tenth of the
@@ -27,7 +27,7 @@ LEAVING = 0.2  # share of boxes beyond their images above which they are probabl
 CROWDED = 0.06  # maximum `crowded_share`; the published grids have 3 to 5 %
 
 
-def _concatenate_instances(checks: Sequence[ImageCheck]) -> tuple[Instances, np.ndarray]:
+def _concatenate_instances(checks: Sequence[ChecksOfImage]) -> tuple[Instances, np.ndarray]:
     """The instances of all images, concatenated, and the index of each one's image, int64 [N]."""
     parts = [check.instances for check in checks]
     images = np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts])
@@ -38,7 +38,7 @@ def _concatenate_instances(checks: Sequence[ImageCheck]) -> tuple[Instances, np.
 
 
 def summarize(
-    checks: Sequence[ImageCheck], image_ids: Sequence[ImageId], class_names: Sequence[str], config: Config
+    checks: Sequence[ChecksOfImage], image_ids: Sequence[ImageId], class_names: Sequence[str], config: Config
 ) -> dict[str, Any]:
     """Statistics of a checked dataset, as plain JSON types.
 
@@ -59,8 +59,8 @@ def summarize(
         if len(scales)
         else {},
         "instances_per_level": [int(((scales >= low) & (scales <= high)).sum()) for low, high in ranges],
-        "unseen_instances": [int(x) for x in instances.ids[instances.cells == 0]],
-        "hidden_instances": [int(x) for x in instances.ids[instances.hidden.astype(bool)]],
+        "unseen_instances": instances.ids[instances.cells == 0].tolist(),
+        "hidden_instances": instances.ids[instances.hidden.astype(bool)].tolist(),
         "shared_cells": int(shared.sum()),
         "shared_cells_by_image": {
             str(image_ids[i]): int(shared[i]) for i in np.argsort(-shared, kind="stable") if shared[i]
