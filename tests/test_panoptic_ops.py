@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from solov2.ops.panoptic import count_pairs, ids_from_rgb, measure_segments, rgb_from_ids, swap_red_and_blue
+from solov2.ops.panoptic import (
+    count_pairs,
+    ids_from_rgb,
+    measure_segments,
+    replace_ids,
+    rgb_from_ids,
+    swap_red_and_blue,
+)
 
 
 def random_map(rng: np.random.Generator, ids: list[int], size: tuple[int, int] = (13, 9)) -> np.ndarray:
@@ -57,3 +64,13 @@ def test_pairs() -> None:
         pairs = count_pairs(first, second.astype(np.int32))
         assert list(pairs) == sorted(set(zip(first.ravel().tolist(), second.ravel().tolist())))
         assert all(((first == a) & (second == b)).sum() == number for (a, b), number in pairs.items())
+
+
+def test_replaced_ids() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        ids = random_map(rng, [0, 5, 66000, 2**24 - 1])
+        replaced = replace_ids(ids, {5: 3, 2**24 - 1: 0, 8: 1}, other=255, dtype=np.uint8)
+        assert replaced.dtype == np.uint8 and np.array_equal(
+            replaced, np.select([ids == 5, ids == 2**24 - 1], [3, 0], 255)
+        )

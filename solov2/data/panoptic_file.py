@@ -192,7 +192,7 @@ def segments_folder(annotations: Path, folder: str | Path | None = None) -> Path
             return place
     tried = " nor ".join(map(str, places))
     raise InputError(
-        f"the folder with the segments (PNG) of {annotations} is missing: "
+        f"the PNGs of the panoptic annotations {annotations} are missing: "
         f"{f'neither {tried} is a folder' if len(places) > 1 else f'{tried} is not a folder'}"
     )
 
