@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import lively, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from solov2.benchmarking import peak, workloads
-from solov2.benchmarking.flops import OUTSIDE, count_flops
+from solov2.benchmarking.flops import FORMULAS, OUTSIDE, count_flops
 from solov2.commands.benchmark import main
 from solov2.data.shapes import generate_shapes
+from solov2.models.winograd import WinogradConv2d
 
 TINY = "quickstart --size 64 64 --iterations 1 --warmup 0 --candidates 40 --device cpu".split()
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -109,7 +112,7 @@ def test_operations_match_torchs_counter(mode: str, monkeypatch: pytest.MonkeyPa
     found = []
 
     def compare(step: Any, _workload: Any) -> dict[str, Any]:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             step()
         found.append(counter.get_total_flops())
         assert count_flops(step).total() == counter.get_total_flops() > 1e6
@@ -118,6 +121,15 @@ def test_operations_match_torchs_counter(mode: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(workloads, "measure", compare)
     monkeypatch.setattr(workloads, "format_part", lambda *_: "")
     assert main([*TINY, "--mode", mode]) == 0 and len(found) == (2 if mode == "infer" else 1)
+
+
+def test_fused_convolutions_count_as_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively(tiny_model()).eval()
+    monkeypatch.setattr(WinogradConv2d, "is_suitable", lambda conv: False)  # which has fewer operations
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        plain, fused = (count_flops(functools.partial(form, images)) for form in (model, model.optimize()))
+    assert plain == fused and plain["backbone"] > 1e6
 
 
 def test_tables_are_labeled(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from solov2.checkpoint import Checkpoint, write_file
 from solov2.commands.main import COMMANDS, command_module
 from solov2.config import load_config, override_config
 from solov2.convert import to_mmdet
+from solov2.data.panoptic_shapes import generate_panoptic_shapes
 from solov2.data.shapes import generate_shapes
 from solov2.weights import weight_metadata
 
@@ -126,6 +127,8 @@ RUNS = {
     "python train.py configs/quickstart.yaml": f"{HERE} --epochs 1 --set data.shapes_train=16",
     "solov2 predict street.jpg folder/ --weights FILE --results results.json": CPU,
     "solov2 check-data mine/train.json --images mine/images": "",
+    "solov2 check-data data/panoptic/annotations/panoptic_val2017.json --images data/panoptic/val2017": "",
+    "solov2 panoptic-quality data/panoptic/annotations/panoptic_val2017.json found/panoptic.json --json pq.json": "",
     "python eval.py configs/solov2_r50_fpn_3x.yaml --weights FILE": f"{HERE} --data-root data/coco {TINY}",
     "solov2 export solov2_light_r50_fpn_3x --weights FILE --size 448 768 --output light.onnx": "--overwrite",
     "solov2 export solov2_light_r50_fpn_3x --weights FILE --size 448 768 --output light.pt2": "--overwrite",
@@ -200,6 +203,10 @@ def test_documented_commands_run(repo_root: Path, tmp_path: Path) -> None:
 def prepare_files(folder: Path) -> None:
     """Data, images and weights under the names that the pages use."""
     generate_shapes(folder / "data/coco", train_images=8, val_images=2, size=96, seed=0)
+    generate_panoptic_shapes(folder / "data/panoptic", train_images=2, val_images=2, size=96, seed=0)
+    panoptic = folder / "data/panoptic/annotations/panoptic_val2017"
+    shutil.copytree(panoptic, folder / "found/panoptic")
+    shutil.copy(panoptic.with_suffix(".json"), folder / "found/panoptic.json")
     mine, coco = folder / "mine", folder / "data/coco"
     shutil.copytree(coco / "train2017", mine / "images")
     shutil.copy(coco / "annotations/instances_train2017.json", mine / "train.json")

@@ -37,15 +37,7 @@ class _SpanFlops(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self._stack = [OUTSIDE]
-        self._formulas = flop_registry | {
-            torch.ops.torchvision.deform_conv2d: shape_wrapper(
-                lambda _input, weight, *_others, out_shape: _convolution_flops(weight, out_shape)
-            ),
-            # twice, for the gradients of input and weight
-            torch.ops.torchvision._deform_conv2d_backward: shape_wrapper(
-                lambda grad, _input, weight, *_others, out_shape: 2 * _convolution_flops(weight, grad)
-            ),
-        }
+        self._formulas = flop_registry | {name: shape_wrapper(formula) for name, formula in FORMULAS.items()}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -60,3 +52,25 @@ class _SpanFlops(TorchDispatchMode):
 
 def _convolution_flops(weight: torch.Size, output: torch.Size) -> int:
     return 2 * math.prod(weight) * output[0] * math.prod(output[2:])
+
+
+def _second_is_weight(_input: Any, weight: torch.Size, *_others: Any, out_shape: torch.Size, **_more: Any) -> int:
+    return _convolution_flops(weight, out_shape)
+
+
+def _third_is_weight(_one: Any, _two: Any, weight: torch.Size, *_others: Any, out_shape: torch.Size) -> int:
+    return _convolution_flops(weight, out_shape)
+
+
+# What torch.utils.flop_counter does not know: {operation: (shapes of its arguments, out_shape) -> operations}.
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.torchvision.deform_conv2d: _second_is_weight,
+    torch.ops.torchvision._deform_conv2d_backward: (
+        lambda grad, _input, weight, *_others, out_shape: 2 * _convolution_flops(weight, grad)
+    ),  # twice, for the gradients of input and weight
+    torch.ops.mkldnn._convolution_pointwise: _second_is_weight,
+    torch.ops.mkldnn._convolution_pointwise_: _third_is_weight,  # adds to its first argument
+    torch.ops.aten.cudnn_convolution_relu: _second_is_weight,
+    torch.ops.aten.cudnn_convolution_add_relu: _second_is_weight,
+    torch.ops.aten._int_mm: lambda left, _right, out_shape: 2 * left[1] * math.prod(out_shape),
+}

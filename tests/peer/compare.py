@@ -106,9 +106,9 @@ def load_ours(config: str, folder: str) -> tuple[SOLOv2, Tensor, Tensor]:
 
 
 def compare_inference(peer: Peer, config: str, folder: str, rounds: int) -> dict[str, Any]:
-    """Normalized image to boolean masks, plain and optimized."""
+    """Normalized image to boolean masks: plain, optimized, and optimized in bf16."""
     model, images, sizes = load_ours(config, folder)
-    fast = model.optimize()
+    fast, half = model.optimize(), model.optimize(precision="bf16")
     layout = images.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -122,7 +122,11 @@ def compare_inference(peer: Peer, config: str, folder: str, rounds: int) -> dict
                 "score_sum": float(result["scores"].sum())}  # fmt: skip
 
     seconds, results = alternate(
-        rounds, peer=peer.infer, plain=lambda: run(model, images), optimized=lambda: run(fast, layout)
+        rounds,
+        peer=peer.infer,
+        plain=lambda: run(model, images),
+        optimized=lambda: run(fast, layout),
+        bf16=lambda: run(half, layout),
     )
     return report(seconds, results)
 
@@ -142,7 +146,7 @@ def compare_training(peer: Peer, config: str, folder: str, rounds: int, instance
         return {**report({side: answer["seconds"] for side, answer in first.items()}, first), "memory": memory}
     step = training_step(config, folder)
     step()  # the reference has taken one step more, and the losses of the last ones are compared
-    seconds, results = alternate(rounds, peer=peer.train, ours=step)
+    seconds, results = alternate(rounds, peer=peer.train, ours=step, bf16=training_step(config, folder, "bf16"))
     return {**report(seconds, results), "memory": memory}
 
 
@@ -152,11 +156,11 @@ def first_training_step(config: str, folder: str, threads: int) -> dict[str, Any
     return training_step(config, folder)()
 
 
-def training_step(config: str, folder: str) -> Callable[[], dict[str, Any]]:
+def training_step(config: str, folder: str, precision: str = "float32") -> Callable[[], dict[str, Any]]:
     """A function that trains one step on the image and the ground truth of the folder, with seconds and MiB."""
     model, images, _ = load_ours(config, folder)
     settings = load_config(f"{config}_fpn_3x")
-    compute = build_compute(settings, torch.device("cpu"))
+    compute = build_compute(settings, torch.device("cpu"), precision)
     model = prepare_for_training(model, settings, compute)
     images = images.contiguous(memory_format=compute.memory_format)
     assigner, criterion = build_assigner(settings.model), build_criterion(settings.model)
@@ -174,7 +178,9 @@ def training_step(config: str, folder: str) -> Callable[[], dict[str, Any]]:
         start = time.perf_counter()
         targets = assigner([truth], tuple(images.shape[2:]))
         assigned = time.perf_counter()
-        losses = criterion(model(images), targets)
+        with compute.autocast():
+            raw = model(images)
+        losses = criterion(raw, targets)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 35)
