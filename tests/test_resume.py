@@ -352,7 +352,7 @@ def test_a_hanging_worker_is_reported(data, tmp_path, capsys, monkeypatch, split
             time.sleep(600)
         return read_image(path, **options)
 
-    monkeypatch.setattr("solov2.data.coco.read_image", read)
+    monkeypatch.setattr("solov2.data.image_dataset.read_image", read)
     words = [*WORDS, "--set", "train.stall_seconds=2", "--epochs", "1"]
     assert main(arguments(data, tmp_path / "run", *words)) == 1
     errors = capsys.readouterr().err
@@ -362,7 +362,9 @@ def test_a_hanging_worker_is_reported(data, tmp_path, capsys, monkeypatch, split
 
 def test_a_killed_worker_of_an_evaluation_is_reported(data, tmp_path, capsys, monkeypatch):
     assert main(arguments(data, tmp_path / "run", *WORDS, "--epochs", "1", "--evaluate-every", "0")) == 0
-    monkeypatch.setattr("solov2.data.coco.read_image", lambda *_path, **_options: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        "solov2.data.image_dataset.read_image", lambda *_path, **_options: os.kill(os.getpid(), signal.SIGKILL)
+    )
     assert evaluate_main(["--weights", str(tmp_path / "run" / "last.pth"), "--device", "cpu"]) == 1
     errors = capsys.readouterr().err
     assert "memory" in errors and "000000000001.jpg" in errors
@@ -634,7 +636,7 @@ def test_an_unreadable_image_loses_no_step(data, tmp_path, capsys, monkeypatch):
         return read_image(path, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("solov2.data.coco.read_image", read)
+        patched.setattr("solov2.data.image_dataset.read_image", read)
         assert main(arguments(data, tmp_path / "cut", *words)) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert load_file(tmp_path / "cut" / "last.pth")["step"] == 2

@@ -100,7 +100,7 @@ def test_a_signal_is_an_exception_that_tells_how_to_resume(run, tmp_path, monkey
         os.kill(os.getpid(), signal.SIGTERM)
         return torch.zeros(3, 64, 64, dtype=torch.uint8)
 
-    monkeypatch.setattr("solov2.data.coco.read_image", signaled)
+    monkeypatch.setattr("solov2.data.image_dataset.read_image", signaled)
     with pytest.raises(Stopped, match=f"SIGTERM.*--output {tmp_path}") as stopped:
         solov2.train(TINY, data=data, output=tmp_path / "run", device="cpu", workers=0)
     assert stopped.value.code == STOPPED and isinstance(stopped.value, RunFailed)

@@ -41,6 +41,7 @@ from solov2.build import (  # noqa: E402
     prepare_for_training,
 )
 from solov2.checkpoint import load_file  # noqa: E402
+from solov2.compute import reuse_freed_memory  # noqa: E402
 from solov2.config import Config, load_config  # noqa: E402
 from solov2.data.build import prepare_data, validation_dataset, validation_loader  # noqa: E402
 from solov2.data.coco import CocoInstances  # noqa: E402
@@ -369,12 +370,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--reuse-memory", action="store_true",
+                        help="let our process keep freed memory, as the commands predict and eval do")  # fmt: skip
     args = parser.parse_args()
     if not Path(args.peer_dir, "peer.py").is_file() or shutil.which(args.peer_python) is None:
         parser.error(f"no peer.py in {args.peer_dir}, or no interpreter {args.peer_python}; see docs/speed.md")
     if "data" in args.only and args.data_root is None:
         parser.error("--only data needs --data-root, a COCO folder")
     torch.set_num_threads(args.threads)
+    if args.reuse_memory:
+        reuse_freed_memory()
     reports: dict[str, Any] = {}
 
     def say(name: str, entry: dict[str, Any]) -> None:
