@@ -1,4 +1,4 @@
-"""Draw instances: translucent masks, outlines, and labels that stay readable on cluttered images."""
+"""Draw instances and panoptic results: translucent masks, outlines, labels that stay readable on cluttered images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ SHEET_TEXT = (30, 30, 30)
 CELL = 560  # side in pixels of the square that a picture on a contact sheet is fitted into
 TITLES = ("ground truth", "predictions")
 FILL = 0.45  # opacity of the color inside a mask
+STUFF_FILL = 0.55  # and of stuff, whose colors are paler
 BAND = 256  # rows of a mask that are painted together; few, so that they stay in the processor's cache
 
 
@@ -47,15 +48,32 @@ class Instance:
     @classmethod
     def measure(cls, mask: Mask, text: str, font: Path | None, color: Color, scale: int) -> Instance | None:
         """The instance of a mask of the whole image; None if no pixel is set."""
-        window, (left, top) = _crop(mask)
+        window, corner = _crop(mask)
         if not window.size:
             return None
         if not isinstance(mask, Mapping):
-            mask = mask[top : top + window.shape[0], left : left + window.shape[1]]
+            mask = mask[corner[1] : corner[1] + window.shape[0], corner[0] : corner[0] + window.shape[1]]
+        return cls._of_window(window, corner, mask, text, font, color, scale)
+
+    @classmethod
+    def _of_window(
+        cls, window: np.ndarray, corner: Point, mask: Mask, text: str, font: Path | None, color: Color, scale: int
+    ) -> Instance:
+        """The instance of a mask in its tight box, bool [h, w], at `corner` in the image."""
+        left, top = corner
         columns = (scale * np.flatnonzero(window[0])[:, None] + np.arange(scale)).ravel()
         middle = scale * left + int(columns[len(columns) // 2])
         area = scale * scale * int(np.count_nonzero(window))
         return cls(text, font, color, mask, (scale * left, scale * top), (middle, scale * top), area, scale)
+
+    @classmethod
+    def of_segment(
+        cls, ids: np.ndarray, segment: Mapping[str, Any], text: str, font: Path | None, color: Color, scale: int
+    ) -> Instance:
+        """The instance of a segment of a panoptic map, int32 [H, W]."""
+        left, top, right, bottom = segment["box"]
+        window = ids[top:bottom, left:right] == segment["id"]
+        return cls._of_window(window, (left, top), window, text, font, color, scale)
 
     def window(self) -> np.ndarray:
         """The mask in its tight box in the picture, bool [h, w]."""
@@ -112,6 +130,67 @@ def draw_instances(
     picture = _paint(picture, instances, width)
     _draw_labels(picture, instances)
     return picture
+
+
+class PanopticNames(Protocol):
+    """What has the names of the labels, such as a model."""
+
+    class_names: Sequence[str]
+    stuff_names: Sequence[str]
+
+
+def draw_panoptic(
+    image: str | Path | Image.Image | np.ndarray | Tensor,
+    result: Mapping[str, Any],
+    model: PanopticNames,
+    *,
+    scale: int = 1,
+) -> Image.Image:
+    """Draw the segments of a panoptic result on a copy of an image.
+
+    Things are drawn as by `draw_instances`. Stuff has a flat, translucent color, the same for its class in every
+    picture, and its name where there is room for it. Void is not changed.
+
+    Args:
+        image: as for `draw_instances`.
+        result: `panoptic_map` int32 [H, W] and `segments`, as from `SOLOv2.predict_panoptic`.
+        model: its `class_names` and `stuff_names` name the labels.
+        scale: integer factor by which image and map are enlarged first.
+
+    Returns:
+        RGB image; its size is that of the input times `scale`.
+
+    Raises:
+        InputError: the map does not have the size of the image, or a label has no name.
+    """
+    picture = Image.fromarray(to_rgb_tensor(image).permute(1, 2, 0).cpu().numpy())
+    ids = torch.as_tensor(result["panoptic_map"]).cpu().numpy()
+    if ids.shape != (picture.height, picture.width):
+        size = (picture.height, picture.width)
+        raise InputError(f"the panoptic map has size {ids.shape} (height, width) but the image has {size}")
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    fonts = find_fonts((*model.class_names, *model.stuff_names))
+    things, stuff, colors = [], [], {}
+    for segment in result["segments"]:
+        names = model.class_names if segment["is_thing"] else model.stuff_names
+        text, name = _label_text(segment["label"], segment.get("score"), names)
+        if segment["is_thing"]:
+            color = instance_color(len(things))
+            things.append(Instance.of_segment(ids, segment, text, fonts[name], color, scale))
+        else:
+            colors[segment["id"]] = stuff_color(segment["label"])
+            stuff.append((segment["id"], text, fonts[name]))
+    _tint(picture, ids, colors, scale)
+    picture = _paint(picture, things, max(1, round(min(picture.size) / 240)))
+    taken = _draw_labels(picture, things)
+    _draw_stuff_names(picture, ids, stuff, taken, scale)
+    return picture
+
+
+def stuff_color(label: int) -> Color:
+    """RGB color (0 to 255) of a stuff label: paler than those of instances."""
+    red, green, blue = colorsys.hsv_to_rgb((0.25 + label * 0.618034) % 1.0, 0.5, (0.9, 0.65)[label // 5 % 2])
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def instance_color(index: int) -> Color:
@@ -243,8 +322,57 @@ def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
     return mask
 
 
-def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> None:
-    """Draw one label per instance, above its mask unless that would cover an earlier label."""
+def _tint(picture: Image.Image, ids: np.ndarray, colors: Mapping[int, Color], scale: int) -> None:
+    """Blend a picture with a color in the segments that have one, a band of rows at a time."""
+    table = np.zeros((int(ids.max(initial=0)) + 1, 3), dtype=np.float32)
+    tinted = np.zeros(len(table), dtype=bool)
+    for number, color in colors.items():
+        table[number], tinted[number] = color, True
+    for start in range(0, len(ids), BAND):
+        band = ids[start : start + BAND].repeat(scale, axis=0).repeat(scale, axis=1)
+        box = (0, scale * start, picture.width, scale * start + len(band))
+        pixels, where = np.array(picture.crop(box)), tinted[band]
+        pixels[where] = (1 - STUFF_FILL) * pixels[where] + STUFF_FILL * table[band[where]]
+        picture.paste(Image.fromarray(pixels), box)
+
+
+def _draw_stuff_names(
+    picture: Image.Image,
+    ids: np.ndarray,
+    stuff: Sequence[tuple[int, str, Path | None]],
+    taken: np.ndarray,
+    scale: int,
+) -> None:
+    """Write the name of each (id, text, font) inside its segment, as near to its center as it fits beside labels."""
+    font_size = max(11, round(min(picture.size) / 34))
+    draw, step = ImageDraw.Draw(picture), max(1, min(ids.shape) // 128)  # cells of step x step pixels of the image
+    cells = ids[::step, ::step].copy()
+    for x0, y0, x1, y1 in (taken / (scale * step)).tolist():
+        cells[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)] = 0
+    for number, text, path in stuff:
+        font = load_font(path, font_size)
+        size = (math.ceil(font.getlength(text)) + font_size // 2, sum(font.getmetrics()) + 2)
+        width, height = (math.ceil(side / (scale * step)) + 1 for side in size)
+        inside = cells == number
+        sums = np.pad(inside, ((1, 0), (1, 0))).cumsum(0).cumsum(1)  # of the cells above and to the left
+        if height >= len(sums) or width >= sums.shape[1]:
+            continue
+        counts = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+        rows, columns = np.nonzero(counts == width * height)
+        if len(rows):
+            center = [where.mean() for where in np.nonzero(inside)]
+            best = np.hypot(rows + height / 2 - center[0], columns + width / 2 - center[1]).argmin()
+            middle = (columns[best] + width / 2) * scale * step, (rows[best] + height / 2) * scale * step
+            outline = max(1, font_size // 9)
+            draw.text(middle, text, "white", font, anchor="mm", stroke_width=outline, stroke_fill=(40, 40, 40))
+
+
+def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> np.ndarray:
+    """Draw one label per instance, above its mask unless that would cover an earlier label.
+
+    Returns:
+        the boxes of the labels, float64 [K, 4].
+    """
     font_size = max(11, round(min(picture.size) / (30 if len(instances) <= 12 else 40)))  # less room if there are many
     pad = max(2, font_size // 5)
     fonts = {path: load_font(path, font_size) for path in {instance.font for instance in instances}}
@@ -256,6 +384,7 @@ def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> None:
         taken = np.vstack([taken, place])
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=instance.color)
         draw.text((x0 + pad, y0 + pad // 2), instance.text, fill=_ink_on(instance.color), font=font)
+    return taken
 
 
 def _label_place(size: Point, top: Point, taken: np.ndarray, bounds: Point) -> tuple[int, int, int, int]:
