@@ -170,7 +170,9 @@ def draw_panoptic(
         raise InputError(f"the panoptic map has size {ids.shape} (height, width) but the image has {size}")
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
     fonts = find_fonts((*model.class_names, *model.stuff_names))
-    things, stuff, colors = [], [], {}
+    things: list[Instance] = []
+    stuff: list[tuple[int, str, Path | None]] = []
+    colors: dict[int, Color] = {}  # of the ids of stuff
     for segment in result["segments"]:
         names = model.class_names if segment["is_thing"] else model.stuff_names
         text, name = _label_text(segment["label"], segment.get("score"), names)
