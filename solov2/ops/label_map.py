@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from solov2.ops.resample import COLUMN_CHUNK, PLANE_BYTES, ROW_CHUNK, Axis
+from solov2.ops.resample import PLANE_BYTES, Axis
+
+TILE = (32, 64)  # pixels: few channels can win inside, and one thread computes it, without waiting for others
 
 
 def label_map(logits: Tensor, size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
@@ -29,7 +31,7 @@ def label_map(logits: Tensor, size: tuple[int, int], original_size: tuple[int, i
         uint8 [H, W] on the device of the logits; the lowest of equally good channels.
     """
     if logits.device.type == "cpu":
-        return label_tiles(logits, size, original_size, (ROW_CHUNK, COLUMN_CHUNK), prune=True)
+        return label_tiles(logits, size, original_size, TILE, prune=True)
     rows = max(1, PLANE_BYTES // (8 * len(logits) * original_size[1]))
     # To choose channels the host would have to wait.
     return label_tiles(logits, size, original_size, (rows, original_size[1]), prune=False)
@@ -56,7 +58,8 @@ def label_tiles(
             if channels is not None and len(channels) == 1:
                 place.copy_(channels)  # everywhere
                 continue
-            best = (row_weights @ (kept @ columns.matrix[left:right, first:last].T)).argmax(0)
+            values = row_weights @ (kept @ columns.matrix[left:right, first:last].T)
+            best = _argmax(values) if prune else values.argmax(0)
             place.copy_(best if channels is None else channels[best])
     return labels
 
@@ -65,3 +68,12 @@ def contenders(logits: Tensor) -> Tensor:
     """The channels of [C, h, w] that are not everywhere below the one with the highest mean: int64, ascending."""
     strongest = logits[logits.mean((1, 2)).argmax()]
     return (logits >= strongest).flatten(1).any(1).nonzero()[:, 0]
+
+
+def _argmax(values: Tensor) -> Tensor:
+    """argmax(0) of [C, h, w], which on a CPU takes many times as long: it reads across the planes."""
+    best, highest = torch.zeros(values.shape[1:], dtype=torch.int64), values[0].clone()
+    for channel, plane in enumerate(values[1:], 1):
+        best.masked_fill_(plane > highest, channel)
+        torch.maximum(highest, plane, out=highest)
+    return best
