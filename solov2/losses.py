@@ -1,6 +1,7 @@
 """Focal loss on the categories and dice loss on the masks (Wang et al. 2020, section 2.1.4, equation 2).
 
-Their formulas are those of SOLO (arXiv 1912.04488, "Loss Function").
+Their formulas are those of SOLO (arXiv 1912.04488, "Loss Function"). Panoptic models add the cross entropy of Panoptic
+FPN (arXiv 1901.02446).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DICE_EPSILON = 1e-3  # on each of the two squared sums, as in the reference
+IGNORED = 255  # label of void pixels in semantic maps
 COUNT_EPSILON = torch.finfo(torch.float32).eps  # mmdetection's guard against a zero divisor of the focal loss
 
 
@@ -22,35 +24,50 @@ class SOLOv2Criterion(nn.Module):
     loss_mask: mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. A cell shared by
     several instances counts once, so that both losses count the same cells, as in mmdetection; the authors' code takes
     the mean over pairs, which differs only for such cells.
+    loss_semantic, where the targets have a semantic map: semantic_weight * sum of the cross entropy over all pixels
+    that are not void / number of these pixels, as in Panoptic FPN; mmdetection divides by the number of all pixels.
     Half-precision inputs are computed in float32. Without a positive cell, loss_mask is a zero connected to the graph
-    (DistributedDataParallel needs every gradient).
+    (DistributedDataParallel needs every gradient); so is loss_semantic if all pixels are void.
 
     Args:
         num_classes: C.
         mask_weight: lambda, the weight of the mask loss (the category loss has weight 1).
         focal_gamma, focal_alpha: parameters of the focal loss.
+        semantic_weight: weight of the semantic loss.
     """
 
     def __init__(
-        self, *, num_classes: int, mask_weight: float = 3.0, focal_gamma: float = 2.0, focal_alpha: float = 0.25
+        self,
+        *,
+        num_classes: int,
+        mask_weight: float = 3.0,
+        focal_gamma: float = 2.0,
+        focal_alpha: float = 0.25,
+        semantic_weight: float = 0.5,
     ) -> None:
         super().__init__()
-        self.num_classes, self.mask_weight = num_classes, mask_weight
+        self.num_classes, self.mask_weight, self.semantic_weight = num_classes, mask_weight, semantic_weight
         self.focal_gamma, self.focal_alpha = focal_gamma, focal_alpha
 
     def forward(
-        self, raw: dict[str, Any], targets: dict[str, Any], num_positives: Tensor | float | None = None
+        self,
+        raw: dict[str, Any],
+        targets: dict[str, Any],
+        num_positives: Tensor | float | None = None,
+        num_labeled: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, already weighted: the caller only sums them.
 
         Args:
-            raw: category_logits list of [B, C, S, S], kernels list of [B, E, S, S], mask_features [B, E, h, w].
+            raw: category_logits list of [B, C, S, S], kernels list of [B, E, S, S], mask_features [B, E, h, w]; where
+                the targets have a semantic map, also semantic_logits [B, channels, h, w].
             targets: from `TargetAssigner`, on the same device.
             num_positives: number of positive cells to normalize by, if other than this batch's own: that of all
                 accumulated batches, of all processes.
+            num_labeled: the same for the pixels of the semantic map that are not void.
 
         Returns:
-            {"loss_category", "loss_mask"}: scalars in at least float32.
+            {"loss_category", "loss_mask"} and perhaps "loss_semantic": scalars in at least float32.
         """
         category: Tensor = targets["category"]  # [B, cells]
         with torch.autocast(category.device.type, enabled=False):
@@ -59,13 +76,17 @@ class SOLOv2Criterion(nn.Module):
             dice = self._dice(raw["kernels"], _widen(raw["mask_features"]), targets)  # []
         if num_positives is None:
             num_positives = (category < self.num_classes).sum()  # every positive cell has exactly one category
-        elif not isinstance(num_positives, Tensor):  # filled on the device: copying from the host would synchronize
-            num_positives = focal.new_full((), num_positives)
-        num_positives = num_positives.to(focal.dtype)  # int64 plus the float epsilon would be float32
-        return {
-            "loss_category": focal / (num_positives + 1 + COUNT_EPSILON),
-            "loss_mask": self.mask_weight * dice / num_positives.clamp(min=1),
+        positives = _divisor(num_positives, focal)  # []
+        losses = {
+            "loss_category": focal / (positives + 1 + COUNT_EPSILON),
+            "loss_mask": self.mask_weight * dice / positives.clamp(min=1),
         }
+        if "semantic" in targets:
+            semantic: Tensor = targets["semantic"]  # [B, h, w]
+            entropy = _cross_entropy(_widen(raw["semantic_logits"]), semantic)  # []
+            labeled = _divisor((semantic != IGNORED).sum() if num_labeled is None else num_labeled, entropy)  # []
+            losses["loss_semantic"] = self.semantic_weight * entropy / labeled.clamp(min=1)
+        return losses
 
     def _focal(self, logits: Tensor, category: Tensor) -> Tensor:
         """Sum of the sigmoid focal loss (Lin et al. 2017); logits [B, C, cells], category [B, cells]."""
@@ -124,6 +145,23 @@ def _counts_per_image(targets: dict[str, Any]) -> tuple[list[int], list[int]]:
         ends.append(end)
     ends[-1] = len(targets["masks"])
     return pairs, [end - start for start, end in zip([0, *ends], ends)]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the softmax cross entropy over the pixels that are not void; logits [B, channels, h, w], labels [B, h, w].
+
+    Pixels are flattened because the loss of a map has no deterministic form on an accelerator.
+    """
+    rows = logits.movedim(1, -1).flatten(0, 2)  # [B h w, channels]
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(rows, labels.flatten().long(), ignore_index=IGNORED, reduction="none").sum()  # []
+
+
+def _divisor(count: Tensor | float, loss: Tensor) -> Tensor:
+    """A count in the dtype of a loss: int64 plus a float epsilon would be float32."""
+    if isinstance(count, Tensor):
+        return count.to(loss.dtype)
+    return loss.new_full((), count)  # filled on the device: copying from the host would synchronize
 
 
 def _widen(x: Tensor) -> Tensor:

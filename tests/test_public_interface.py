@@ -40,8 +40,10 @@ SIGNATURES = {
     ),
     ("solov2.targets", "TargetAssigner"): "(grid_sizes, scale_ranges, *, num_classes, center_sigma=0.2)",
     ("solov2.targets", "TargetAssigner.__call__"): "(instances, padded_size)",
-    ("solov2.losses", "SOLOv2Criterion"): "(*, num_classes, mask_weight=3.0, focal_gamma=2.0, focal_alpha=0.25)",
-    ("solov2.losses", "SOLOv2Criterion.forward"): "(raw, targets, num_positives=None)",
+    ("solov2.losses", "SOLOv2Criterion"): (
+        "(*, num_classes, mask_weight=3.0, focal_gamma=2.0, focal_alpha=0.25, semantic_weight=0.5)"
+    ),
+    ("solov2.losses", "SOLOv2Criterion.forward"): "(raw, targets, num_positives=None, num_labeled=None)",
     ("solov2.ops.matrix_nms", "matrix_nms"): "(masks, labels, scores, *, kernel='gaussian', sigma=2.0)",
     ("solov2.convert", "convert_state_dict"): "(state_dict)",
     ("solov2.commands.predict", "main"): "(argv=None)",

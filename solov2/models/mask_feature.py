@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,14 +44,7 @@ class MaskFeatureHead(nn.Module):
         super().__init__()
         self.recompute = False  # keep only the pyramid for backward passes, which compute the rest again
         conv_norm_relu = functools.partial(ConvNormReLU, norm=norm, deformable=deformable, modulated=modulated)
-        self.levels = nn.ModuleList()
-        for i in range(4):
-            first = in_channels + (2 if i == 3 else 0)
-            self.levels.append(
-                nn.ModuleList(
-                    conv_norm_relu(hidden_channels if j else first, hidden_channels) for j in range(max(1, i))
-                )
-            )
+        self.levels = make_levels(conv_norm_relu, (*[in_channels] * 3, in_channels + 2), hidden_channels)
         self.predictor = conv_norm_relu(hidden_channels, out_channels, kernel_size=1)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
@@ -62,14 +55,42 @@ class MaskFeatureHead(nn.Module):
         """The same for four levels [B, D, H / s, W / s], s = 4, 8, 16, 32."""
         # Kernels depend on position, so the features must too (section 3.1.2); coordinates enter at the coarsest level.
         coordinates = coordinate_channels(*p5.shape[-2:], dtype=p5.dtype, device=p5.device)  # [1, 2, H / 32, W / 32]
-        levels: list[list[Any]] = [[*steps.children()] for steps in self.levels]
-        (first2,), (first3,), (first4, second4), (first5, second5, third5) = levels
+        first5: Any = next(self.levels[3].children())
         (x5,) = convolve_with_coordinates(first5.conv, [p5], [coordinates])  # [B, M, H / 32, W / 32]
-        x5 = upsample_twice(first5.relu(first5.norm(x5)))  # [B, M, H / 16, W / 16]
-        x5 = upsample_twice(second5(x5))  # [B, M, H / 8, W / 8]
-        x4 = upsample_twice(first4(p4))  # [B, M, H / 8, W / 8]
-        coarse = first3(p3) + second4(x4) + third5(x5)  # [B, M, H / 8, W / 8]
-        return self.predictor(first2(p2) + upsample_twice(coarse))  # [B, E, H / 4, W / 4]
+        return self.predictor(
+            fuse_levels(self.levels, p2, p3, p4, first5.relu(first5.norm(x5)))
+        )  # [B, E, H / 4, W / 4]
+
+
+def make_levels(
+    step: Callable[[int, int], nn.Module], in_channels: Sequence[int], hidden_channels: int
+) -> nn.ModuleList:
+    """The steps of P2..P5: one, one, two and three.
+
+    Args:
+        step: (channels in, channels out) -> a step.
+        in_channels: of the first step of each level.
+        hidden_channels: M, the channels of all results.
+    """
+    return nn.ModuleList(
+        nn.ModuleList(step(hidden_channels if j else first, hidden_channels) for j in range(max(1, i)))
+        for i, first in enumerate(in_channels)
+    )
+
+
+def fuse_levels(levels: nn.ModuleList, p2: Tensor, p3: Tensor, p4: Tensor, x5: Tensor) -> Tensor:
+    """The sum of the four levels: [B, M, H / 4, W / 4].
+
+    Args:
+        levels: from `make_levels`.
+        p2, p3, p4: the levels [B, D, H / s, W / s], s = 4, 8, 16.
+        x5: what the first step made of P5, [B, M, H / 32, W / 32].
+    """
+    (first2,), (first3,), (first4, second4), (_, second5, third5) = ([*steps.children()] for steps in levels)
+    x5 = upsample_twice(second5(upsample_twice(x5)))  # [B, M, H / 8, W / 8]
+    x4 = upsample_twice(first4(p4))  # [B, M, H / 8, W / 8]
+    coarse = first3(p3) + second4(x4) + third5(x5)  # [B, M, H / 8, W / 8]
+    return first2(p2) + upsample_twice(coarse)  # [B, M, H / 4, W / 4]
 
 
 def upsample_twice(x: Tensor) -> Tensor:

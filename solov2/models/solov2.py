@@ -19,6 +19,7 @@ from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.optimize import optimize_for_inference
 from solov2.models.postprocess import postprocess
 from solov2.models.resnet import ResNet
+from solov2.models.semantic import SemanticHead
 from solov2.ops.images import ImageLike, is_image, not_an_image, to_rgb_tensor
 from solov2.ops.resize import padded_size, resize_image, resized_size
 from solov2.predict import Predictor
@@ -26,7 +27,7 @@ from solov2.settings import PostprocessSettings
 
 
 class SOLOv2(nn.Module):
-    """SOLOv2 instance segmentation (Wang et al. 2020, arXiv 2003.10152).
+    """SOLOv2 instance segmentation (Wang et al. 2020, arXiv 2003.10152), or panoptic with a semantic head.
 
     Args:
         backbone, fpn, head, mask_feature_head: the four parts.
@@ -36,6 +37,9 @@ class SOLOv2(nn.Module):
         pixel_mean, pixel_std: per channel in `channel_order`, in gray levels (0..255).
         channel_order: "rgb", or "bgr" for weights trained on BGR input (AdelaiDet).
         input_scale: (maximum long edge, maximum short edge) in pixels, to which `preprocess` resizes.
+        semantic_head: of a panoptic model; its classes are then those of the things.
+        stuff_names: one name per stuff class; stuff label i is stuff_names[i].
+        stuff_category_ids: each stuff label's id in annotation files; None: those after the classes' label + 1.
     """
 
     divisor = 32  # images are padded to multiples of the coarsest backbone stride
@@ -55,11 +59,17 @@ class SOLOv2(nn.Module):
         pixel_std: Sequence[float],
         channel_order: str = "rgb",
         input_scale: tuple[int, int] = (1333, 800),
+        semantic_head: SemanticHead | None = None,
+        stuff_names: Sequence[str] = (),
+        stuff_category_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.fpn, self.head, self.mask_feature_head = backbone, fpn, head, mask_feature_head
-        self.class_names = list(class_names)
+        self.semantic_head = semantic_head
+        self.class_names, self.stuff_names = list(class_names), list(stuff_names)
         self.category_ids = list(range(1, len(self.class_names) + 1))
+        after = range(len(class_names) + 1, len(class_names) + len(stuff_names) + 1)
+        self.stuff_category_ids = list(after if stuff_category_ids is None else stuff_category_ids)
         self.settings = settings
         self.channel_order = channel_order
         self.input_scale = tuple(input_scale)
@@ -89,7 +99,8 @@ class SOLOv2(nn.Module):
 
         Returns:
             category_logits: list of [B, C, S, S] (before the sigmoid); kernels: list of [B, E, S, S];
-            mask_features: [B, E, H / 4, W / 4].
+            mask_features: [B, E, H / 4, W / 4]; with a semantic head also semantic_logits: [B, S + 1, H / 4, W / 4],
+            one channel per stuff class and the last one for all things.
 
         Raises:
             InputError: images of another shape, or H or W not a multiple of 32.
@@ -108,7 +119,11 @@ class SOLOv2(nn.Module):
             category_logits, kernels = self.head(pyramid)
         with span("mask features"):
             mask_features = self.mask_feature_head(pyramid[:4])
-        return {"category_logits": category_logits, "kernels": kernels, "mask_features": mask_features}
+        raw = {"category_logits": category_logits, "kernels": kernels, "mask_features": mask_features}
+        if self.semantic_head is not None:
+            with span("semantic"):
+                raw["semantic_logits"] = self.semantic_head(pyramid[:4])
+        return raw
 
     def optimize(self, *, precision: str = "float32", compile: bool = False, graphs: bool = False) -> SOLOv2:
         """A faster copy for inference, see `solov2.models.optimize.optimize_for_inference`.

@@ -55,6 +55,8 @@ TO_MMDET = (
     (r"^head\.kernel_predictor\.", "mask_head.conv_kernel."),
     (r"^mask_feature_head\.levels\.(\d)\.(\d)\.", r"mask_head.mask_feature_head.convs_all_levels.\1.conv\2."),
     (r"^mask_feature_head\.predictor\.", "mask_head.mask_feature_head.conv_pred."),
+    (r"^semantic_head\.levels\.(\d)\.(\d)\.", r"semantic_head.conv_upsample_layers.\1.conv.\2."),
+    (r"^semantic_head\.predictor\.", "semantic_head.conv_logits."),
     (r"\.norm\.", ".gn."),
 )
 
@@ -79,9 +81,9 @@ NMS_SETS = sorted({name.split(".")[0] for name in NMS_ARRAYS})
 # ---- weights
 
 
-def draw(tag: str, shape: Sequence[int]) -> np.ndarray:
+def draw(tag: str, shape: Sequence[int], seed: int = SEED) -> np.ndarray:
     """Standard normal values determined by a name, float64."""
-    return np.random.RandomState(zlib.crc32(f"{tag}#{SEED}".encode())).standard_normal(tuple(shape))
+    return np.random.RandomState(zlib.crc32(f"{tag}#{seed}".encode())).standard_normal(tuple(shape))
 
 
 def mmdet_name(name: str) -> str:
@@ -96,7 +98,9 @@ def mmdet_shapes(model: SOLOv2) -> dict[str, tuple[int, ...]]:
     return {mmdet_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def mmdet_weights(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any]) -> dict[str, Tensor]:
+def mmdet_weights(
+    shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], seed: int = SEED
+) -> dict[str, Tensor]:
     """Weights under mmdetection's names, drawn in float64 and rounded to float32 once.
 
     Convolutions have variance gain / fan-in, norm weights lie around 1 (0.5 at the end of a residual block), the rest
@@ -108,17 +112,17 @@ def mmdet_weights(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str,
         if kind == "num_batches_tracked":
             state[name] = torch.zeros(shape, dtype=torch.int64)
             continue
-        value = draw(name, shape)
+        value = draw(name, shape, seed)
         if len(shape) == 4:
             value = value * math.sqrt(_gain(layer) / math.prod(shape[1:]))
         elif kind == "running_var":
-            value = np.exp(0.1 * value) * overrides["running_var_scale"].get(layer, 1.0)
+            value = np.exp(0.1 * value) * overrides.get("running_var_scale", {}).get(layer, 1.0)
         elif kind == "weight":
             value = (1 + 0.1 * np.clip(value, -2, 2)) * (0.5 if _ends_block(layer, shapes) else 1.0)
         else:
             value = 0.05 * value
-        value = value * overrides["weight_scale"].get(name, 1.0)
-        value = np.asarray(overrides["replace"].get(name, value), dtype=np.float64)
+        value = value * overrides.get("weight_scale", {}).get(name, 1.0)
+        value = np.asarray(overrides.get("replace", {}).get(name, value), dtype=np.float64)
         state[name] = torch.from_numpy(value.reshape(shape).astype(np.float32))
     return state
 
@@ -156,9 +160,9 @@ def reference_model(config: str, overrides: Mapping[str, Any]) -> SOLOv2:
 # ---- inputs
 
 
-def network_input(tag: str, shape: Sequence[int], valid: Sequence[Sequence[int]] = ()) -> Tensor:
+def network_input(tag: str, shape: Sequence[int], valid: Sequence[Sequence[int]] = (), seed: int = SEED) -> Tensor:
     """Normalized images, float32 [B, 3, H, W], zero outside `valid` (h, w of each image)."""
-    images = torch.from_numpy(draw(f"input/{tag}", shape).astype(np.float32))
+    images = torch.from_numpy(draw(f"input/{tag}", shape, seed).astype(np.float32))
     for image, (height, width) in zip(images, valid):
         image[:, height:] = 0
         image[:, :, width:] = 0
