@@ -15,7 +15,12 @@ from torch import Tensor
 from solov2.checkpoint import Checkpoint
 from solov2.compute import HALF_TYPES, Compute, select_precision
 from solov2.config import Config, ModelConfig, changed_settings, load_config, override_config, replace_model
-from solov2.data.categories import default_category_ids, default_class_names
+from solov2.data.categories import (
+    default_category_ids,
+    default_class_names,
+    default_stuff_category_ids,
+    default_stuff_names,
+)
 from solov2.data.class_matching import can_match, difference, match_names, shorten, similar_names
 from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
@@ -24,16 +29,20 @@ from solov2.models.head import SOLOv2Head
 from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.optimize import use_winograd
 from solov2.models.resnet import ResNet
+from solov2.models.semantic import SemanticHead
 from solov2.models.solov2 import SOLOv2
 from solov2.targets import TargetAssigner
 from solov2.weights import (
     CATEGORY_LAYER,
+    SEMANTIC_HEAD,
+    STUFF_LAYER,
     TRAITS,
     apply_weight_metadata,
     check_fits,
     find_checkpoint,
     load_weights,
     match_category_layer,
+    semantic_tensors,
 )
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +54,7 @@ def build_model(
     weights: str | Path | Checkpoint | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    stuff_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     **overrides: Any,
 ) -> SOLOv2:
@@ -61,6 +71,8 @@ def build_model(
         class_names: the model's classes, if not the file's. Those that the file knows by name keep their weights in the
             category layer; the others are re-initialized, and both are listed in a warning. If the file has no names,
             all are kept or re-initialized as with `num_classes`.
+        stuff_names: the stuff classes of a panoptic model, if not the file's; treated as `class_names`. Between models
+            with and without a semantic head, all other weights are kept, with a warning.
         device: where to put the model; default: the CPU.
         overrides: fields of `solov2.config.ModelConfig`, e.g. score_threshold=0.3, input_scale=(1333, 640).
 
@@ -79,23 +91,39 @@ def build_model(
         category_bias = checkpoint.weights.get(f"{CATEGORY_LAYER}.bias")
         if category_bias is not None:
             config = replace_model(config, {"num_classes": len(category_bias)})
+        stuff_bias = checkpoint.weights.get(f"{STUFF_LAYER}.bias")
+        if stuff_bias is not None and len(stuff_bias) > 1 and config.num_stuff:
+            config = replace_model(config, {"num_stuff": len(stuff_bias) - 1})
+    if stuff_names is not None:
+        config = replace_model(config, {"num_stuff": len(stuff_names)})
     if class_names is not None and num_classes is None:
         num_classes = len(class_names)
     config = replace_model(config, overrides | ({} if num_classes is None else {"num_classes": num_classes}))
     names = class_names or (None if checkpoint is None else checkpoint.class_names)
     if names is None or class_names is None and len(names) != config.num_classes:
         names = default_class_names(config.num_classes)
+    stuff = stuff_names or (None if checkpoint is None else checkpoint.stuff_names)
+    if stuff is None or stuff_names is None and len(stuff) != config.num_stuff:
+        stuff = default_stuff_names(config.num_stuff)
     if checkpoint is not None:
         _check_architecture(config, names, checkpoint)
-    model = construct(config, names)
+    model = construct(config, names, stuff)
     model.category_ids = default_category_ids(names)
+    model.stuff_category_ids = default_stuff_category_ids(stuff, model.category_ids)
     if checkpoint is not None:
-        weights_by_name = checkpoint.weights if class_names is None else _match_classes(model, checkpoint)
+        weights_by_name = checkpoint.weights
+        if class_names is not None:
+            weights_by_name = _match_classes(model, weights_by_name, checkpoint)
+        if stuff_names is not None:
+            weights_by_name = _match_stuff(model, weights_by_name, checkpoint)
         load_weights(model, weights_by_name, checkpoint.source)
         if name_or_config is not None and checkpoint.config is not None:
-            _warn_config_mismatch(checkpoint, config, ignore={*TRAITS, *overrides, "num_classes"})
+            _warn_config_mismatch(checkpoint, config, ignore={*TRAITS, *overrides, "num_classes", "num_stuff"})
         if checkpoint.category_ids is not None and class_names is None and len(checkpoint.category_ids) == len(names):
             model.category_ids = list(checkpoint.category_ids)
+        stuff_ids = checkpoint.stuff_category_ids
+        if stuff_ids is not None and stuff_names is None and len(stuff_ids) == len(stuff):
+            model.stuff_category_ids = list(stuff_ids)
     return model.to(device or "cpu").eval()
 
 
@@ -103,35 +131,58 @@ def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpo
     """Check that the weights fit, before memory is taken for whatever network a file's configuration describes.
 
     Raises:
-        InputError: they do not fit; the category layer may.
+        InputError: they do not fit; the category layer may, and the stuff layer, or a whole semantic head.
     """
     with torch.device("meta"):
         expected = construct(config, class_names).state_dict()
+    both_panoptic = semantic_tensors(expected) and semantic_tensors(checkpoint.weights)
+    replaceable = (f"{CATEGORY_LAYER}.", f"{STUFF_LAYER if both_panoptic else SEMANTIC_HEAD}.")
     expected, stored = (
-        {name: tensor for name, tensor in state.items() if not name.startswith(f"{CATEGORY_LAYER}.")}
+        {name: tensor for name, tensor in state.items() if not name.startswith(replaceable)}
         for state in (expected, checkpoint.weights)
     )
     check_fits(expected, stored, checkpoint.source)
 
 
-def _match_classes(model: SOLOv2, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The checkpoint's weights, with the rows of its category layer moved to the model's classes of the same name."""
-    names, known = model.class_names, checkpoint.class_names
-    bias = checkpoint.weights.get(f"{CATEGORY_LAYER}.bias")
-    if known is None or not can_match(known, names) or bias is None or len(bias) != len(known):
-        return checkpoint.weights
+def _match_classes(model: SOLOv2, weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights, with the rows of the category layer moved to the model's classes of the same name."""
+    rows = _matching_rows(model.class_names, checkpoint.class_names, weights, checkpoint.source, CATEGORY_LAYER)
+    return weights if rows is None else match_category_layer(model, weights, rows)
+
+
+def _match_stuff(model: SOLOv2, weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights, with the rows of the stuff layer moved likewise; the row of the things stays the last."""
+    known = checkpoint.stuff_names
+    rows = _matching_rows(model.stuff_names, known, weights, checkpoint.source, STUFF_LAYER, others=1)
+    return weights if rows is None else match_category_layer(model, weights, [*rows, len(known or [])], STUFF_LAYER)
+
+
+def _matching_rows(
+    names: list[str],
+    known: list[str] | None,
+    weights: Mapping[str, Tensor],
+    source: str,
+    layer: str,
+    *,
+    others: int = 0,
+) -> list[int | None] | None:
+    """For each name its row in a layer of the weights, which has `others` more rows; None if names cannot tell."""
+    bias = weights.get(f"{layer}.bias")
+    if known is None or not can_match(known, names) or bias is None or len(bias) != len(known) + others:
+        return None
     rows = match_names(names, known)
     kept = [name for name, row in zip(names, rows, strict=True) if row is not None]
     new = [name for name, row in zip(names, rows, strict=True) if row is None]
     if new:
         LOG.warning(
-            "%s: the category layer is re-initialized for %s and kept for %s%s; all other weights are kept",
-            checkpoint.source,
+            "%s: the %s layer is re-initialized for %s and kept for %s%s; all other weights are kept",
+            source,
+            "category" if layer == CATEGORY_LAYER else "stuff",
             shorten(new),
             shorten(kept) or "no class",
             similar_names(new, difference(known, names)),
         )
-    return match_category_layer(model, checkpoint.weights, rows)
+    return rows
 
 
 def _model_config(given: str | Path | Config | ModelConfig | None, checkpoint: Checkpoint | None) -> ModelConfig:
@@ -180,14 +231,22 @@ def _warn_config_mismatch(checkpoint: Checkpoint, config: ModelConfig, *, ignore
         )
 
 
-def construct(config: ModelConfig, class_names: Sequence[str]) -> SOLOv2:
+def construct(config: ModelConfig, class_names: Sequence[str], stuff_names: Sequence[str] | None = None) -> SOLOv2:
     """Construct the model of a configuration, with newly initialized weights, in training mode.
+
+    Args:
+        config: with `num_stuff` above 0 the model has a semantic head.
+        class_names: one per class.
+        stuff_names: one per stuff class; default: `solov2.data.categories.default_stuff_names`.
 
     Raises:
         InputError: no network can be built with these values, or the number of class names is wrong.
     """
     if len(class_names) != config.num_classes:
         raise InputError(f"{len(class_names)} class names for {config.num_classes} classes")
+    stuff_names = default_stuff_names(config.num_stuff) if stuff_names is None else stuff_names
+    if len(stuff_names) != config.num_stuff:
+        raise InputError(f"{len(stuff_names)} stuff names for {config.num_stuff} stuff classes")
     try:
         backbone = ResNet(
             config.backbone,
@@ -226,6 +285,12 @@ def construct(config: ModelConfig, class_names: Sequence[str]) -> SOLOv2:
             pixel_std=config.pixel_std,
             channel_order=config.channel_order,
             input_scale=config.input_scale,
+            semantic_head=SemanticHead(
+                config.fpn_channels, config.semantic_channels, config.num_stuff, norm=config.head_norm
+            )
+            if config.num_stuff
+            else None,
+            stuff_names=stuff_names,
         )
     except ValueError as error:
         raise InputError(f"no network can be built from this configuration: {error}") from error
@@ -238,9 +303,9 @@ def build_assigner(config: ModelConfig) -> TargetAssigner:
     )
 
 
-def build_criterion(config: ModelConfig, *, mask_weight: float = 3.0) -> SOLOv2Criterion:
+def build_criterion(config: ModelConfig, *, mask_weight: float = 3.0, semantic_weight: float = 0.5) -> SOLOv2Criterion:
     """The criterion for a model configuration."""
-    return SOLOv2Criterion(num_classes=config.num_classes, mask_weight=mask_weight)
+    return SOLOv2Criterion(num_classes=config.num_classes, mask_weight=mask_weight, semantic_weight=semantic_weight)
 
 
 def build_compute(config: Config, device: torch.device, precision: str | None = None) -> Compute:
@@ -284,7 +349,7 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
             "train.recompute_activations would update the running statistics of batch norms twice: set "
             "model.frozen_batch_norm to true and model.head_norm to group, or recompute nothing"
         )
-    model.backbone.recompute = model.mask_feature_head.recompute = config.train.recompute_activations
+    model.recompute_activations(config.train.recompute_activations)
     if _uses_winograd(config, compute.device, compute.precision):
         use_winograd(model)
     compute.place(model)

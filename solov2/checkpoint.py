@@ -69,6 +69,8 @@ class Checkpoint:
     traits: dict[str, Any] = field(default_factory=dict)  # see `solov2.convert.convert_state_dict`
     class_names: list[str] | None = None
     category_ids: list[int] | None = None  # the annotation file's ids, one per class
+    stuff_names: list[str] | None = None  # of panoptic models, as the next one
+    stuff_category_ids: list[int] | None = None
     config: dict[str, Any] | None = None  # nested, as returned by `Config.to_dict`
     training: TrainingState | None = None
 
@@ -92,13 +94,16 @@ class Checkpoint:
             traits=content.get("traits", {}),
             class_names=content.get("class_names"),
             category_ids=content.get("category_ids"),
+            stuff_names=content.get("stuff_names"),
+            stuff_category_ids=content.get("stuff_category_ids"),
             config=content.get("config"),
             training=training,
         )
 
     def content(self) -> dict[str, Any]:
         """The entries of a file of this library."""
-        known = {name: getattr(self, name) for name in ("config", "traits", "class_names", "category_ids")}
+        metadata = ("config", "traits", "class_names", "category_ids", "stuff_names", "stuff_category_ids")
+        known = {name: getattr(self, name) for name in metadata}
         content = {"format": FORMAT, "model": self.weights, **{k: v for k, v in known.items() if v is not None}}
         if self.training is not None:
             state = {entry.name: getattr(self.training, entry.name) for entry in fields(TrainingState)}
@@ -201,6 +206,8 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "traits": _is_plain_dict,
     "class_names": lambda value: _is_list(value, str),
     "category_ids": lambda value: _is_list(value, int),
+    "stuff_names": lambda value: _is_list(value, str),
+    "stuff_category_ids": lambda value: _is_list(value, int),
     "config": _is_config,
     "conditions": lambda value: _is_dict(value, str, str),
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 from solov2.errors import InputError
 from solov2.sections import DataConfig, ModelConfig, TrainConfig
-from solov2.settings import PostprocessSettings, Rule, Settings, format_value, invalid_value, rules
+from solov2.settings import PanopticSettings, PostprocessSettings, Rule, Settings, format_value, invalid_value, rules
 from solov2.suggestions import did_you_mean
 from solov2.yaml_file import parse_yaml, read_yaml
 
@@ -45,8 +45,8 @@ class Config:
         """Nested dictionary of plain YAML/JSON types (tuples become lists)."""
         values = _plain(dataclasses.asdict(self))
         # Inherited fields come first; move them to the end.
-        limits = [entry.name for entry in dataclasses.fields(PostprocessSettings)]
-        values["model"] |= {name: values["model"].pop(name) for name in limits}
+        limits = [*dataclasses.fields(PostprocessSettings), *dataclasses.fields(PanopticSettings)]
+        values["model"] |= {limit.name: values["model"].pop(limit.name) for limit in limits}
         return values
 
     @classmethod

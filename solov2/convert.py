@@ -41,6 +41,9 @@ def _mmdet_prefixes() -> Iterator[tuple[str, str]]:
     for i, j in _mask_branch_steps():
         yield from _conv_norm(f"{theirs}.{i}.conv{j}", f"{ours}.{i}.{j}")
     yield from _conv_norm("mask_head.mask_feature_head.conv_pred", "mask_feature_head.predictor")
+    for i, j in _mask_branch_steps():  # of its Panoptic FPN
+        yield from _conv_norm(f"semantic_head.conv_upsample_layers.{i}.conv.{j}", f"semantic_head.levels.{i}.{j}")
+    yield "semantic_head.conv_logits", "semantic_head.predictor"
 
 
 def _original_prefixes() -> Iterator[tuple[str, str]]:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from solov2.settings import PostprocessSettings, Settings, setting
+from solov2.settings import PanopticSettings, PostprocessSettings, Settings, setting
 
 
 @dataclass(frozen=True)
-class ModelConfig(PostprocessSettings):
+class ModelConfig(PostprocessSettings, PanopticSettings):
     """Architecture, preprocessing and post-processing of a model. Sizes are in pixels of the network input."""
 
     backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_64x4d"] = setting(
@@ -37,6 +37,14 @@ class ModelConfig(PostprocessSettings):
     mask_feature_channels: int = setting(
         256, "channels of the mask features, and so the length of a dynamic kernel", minimum=1, maximum=16384
     )
+    num_stuff: int = setting(
+        0,
+        "number of stuff classes; 0: instances only, no semantic branch; panoptic models: training takes it from the "
+        "annotations",
+        minimum=0,
+        maximum=254,
+    )
+    semantic_channels: int = setting(128, "hidden channels of the semantic branch", minimum=1, maximum=16384)
     deformable_mask_branch: bool = setting(False, "use deformable convolutions throughout the mask branch")
     modulated: bool = setting(True, "true: DCNv2; false: DCNv1 (offsets only), as in the authors' light R50-DCN")
     stride_in_1x1: bool = setting(False, "stride in the first 1x1 of a bottleneck (MSRA), as in weights from AdelaiDet")
@@ -45,8 +53,8 @@ class ModelConfig(PostprocessSettings):
     )
     head_norm: Literal["group", "batch"] = setting(
         "group",
-        "norm of the towers and the mask branch: group (channels must be multiples of 32), or batch for small models "
-        "trained from scratch",
+        "norm of the towers, the mask and the semantic branch: group (channels must be multiples of 32), or batch for "
+        "small models trained from scratch",
     )
     num_classes: int = setting(
         80, "number of classes; training takes it from the annotations", minimum=1, maximum=1_000_000
@@ -84,6 +92,12 @@ class ModelConfig(PostprocessSettings):
         names = [entry.name for entry in dataclasses.fields(PostprocessSettings)]
         return PostprocessSettings(**{name: getattr(self, name) for name in names})
 
+    @property
+    def panoptic_settings(self) -> PanopticSettings:
+        """Only the thresholds for merging instances and semantic labels."""
+        names = [entry.name for entry in dataclasses.fields(PanopticSettings)]
+        return PanopticSettings(**{name: getattr(self, name) for name in names})
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, what it must be) for values that are valid on their own but not together."""
         if len(self.area_thresholds) != 5:
@@ -96,7 +110,8 @@ class ModelConfig(PostprocessSettings):
             yield "deformable_tower_convs", f"from 0 to tower_depth, which is {self.tower_depth}"
         if self.backbone == "resnext101_64x4d" and self.backbone_width < 16:
             yield "backbone_width", "at least 16 for resnext101_64x4d, because of its 64 groups"
-        for name in ("tower_channels", "mask_hidden_channels", "mask_feature_channels"):
+        semantic = ("semantic_channels",) if self.num_stuff else ()
+        for name in ("tower_channels", "mask_hidden_channels", "mask_feature_channels", *semantic):
             if self.head_norm == "group" and getattr(self, name) % 32:
                 yield name, "a multiple of 32, as head_norm group requires"
 
@@ -192,6 +207,7 @@ class TrainConfig(Settings):
     warmup_start: float = setting(0.001, "fraction of the learning rate in the first step", minimum=0, maximum=1)
     clip_norm: float = setting(35.0, "maximum L2 norm of all gradients together; 0: no clipping", minimum=0)
     mask_weight: float = setting(3.0, "weight of the mask loss", minimum=0)
+    semantic_weight: float = setting(0.5, "weight of the semantic loss of panoptic models", minimum=0)
     precision: Literal["float32", "tf32", "bf16", "fp16", "auto"] = setting(
         "tf32",
         "precision of the network in training; tf32: float32, but NVIDIA cards round the inputs of convolutions to 10 "

@@ -207,3 +207,23 @@ class PostprocessSettings(Settings):
     nms_sigma: float = setting(2.0, "strength of the gaussian kernel; 0: no decay", minimum=0)
     score_threshold: float = setting(0.05, "minimum final score of an instance", minimum=0, maximum=1)
     max_instances: int = setting(100, "maximum instances per image; 0: no limit", minimum=0)
+
+
+@dataclass(frozen=True)
+class PanopticSettings(Settings):
+    """Thresholds for merging instances and semantic labels; Panoptic FPN's, except for the score."""
+
+    section: ClassVar[str] = "model"
+
+    panoptic_score_threshold: float = setting(
+        0.3, "panoptic models: minimum score of an instance that becomes a segment", minimum=0, maximum=1
+    )
+    panoptic_overlap_threshold: float = setting(
+        0.5,
+        "panoptic models: an instance that better ones cover by more than this share of its area is left out",
+        minimum=0,
+        maximum=1,
+    )
+    stuff_area_limit: int = setting(
+        4096, "panoptic models: stuff with fewer pixels than this in the original image is left out", minimum=0
+    )

@@ -66,6 +66,8 @@ PUBLISHED_WEIGHTS = {
 }
 TARGETS = (FORMAT, "mmdet")  # families that `convert_file` writes
 CATEGORY_LAYER = "head.category_predictor"  # one row per class
+SEMANTIC_HEAD = "semantic_head"
+STUFF_LAYER = f"{SEMANTIC_HEAD}.predictor"  # one row per stuff class, and one for all things
 TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # set by the weights
 
 
@@ -100,12 +102,13 @@ def _check_values(checkpoint: Checkpoint) -> None:
     source, training = checkpoint.source, checkpoint.training
     apply_weight_metadata(ModelConfig(), checkpoint)
     for weights in [checkpoint.weights, *([] if training is None else [training.weights])]:
-        weight, bias = (weights.get(f"{CATEGORY_LAYER}.{part}") for part in ("weight", "bias"))
-        if bias is not None and (bias.ndim != 1 or weight is not None and weight.shape[:1] != bias.shape):
-            raise InputError(
-                f"{source} is damaged: the bias of its category layer has shape {list(bias.shape)}, not one number per "
-                "class"
-            )
+        for layer, name in ((CATEGORY_LAYER, "category layer"), (STUFF_LAYER, "stuff layer")):
+            weight, bias = (weights.get(f"{layer}.{part}") for part in ("weight", "bias"))
+            if bias is not None and (bias.ndim != 1 or weight is not None and weight.shape[:1] != bias.shape):
+                raise InputError(
+                    f"{source} is damaged: the bias of its {name} has shape {list(bias.shape)}, not one number per "
+                    "class"
+                )
         check_finite(weights, source)
     for number, state in ({} if training is None else training.optimizer["state"]).items():
         tensors = {f"{name} of parameter {number}": each for name, each in state.items() if isinstance(each, Tensor)}
@@ -178,17 +181,18 @@ def weight_metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def match_category_layer(
-    model: nn.Module, state: Mapping[str, Tensor], rows: Sequence[int | None]
+    model: nn.Module, state: Mapping[str, Tensor], rows: Sequence[int | None], layer: str = CATEGORY_LAYER
 ) -> dict[str, Tensor]:
-    """The state with a category layer for the classes of the model.
+    """The state with a category layer for the classes of the model, or another layer with a row per class.
 
     Args:
         model: has the initial values of the classes that the state does not know.
         state: tensors under our names; what does not fit is left as it is, for `load_weights` to name.
-        rows: for each class of the model, its row in the category layer of the state, or None if it is unknown there.
+        rows: for each class of the model, its row in the layer of the state, or None if it is unknown there.
+        layer: name of the layer.
     """
     own, matched = model.state_dict(), dict(state)
-    for name in (f"{CATEGORY_LAYER}.weight", f"{CATEGORY_LAYER}.bias"):
+    for name in (f"{layer}.weight", f"{layer}.bias"):
         if name in state and state[name].shape[1:] == own[name].shape[1:]:
             pairs = zip(own[name], rows, strict=True)
             matched[name] = torch.stack([initial if row is None else state[name][row] for initial, row in pairs])
@@ -196,7 +200,8 @@ def match_category_layer(
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict strictly; only a category layer with another class count is re-initialized, with a warning.
+    """Load a state dict strictly, but warn where a category or stuff layer has another class count or where only one
+    side has a semantic head: that layer or head is re-initialized, or left out if the model has none.
 
     Args:
         model: receives the weights.
@@ -208,17 +213,31 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     """
     expected = model.state_dict()
     state = dict(state)
-    bias = f"{CATEGORY_LAYER}.bias"
-    if bias in state and bias in expected and len(state[bias]) != len(expected[bias]):
-        LOG.warning(
-            "%s has %s and the model %d: the category layer is re-initialized, all other weights are kept",
-            source,
-            count(len(state[bias]), "class", "classes"),
-            len(expected[bias]),
-        )
-        state |= {name: expected[name] for name in (f"{CATEGORY_LAYER}.weight", bias)}
+    own, stored = semantic_tensors(expected), semantic_tensors(state)
+    if stored and not own:
+        LOG.warning("%s has a semantic head and the model has none: it is left out, all other weights are kept", source)
+        state = {name: tensor for name, tensor in state.items() if name not in stored}
+    if own and not stored and f"{CATEGORY_LAYER}.bias" in state:
+        LOG.warning("%s has no semantic head: the model's is re-initialized, all other weights are kept", source)
+        state |= own
+    for layer, name, others in ((CATEGORY_LAYER, "category layer", 0), (STUFF_LAYER, "stuff layer", 1)):
+        bias = f"{layer}.bias"
+        if bias in state and bias in expected and len(state[bias]) != len(expected[bias]):
+            LOG.warning(
+                "%s has %s and the model %d: the %s is re-initialized, all other weights are kept",
+                source,
+                count(len(state[bias]) - others, f"{'stuff ' * others}class", f"{'stuff ' * others}classes"),
+                len(expected[bias]) - others,
+                name,
+            )
+            state |= {name: expected[name] for name in (f"{layer}.weight", bias)}
     check_fits(expected, state, source)
     model.load_state_dict({**expected, **state})
+
+
+def semantic_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the semantic head in a state; none for instance models."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(f"{SEMANTIC_HEAD}.")}
 
 
 def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:

@@ -334,7 +334,7 @@ def test_forward_pass_and_losses_stay_on_the_device(instances):
             model,
             build_criterion(config.model),
             pytree.tree_map_only(torch.Tensor, mode.from_tensor, batch),
-            None,
+            (None, None),
             Compute(device, memory_format=torch.channels_last),
         )
         average = WeightAverage(torch.nn.Identity(), 0.9)

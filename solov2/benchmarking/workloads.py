@@ -127,7 +127,7 @@ def measure_training(workload: Workload) -> Parts:
     config, recipe, compute = workload.config, workload.config.train, workload.compute
     model = prepare_for_training(_model(workload), config, compute).train()
     network, scaler, losses = wrap(model, compute.device), compute.scaler(), dict[str, Tensor]()
-    criterion = build_criterion(config.model, mask_weight=recipe.mask_weight)
+    criterion = build_criterion(config.model, mask_weight=recipe.mask_weight, semantic_weight=recipe.semantic_weight)
     optimizer = build_optimizer(
         model,
         name=recipe.optimizer,
@@ -137,7 +137,8 @@ def measure_training(workload: Workload) -> Parts:
         decay_norms=recipe.decay_norms,
     )
     kind = (workload.instances, workload.size, config.model.num_classes, torch.Generator().manual_seed(SEED))
-    samples = [synthetic_sample(*kind) for _ in range(workload.batch_size)]
+    semantic = {"semantic": torch.zeros(workload.size, dtype=torch.uint8)} if config.model.num_stuff else {}
+    samples = [synthetic_sample(*kind) | semantic for _ in range(workload.batch_size)]
     batch = Collate(build_assigner(config.model))(samples)
     if compute.device.type != "cpu":
         batch = tree_map_only(Tensor, Tensor.pin_memory, batch)

@@ -34,12 +34,15 @@ class ImageDataset(Dataset):
     Attributes:
         class_names: of the instances, in order of category id; a label is an index into this list.
         category_ids: the file's category id of each label.
+        stuff_names, stuff_category_ids: the same of the stuff classes, by stuff label; none in instance data.
         image_ids, aspect_ratios: id and width / height of each image, in dataset order.
         unknown_categories: category ids that are not in `categories` -> number of annotations with that id.
     """
 
     class_names: list[str]
     category_ids: list[int]
+    stuff_names: list[str]
+    stuff_category_ids: list[int]
     image_ids: list[ImageId]
     aspect_ratios: list[float]
 
@@ -56,6 +59,7 @@ class ImageDataset(Dataset):
         self.annotation_file, self.image_root = Path(annotations), Path(images)
         self.training, self.skip_broken_images, self.decode_masks = training, skip_broken_images, decode_masks
         self.max_pixels = max_pixels
+        self.stuff_names, self.stuff_category_ids = [], []
         self.unknown_categories: Counter[int] = Counter()
         self._warned: set[str] = set()
         require_folder(self.image_root)

@@ -125,6 +125,12 @@ class SOLOv2(nn.Module):
                 raw["semantic_logits"] = self.semantic_head(pyramid[:4])
         return raw
 
+    def recompute_activations(self, recompute: bool) -> None:
+        """Whether backbone and the branches after the pyramid keep few activations, and compute them again."""
+        for part in (self.backbone, self.mask_feature_head, self.semantic_head):
+            if part is not None:
+                part.recompute = recompute
+
     def optimize(self, *, precision: str = "float32", compile: bool = False, graphs: bool = False) -> SOLOv2:
         """A faster copy for inference, see `solov2.models.optimize.optimize_for_inference`.
 

@@ -231,7 +231,7 @@ def saved_activation_bytes(config: Config, size: tuple[int, int], device: torch.
     train = config.train
     with device:
         model = construct(config.model, default_class_names(config.model.num_classes)).train()
-        model.backbone.recompute = model.mask_feature_head.recompute = train.recompute_activations
+        model.recompute_activations(train.recompute_activations)
         pixels = torch.zeros(train.batch_size, 3, *size, dtype=torch.uint8)
         sizes = torch.tensor([size] * train.batch_size)
         targets = synthetic_targets(config.model, train.batch_size, size)
@@ -243,7 +243,7 @@ def saved_activation_bytes(config: Config, size: tuple[int, int], device: torch.
             saved.setdefault(storage_id(tensor), tensor.detach())
 
     compute = build_compute(config, device)
-    criterion = build_criterion(config.model, mask_weight=train.mask_weight)
+    criterion = build_criterion(config.model, mask_weight=train.mask_weight, semantic_weight=train.semantic_weight)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved):  # backward never runs
         images = compute.images(model, {"pixels": pixels, "sizes": sizes})
         with compute.autocast():
@@ -261,14 +261,17 @@ def synthetic_targets(config: ModelConfig, images: int, size: tuple[int, int]) -
     instances = images * INSTANCES_PER_IMAGE
     positives_per_image = INSTANCES_PER_IMAGE * CELLS_PER_INSTANCE
     positives = torch.arange(images * positives_per_image)
+    quarter = (size[0] // 4, size[1] // 4)
+    semantic = {"semantic": torch.zeros(images, *quarter, dtype=torch.uint8)} if config.num_stuff else {}
     return {
         "category": torch.full((images, cells), config.num_classes),
         "positives": torch.stack(
             [positives // positives_per_image, positives % cells, positives // CELLS_PER_INSTANCE], dim=1
         ),
-        "masks": torch.zeros(instances, size[0] // 4, size[1] // 4, dtype=torch.uint8),
+        "masks": torch.zeros(instances, *quarter, dtype=torch.uint8),
         "positives_per_image": [positives_per_image] * images,
         "instances_per_image": [INSTANCES_PER_IMAGE] * images,
+        **semantic,
     }
 
 

@@ -63,7 +63,7 @@ def train_one_epoch(
 
     Args:
         model: SOLOv2, possibly in DistributedDataParallel, on its device.
-        criterion: (raw, targets, num_positives) -> dict of losses.
+        criterion: (raw, targets, num_positives, num_labeled) -> dict of losses.
         loader: batches (dict with "pixels", "sizes", "image_ids", "targets"), starting with those of `first_step`.
         optimizer: its learning rate is set before each step.
         scaler: from `Compute.scaler`.
@@ -105,7 +105,7 @@ def train_epochs(
 ) -> dict[str, Any] | None:
     """Run all remaining steps and evaluations; returns the summary of the last evaluation, None if there was none."""
     train = run.config.train
-    criterion = build_criterion(run.config.model, mask_weight=train.mask_weight)
+    criterion = build_criterion(run.config.model, mask_weight=train.mask_weight, semantic_weight=train.semantic_weight)
     model = wrap(run.model, run.compute.device)
     guard = NonFiniteGuard(run.folder, skip=train.nonfinite == "skip", file_name=run.dataset.file_name)
     summary: dict[str, Any] | None = None

@@ -83,6 +83,8 @@ class Run:
             traits=weight_metadata(self.config.model),
             class_names=self.model.class_names,
             category_ids=self.dataset.category_ids,
+            stuff_names=self.model.stuff_names or None,
+            stuff_category_ids=self.dataset.stuff_category_ids or None,
             config=self.config.to_dict(),
             training=TrainingState(
                 weights=self.model.state_dict(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from solov2 import distributed
 from solov2.compute import Compute, span
 from solov2.errors import OutOfMemory, memory_shortage
-from solov2.losses import SOLOv2Criterion
+from solov2.losses import IGNORED, SOLOv2Criterion
 from solov2.training.guard import FAILED, OVERFLOWED
+
+Counts: TypeAlias = tuple[int | None, int | None]  # num_positives and num_labeled of `SOLOv2Criterion.forward`
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -37,7 +39,7 @@ def take_step(
 
     Args:
         model: SOLOv2, possibly in DistributedDataParallel, on its device.
-        criterion: (raw, targets, num_positives) -> dict of losses.
+        criterion: (raw, targets, num_positives, num_labeled) -> dict of losses.
         batches: on the host, with targets; their gradients are accumulated.
         optimizer: over the model's parameters, with fused=True.
         scaler: from `Compute.scaler`.
@@ -87,18 +89,18 @@ def backward(
 ) -> dict[str, Tensor]:
     """Forward and backward passes of one optimizer step; gradients are accumulated over its batches.
 
-    The losses are normalized by the positive cells of all batches, so that accumulation equals one large batch. Ranks
-    exchange gradients once, in the last batch.
+    The losses are normalized by the positive cells and labeled pixels of all batches, so that accumulation equals one
+    large batch. Ranks exchange gradients once, in the last batch.
 
     Returns:
         The losses of the step, detached, on the device.
     """
-    num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
+    counts = count_targets(batches, criterion.num_classes)
     total: dict[str, Tensor] = {}
     for j, batch in enumerate(batches):
         last = j == len(batches) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
-            losses = forward(model, criterion, batch, num_positives, compute)
+            losses = forward(model, criterion, batch, counts, compute)
             with span("backward"):
                 scaler.scale(functools.reduce(torch.add, losses.values())).backward()
         total = {name: loss.detach() + total.get(name, 0) for name, loss in losses.items()}
@@ -106,27 +108,27 @@ def backward(
 
 
 def forward(
-    model: nn.Module, criterion: SOLOv2Criterion, batch: dict[str, Any], num_positives: int | None, compute: Compute
+    model: nn.Module, criterion: SOLOv2Criterion, batch: dict[str, Any], counts: Counts, compute: Compute
 ) -> dict[str, Tensor]:
-    """Losses of a batch on the host."""
+    """Losses of a batch on the host, normalized by `counts`."""
     batch = compute.move(batch)
     images = compute.images(unwrap(model), batch)  # float32 [B, 3, H, W]
     with compute.autocast():
         raw = model(images)
     with span("loss"):
-        return criterion(raw, batch["targets"], num_positives)
+        return criterion(raw, batch["targets"], *counts)
 
 
 def repeat_forward(
     model: nn.Module, criterion: SOLOv2Criterion, batches: list[dict[str, Any]], compute: Compute
 ) -> dict[str, Tensor]:
     """Losses of the batches of one step as {"NAME of batch J": loss}, without communication between ranks."""
-    num_positives = count_positives(batches, criterion.num_classes) if len(batches) > 1 else None
+    counts = count_targets(batches, criterion.num_classes)
     with compute.arithmetic():
         return {
             f"{name} of batch {j + 1}": loss
             for j, batch in enumerate(batches)
-            for name, loss in forward(unwrap(model), criterion, batch, num_positives, compute).items()
+            for name, loss in forward(unwrap(model), criterion, batch, counts, compute).items()
         }
 
 
@@ -163,6 +165,17 @@ def grouped(batches: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[
         if len(group) == size:
             yield group
             group = []
+
+
+def count_targets(batches: list[dict[str, Any]], num_classes: int) -> Counts:
+    """What the losses of batches on the host are normalized by; (None, None), each its own, if there is only one."""
+    return (count_positives(batches, num_classes), count_labeled(batches)) if len(batches) > 1 else (None, None)
+
+
+def count_labeled(batches: list[dict[str, Any]]) -> int | None:
+    """Number of pixels of batches on the host that are not void, at least 1; None without semantic maps."""
+    maps = [batch["targets"]["semantic"] for batch in batches if "semantic" in batch["targets"]]
+    return max(1, sum(int((labels != IGNORED).sum()) for labels in maps)) if maps else None
 
 
 def count_positives(batches: list[dict[str, Any]], num_classes: int) -> int:
