@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from solov2.checkpoint import Checkpoint
 from solov2.compute import Compute
 from solov2.config import load_config
 from solov2.convert import convert_state_dict, to_mmdet
+from solov2.data.build import with_classes
 from solov2.data.categories import COCO_CATEGORY_IDS, COCO_STUFF, COCO_STUFF_IDS
 from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
 from solov2.models.solov2 import SOLOv2
-from solov2.training.dry_run import saved_activation_bytes
+from solov2.training.dry_run import saved_activation_bytes, synthetic_targets
 from solov2.training.step import backward, count_targets, repeat_forward
 from solov2.weights import read_checkpoint
 
@@ -148,6 +150,19 @@ def test_accumulated_batches_count_their_labeled_pixels_together() -> None:
     assert count_targets(void, 4)[1] == 1
 
 
+def test_file_and_model_are_of_one_kind() -> None:
+    """Class counts come from the file; an instances file and a panoptic model do not fit, and the other way round."""
+    panoptic, instance = (load_config("quickstart", {"num_stuff": stuff}) for stuff in (7, 0))
+    things = SimpleNamespace(class_names=list("abc"), stuff_names=[], annotation_file="file.json")
+    both = SimpleNamespace(class_names=list("abc"), stuff_names=STUFF[:2], annotation_file="file.json")
+    model = with_classes(panoptic, both).model
+    assert (model.num_classes, model.num_stuff) == (3, 2) and with_classes(instance, things).model.num_stuff == 0
+    with pytest.raises(InputError, match="num_stuff 7.*file.json an instances file"):
+        with_classes(panoptic, things)
+    with pytest.raises(InputError, match="file.json a panoptic file.*num_stuff to 2"):
+        with_classes(instance, both)
+
+
 def test_the_estimated_memory_includes_the_semantic_head() -> None:
     sizes = [
         saved_activation_bytes(tiny_config(*changes), (64, 64), CPU)
@@ -156,6 +171,13 @@ def test_the_estimated_memory_includes_the_semantic_head() -> None:
     recomputed = ("model.num_stuff=3", "model.head_norm=group", "model.semantic_channels=32")
     frozen = ("model.frozen_batch_norm=true", "train.recompute_activations=true")
     assert sizes[1] > 1.05 * sizes[0]
+    targets = synthetic_targets(tiny_config("model.num_stuff=3").model, 2, (64, 96))
+    assert targets["semantic"].shape == (2, 16, 24) and "semantic" not in synthetic_targets(
+        tiny_config().model, 2, (64, 96)
+    )
+    model = panoptic_model()
+    model.recompute_activations(True)
+    assert model.semantic_head.recompute and model.mask_feature_head.recompute and model.backbone.recompute
     assert saved_activation_bytes(tiny_config(*recomputed, *frozen), (64, 64), CPU) < sizes[1]
 
 

@@ -270,5 +270,20 @@ def worker_count(workers: int | str) -> int:
 
 
 def with_classes(config: Config, dataset: ImageDataset) -> Config:
-    """The configuration with `num_classes` set to the number of classes in the annotation file."""
-    return replace(config, model=replace(config.model, num_classes=len(dataset.class_names)))
+    """The configuration with `num_classes` and `num_stuff` set to the numbers of classes in the annotation file.
+
+    Raises:
+        InputError: a panoptic model with an instances file, or the other way round.
+    """
+    num_stuff = len(dataset.stuff_names)
+    if config.model.num_stuff and not num_stuff:
+        raise InputError(
+            f"{config.name} is a panoptic model (model.num_stuff {config.model.num_stuff}) and "
+            f"{dataset.annotation_file} an instances file; name a panoptic file, or set model.num_stuff to 0"
+        )
+    if num_stuff and not config.model.num_stuff:
+        raise InputError(
+            f"{config.name} is no panoptic model and {dataset.annotation_file} a panoptic file; name an instances "
+            f"file, or set model.num_stuff to {num_stuff}"
+        )
+    return replace(config, model=replace(config.model, num_classes=len(dataset.class_names), num_stuff=num_stuff))

@@ -28,13 +28,16 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
             lies past the end of the run; or the processes do not see the same file.
     """
     state, source = check_resumable(run.config, checkpoint), checkpoint.source
-    names = checkpoint.class_names or []
-    if names != run.model.class_names:
-        raise InputError(
-            f"{source} was trained on other classes than those of {run.dataset.annotation_file}: "
-            f"{_class_changes(names, run.model.class_names)}; resume with its own annotation file, or start from its "
-            "weights with --weights, which are matched by name"
-        )
+    for kind, trained, now in (
+        ("classes", checkpoint.class_names, run.model.class_names),
+        ("stuff", checkpoint.stuff_names, run.model.stuff_names),
+    ):
+        if (trained or []) != now:
+            raise InputError(
+                f"{source} was trained on other {kind} than those of {run.dataset.annotation_file}: "
+                f"{_class_changes(trained or [], now)}; resume with its own annotation file, or start from its weights "
+                "with --weights, which are matched by name"
+            )
     check_ranks_agree(state.position, source)
     load_weights(run.model, state.weights, source)
     _restore_optimizer(run, state, source)

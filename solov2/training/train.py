@@ -290,11 +290,12 @@ def _validation(config: Config, dataset: CocoInstances) -> CocoInstances | None:
 def _initial_model(config: Config, dataset: CocoInstances, job: Job) -> SOLOv2:
     weights = job.initial_weights
     if weights is None:
-        model = construct(config.model, dataset.class_names)
+        model = construct(config.model, dataset.class_names, dataset.stuff_names)
         if job.resume_from is None:
             load_pretrained_backbone(model.backbone, config.model.backbone, config.train.pretrained_backbone)
         return model
-    return build_model(config, weights=weights, class_names=dataset.class_names)
+    stuff_names = dataset.stuff_names or None
+    return build_model(config, weights=weights, class_names=dataset.class_names, stuff_names=stuff_names)
 
 
 def _batches_in_flight(config: Config) -> tuple[int, int]:
