@@ -47,7 +47,7 @@ class PanopticWriter:
 
         Args:
             image_id: for the JSON.
-            file_name: of the image, relative to its data set: its subfolders are kept, "a/x.jpg" becomes "a/x.png".
+            file_name: of the image, relative to its dataset: its subfolders are kept, "a/x.jpg" becomes "a/x.png".
             result: `panoptic_map` int32 [H, W] and `segments`, as from `SOLOv2.predict_panoptic`.
 
         Returns:

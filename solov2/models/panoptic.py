@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +12,7 @@ from solov2.compute import span
 from solov2.models.postprocess import postprocess, widen
 from solov2.ops.label_map import label_map
 from solov2.ops.merge import merge_segments
-from solov2.settings import PostprocessSettings, Settings, setting
-
-
-@dataclass(frozen=True)
-class PanopticSettings(Settings):
-    """Limits for merging instances and stuff; overlap and area are Panoptic FPN's."""
-
-    section: ClassVar[str] = "model"
-
-    panoptic_score_threshold: float = setting(
-        0.3, "minimum score of an instance in a panoptic result", minimum=0, maximum=1
-    )
-    panoptic_overlap_threshold: float = setting(
-        0.5, "instances of which better ones cover a larger share are no segments", minimum=0, maximum=1
-    )
-    stuff_area_limit: int = setting(
-        4096, "minimum pixels, in the original image, of a segment of stuff; for images of about 640 x 480", minimum=0
-    )
+from solov2.settings import PanopticSettings, PostprocessSettings
 
 
 @torch.no_grad()

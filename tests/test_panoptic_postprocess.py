@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from solov2.errors import InputError
-from solov2.models.panoptic import PanopticSettings, postprocess_panoptic
+from solov2.models.panoptic import postprocess_panoptic
 from solov2.models.postprocess import postprocess
 from solov2.ops.label_map import label_map
 from solov2.ops.merge import merge_segments
-from solov2.settings import PostprocessSettings
+from solov2.settings import PanopticSettings, PostprocessSettings
 
 GRIDS = (8, 6, 5, 4, 3)
 SETTINGS = PostprocessSettings(area_thresholds=(1,) * 5)
