@@ -58,18 +58,26 @@ def convolve_relu(conv: nn.Module, x: Tensor, residual: Tensor | None = None) ->
     One pass where the device's library offers that: oneDNN on a CPU, cuDNN on an NVIDIA card.
     """
     if type(conv) is nn.Conv2d and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
-        geometry: dict[str, Any] = {"padding": conv.padding, "stride": conv.stride, "dilation": conv.dilation}
-        if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and x.dtype != torch.float64:
-            order = geometry["padding"], geometry["stride"], geometry["dilation"], conv.groups
+        if _onednn_convolves(x):
+            geometry = conv.padding, conv.stride, conv.dilation, conv.groups
             if residual is None:
                 pointwise = torch.ops.mkldnn._convolution_pointwise
-                return pointwise(x, conv.weight, conv.bias, *order, "relu", [], "")
+                return pointwise(x, conv.weight, conv.bias, *geometry, "relu", [], "")
             binary = torch.ops.mkldnn._convolution_pointwise_.binary
-            return binary(residual, x, conv.weight, conv.bias, *order, "add", 1.0, "relu", [], "")
+            return binary(residual, x, conv.weight, conv.bias, *geometry, "add", 1.0, "relu", [], "")
         if has_cudnn(x):
-            geometry["groups"] = conv.groups
+            named: dict[str, Any] = {
+                "stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups
+            }  # fmt: skip
             if residual is None:
-                return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, **geometry)
-            return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, **geometry)
+                return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, **named)
+            return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, **named)
     y = conv(x)
     return F.relu_(y if residual is None else y.add_(residual))
+
+
+def _onednn_convolves(x: Tensor) -> bool:
+    """Whether oneDNN convolves this tensor: on a CPU in float32, and in bf16 where the CPU has at least AVX-512."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
