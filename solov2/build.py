@@ -290,6 +290,7 @@ def construct(config: ModelConfig, class_names: Sequence[str], stuff_names: Sequ
             )
             if config.num_stuff
             else None,
+            panoptic_settings=config.panoptic_settings,
             stuff_names=stuff_names,
         )
     except ValueError as error:

@@ -1,12 +1,15 @@
-"""Panoptic models: construction, training steps, checkpoints, and weights from and for models without semantic head."""
+"""Panoptic models: construction, prediction, training steps, checkpoints, and weights from and for instance models."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import tiny_model, tiny_targets
@@ -23,6 +26,7 @@ from solov2.data.categories import COCO_CATEGORY_IDS, COCO_STUFF, COCO_STUFF_IDS
 from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
 from solov2.models.solov2 import SOLOv2
+from solov2.predict import Predictor
 from solov2.training.dry_run import saved_activation_bytes, synthetic_targets
 from solov2.training.step import backward, count_targets, repeat_forward
 from solov2.weights import read_checkpoint
@@ -100,6 +104,74 @@ def test_settings() -> None:
     assert criterion.semantic_weight == 2.0 and build_criterion(load_config("quickstart").model).semantic_weight == 0.5
     with pytest.raises(InputError, match="2 stuff names for 3"):
         construct(tiny_config("model.num_stuff=3", "model.semantic_channels=32").model, list("abcd"), STUFF[:2])
+
+
+# ---- prediction
+
+
+@pytest.fixture(scope="module")
+def lively_model() -> SOLOv2:
+    """Finds things and stuff in every picture."""
+    model = panoptic_model("nothing frozen, batch norm", input_scale=(96, 64), max_instances=20, stuff_area_limit=30)
+    nn.init.zeros_(model.head.category_predictor.bias)
+    for predictor in (model.head.category_predictor, model.head.kernel_predictor, model.semantic_head.predictor):
+        nn.init.normal_(predictor.weight, std=3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in ((64, 96), (90, 70))]
+
+
+def same_segments(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return torch.equal(one["panoptic_map"], other["panoptic_map"]) and one["segments"] == other["segments"]
+
+
+def test_predict_panoptic(lively_model: SOLOv2, pictures: list[np.ndarray]) -> None:
+    """The instances of `predict`, and segments by the model's settings or those of the call."""
+    assert lively_model.panoptic_settings.stuff_area_limit == 30
+    found, plain = lively_model.predict_panoptic(pictures), lively_model.predict(pictures)
+    for image, result, instances in zip(pictures, found, plain, strict=True):
+        assert [*result] == [*instances, "panoptic_map", "segments"] and result["masks"].dtype == torch.bool
+        assert all(torch.equal(result[name], value) for name, value in instances.items())
+        assert result["panoptic_map"].dtype == torch.int32 and result["panoptic_map"].shape == image.shape[:2]
+        images, sizes, original_sizes = lively_model.preprocess(image)
+        with torch.no_grad():
+            raw = lively_model(images)
+        assert same_segments(lively_model.postprocess_panoptic(raw, sizes, original_sizes)[0], result)
+        assert {segment["is_thing"] for segment in result["segments"]} == {True, False}
+        for change, left in (
+            ({"panoptic_score_threshold": 1.0}, {False}),
+            ({"stuff_area_limit": 10**6}, {True}),
+            ({"score_threshold": 1.0, "stuff_area_limit": 10**6}, set()),
+        ):
+            (changed,) = lively_model.predict_panoptic(image, mask_format="rle", **change)
+            assert {segment["is_thing"] for segment in changed["segments"]} == left
+            assert same_segments(lively_model.postprocess_panoptic(raw, sizes, original_sizes, **change)[0], changed)
+            assert (len(changed["scores"]) == 0) == ("score_threshold" in change)
+    kept = lively_model.predict_panoptic(pictures[0], panoptic_overlap_threshold=1.0, max_instances=5)[0]
+    assert 2 < sum(segment["is_thing"] for segment in kept["segments"]) <= 5 == len(kept["scores"])
+
+
+def test_panoptic_predictor_and_optimized_copies(lively_model: SOLOv2, pictures: list[np.ndarray]) -> None:
+    (wanted,) = lively_model.predict_panoptic(pictures[1], mask_format="rle", precision="float32")
+    for model in (lively_model, lively_model.optimize()):
+        predictor = Predictor(model, Compute(CPU), panoptic=True)
+        predictor.launch(model.load_batch(pictures[1]))
+        (result,) = predictor.collect()
+        assert (result["panoptic_map"] == wanted["panoptic_map"]).float().mean() > 0.98
+        assert model.panoptic_settings == lively_model.panoptic_settings
+
+
+def test_instance_models_have_no_segments() -> None:
+    model = tiny_model()
+    for call in (lambda: model.predict_panoptic("gone.jpg"), lambda: model.postprocess_panoptic({}, [], [])):
+        with pytest.raises(InputError, match=r"no semantic head.*solov2_panoptic_r50_fpn_3x"):
+            call()
+    code = "import sys, solov2.build, solov2.predict; print('solov2.models.panoptic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"False"
 
 
 # ---- training

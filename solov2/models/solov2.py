@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from solov2.compute import PRECISIONS, Compute, select_precision, span
+from solov2.compute import span
 from solov2.errors import InputError
 from solov2.models.fpn import FPN
 from solov2.models.graphs import use_graphs
@@ -20,10 +19,9 @@ from solov2.models.optimize import optimize_for_inference
 from solov2.models.postprocess import postprocess
 from solov2.models.resnet import ResNet
 from solov2.models.semantic import SemanticHead
-from solov2.ops.images import ImageLike, is_image, not_an_image, to_rgb_tensor
-from solov2.ops.resize import padded_size, resize_image, resized_size
-from solov2.predict import Predictor
-from solov2.settings import PostprocessSettings
+from solov2.ops.images import ImageLike
+from solov2.predict import load_batch, predict_images
+from solov2.settings import PanopticSettings, PostprocessSettings, rules
 
 
 class SOLOv2(nn.Module):
@@ -38,6 +36,7 @@ class SOLOv2(nn.Module):
         channel_order: "rgb", or "bgr" for weights trained on BGR input (AdelaiDet).
         input_scale: (maximum long edge, maximum short edge) in pixels, to which `preprocess` resizes.
         semantic_head: of a panoptic model; its classes are then those of the things.
+        panoptic_settings: thresholds for merging instances and stuff; default: those of `PanopticSettings`.
         stuff_names: one name per stuff class; stuff label i is stuff_names[i].
         stuff_category_ids: each stuff label's id in annotation files; None: those after the classes' label + 1.
     """
@@ -60,6 +59,7 @@ class SOLOv2(nn.Module):
         channel_order: str = "rgb",
         input_scale: tuple[int, int] = (1333, 800),
         semantic_head: SemanticHead | None = None,
+        panoptic_settings: PanopticSettings | None = None,
         stuff_names: Sequence[str] = (),
         stuff_category_ids: Sequence[int] | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class SOLOv2(nn.Module):
         self.category_ids = list(range(1, len(self.class_names) + 1))
         after = range(len(class_names) + 1, len(class_names) + len(stuff_names) + 1)
         self.stuff_category_ids = list(after if stuff_category_ids is None else stuff_category_ids)
-        self.settings = settings
+        self.settings, self.panoptic_settings = settings, panoptic_settings or PanopticSettings()
         self.channel_order = channel_order
         self.input_scale = tuple(input_scale)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1), persistent=False)
@@ -203,26 +203,7 @@ class SOLOv2(nn.Module):
         Raises:
             ValueError, TypeError: as in `preprocess`.
         """
-        long, short = self.input_scale
-        with span("decode"):
-            loaded = [to_rgb_tensor(image) for image in _several(images)]
-        if not loaded:
-            raise ValueError("preprocess needs at least one image")
-        original_sizes = [(image.shape[1], image.shape[2]) for image in loaded]
-        with span("resize"):
-            resized = [
-                resize_image(image, resized_size(size, long=long, short=short))
-                for image, size in zip(loaded, original_sizes, strict=True)
-            ]
-        with span("pad"):
-            resized_sizes = [(image.shape[1], image.shape[2]) for image in resized]
-            height, width = padded_size(tuple(map(max, zip(*resized_sizes))), self.divisor)
-            devices = {image.device for image in resized}
-            device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-            pixels = torch.zeros(len(resized), 3, height, width, dtype=torch.uint8, device=device)
-            for target, image in zip(pixels, resized, strict=True):
-                target[:, : image.shape[-2], : image.shape[-1]] = image
-        return {"pixels": pixels, "sizes": torch.tensor(resized_sizes), "original_sizes": torch.tensor(original_sizes)}
+        return load_batch(images, self.input_scale, self.divisor)
 
     def postprocess(
         self,
@@ -242,6 +223,36 @@ class SOLOv2(nn.Module):
             settings: fields of `PostprocessSettings` to override for this call, e.g. score_threshold, max_instances.
         """
         return postprocess(raw, sizes, original_sizes, replace(self.settings, **settings), mask_format=mask_format)
+
+    def postprocess_panoptic(
+        self,
+        raw: dict[str, Any],
+        sizes: Tensor | Sequence[Sequence[int]],
+        original_sizes: Tensor | Sequence[Sequence[int]],
+        *,
+        mask_format: str = "bool",
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
+        """Raw outputs -> instances and one segment per pixel, see `solov2.models.panoptic.postprocess_panoptic`.
+
+        Args:
+            raw, sizes, original_sizes, mask_format: as for `postprocess`.
+            settings: fields of `PostprocessSettings` and `PanopticSettings` to override for this call.
+
+        Raises:
+            InputError: the model has no semantic head.
+        """
+        from solov2.models.panoptic import postprocess_panoptic  # instance models never need it
+
+        self.check_panoptic()
+        merging = {name: settings.pop(name) for name in rules(PanopticSettings) if name in settings}
+        instances, segments = replace(self.settings, **settings), replace(self.panoptic_settings, **merging)
+        return postprocess_panoptic(raw, sizes, original_sizes, instances, segments, mask_format=mask_format)
+
+    def check_panoptic(self) -> None:
+        """Raise InputError if the model has no semantic head."""
+        if self.semantic_head is None:
+            raise InputError("the model has no semantic head; build a panoptic one, such as solov2_panoptic_r50_fpn_3x")
 
     def predict(
         self,
@@ -307,41 +318,50 @@ class SOLOv2(nn.Module):
         may be a generator without end. An image that cannot be read raises when its turn comes, and ends the iteration;
         wrong arguments raise at once. Between batches the model is in the mode that the caller left it in.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if mask_format not in ("bool", "rle"):
-            raise ValueError(f"mask_format must be 'bool' or 'rle', got {mask_format!r}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        limits = {"score_threshold": score_threshold, "max_instances": max_instances}
-        compute = Compute(self.device, select_precision(precision, self.device))
-        return self._predict_batches(iter(_several(images)), batch_size, compute, mask_format, limits)
+        settings = {"score_threshold": score_threshold, "max_instances": max_instances}
+        return predict_images(
+            self, images, settings, batch_size=batch_size, mask_format=mask_format, precision=precision
+        )
 
-    def _predict_batches(
+    def predict_panoptic(
         self,
-        images: Iterator[ImageLike],
-        batch_size: int,
-        compute: Compute,
-        mask_format: str,
-        limits: Mapping[str, Any],
-    ) -> Iterator[dict[str, Any]]:
-        while batch := list(itertools.islice(images, batch_size)):
-            was_training = self.training
-            try:
-                predictor = Predictor(self, compute, mask_format=mask_format, **limits)
-                predictor.launch(self.load_batch(batch))
-                results = predictor.collect()
-            finally:
-                self.train(was_training)
-            del batch  # what waits for the caller keeps neither the images nor the results already used
-            while results:
-                yield results.pop(0)
+        images: Iterable[ImageLike] | ImageLike,
+        *,
+        score_threshold: float | None = None,
+        max_instances: int | None = None,
+        panoptic_score_threshold: float | None = None,
+        panoptic_overlap_threshold: float | None = None,
+        stuff_area_limit: int | None = None,
+        batch_size: int = 1,
+        mask_format: str = "bool",
+        precision: str = "tf32",
+    ) -> list[dict[str, Any]]:
+        """Segment the instances of each image, and give every pixel to one of them, to stuff or to nothing.
 
+        Args:
+            images, score_threshold, max_instances, batch_size, mask_format, precision: as for `predict`.
+            panoptic_score_threshold: minimum score of an instance that becomes a segment; default: the model's (0.3).
+            panoptic_overlap_threshold: maximum share of its area that better ones cover; default: the model's (0.5).
+            stuff_area_limit: minimum pixels of stuff in the image; default: the model's (4096, for about 640 x 480).
 
-def _several(images: Iterable[ImageLike] | ImageLike) -> Iterable[ImageLike]:
-    """Wrap a single image in a list. Raises TypeError for what holds no images."""
-    if is_image(images):
-        return [images]
-    if isinstance(images, Mapping) or not isinstance(images, Iterable):
-        raise not_an_image(images)
-    return images  # type: ignore[return-value]  # a type guard narrows only where it holds
+        Returns:
+            Per image what `predict` returns, and panoptic_map int32 [H, W] with the id of each pixel's segment, or 0,
+            and segments, a list of dicts in ascending order of id: id; label, an index into `class_names` or
+            `stuff_names`; is_thing; score and instance, an index into the instances (None for stuff); area in pixels;
+            box (x1, y1, x2, y2), maximum exclusive.
+
+        Raises:
+            InputError: the model has no semantic head.
+            ValueError, TypeError: as in `predict`.
+        """
+        settings = {
+            "score_threshold": score_threshold,
+            "max_instances": max_instances,
+            "panoptic_score_threshold": panoptic_score_threshold,
+            "panoptic_overlap_threshold": panoptic_overlap_threshold,
+            "stuff_area_limit": stuff_area_limit,
+        }
+        results = predict_images(
+            self, images, settings, panoptic=True, batch_size=batch_size, mask_format=mask_format, precision=precision
+        )
+        return list(results)
