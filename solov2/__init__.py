@@ -13,6 +13,7 @@ __all__ = [
     "TrainResult",
     "build_model",
     "draw_instances",
+    "draw_panoptic",
     "find_images",
     "list_models",
     "to_supervision",
@@ -24,6 +25,7 @@ _EXPORTS = {
     "TrainResult": "solov2.training.train",
     "build_model": "solov2.build",
     "draw_instances": "solov2.visualize",
+    "draw_panoptic": "solov2.visualize_panoptic",
     "find_images": "solov2.ops.image_files",
     "list_models": "solov2.config",
     "to_supervision": "solov2.interoperability",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow __get
     from solov2.ops.image_files import find_images
     from solov2.training.train import TrainResult, train
     from solov2.visualize import draw_instances
+    from solov2.visualize_panoptic import draw_panoptic
 else:
 
     def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Draw instances and panoptic results: translucent masks, outlines, labels that stay readable on cluttered images."""
+"""Draw instances: translucent masks, outlines, labels that stay readable on cluttered images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ SHEET_TEXT = (30, 30, 30)
 CELL = 560  # side in pixels of the square that a picture on a contact sheet is fitted into
 TITLES = ("ground truth", "predictions")
 FILL = 0.45  # opacity of the color inside a mask
-STUFF_FILL = 0.55  # and of stuff, whose colors are paler
 BAND = 256  # rows of a mask that are painted together; few, so that they stay in the processor's cache
 
 
@@ -118,7 +117,7 @@ def draw_instances(
     width = max(1, round(min(picture.size) / 240))
     fonts, instances = find_fonts(tuple(class_names)), []
     for rank, index in enumerate(kept):
-        text, name = _label_text(labels[index], None if scores is None else scores[index], class_names)
+        text, name = label_text(labels[index], None if scores is None else scores[index], class_names)
         color = instance_color(rank) if colors is None else colors[index]
         mask = result["masks"][index]
         mask_size = tuple(mask["size"] if isinstance(mask, Mapping) else mask.shape)
@@ -127,72 +126,9 @@ def draw_instances(
         # A final mask may be empty, which leaves nothing to label.
         if instance := Instance.measure(mask, text, fonts[name], color, scale):
             instances.append(instance)
-    picture = _paint(picture, instances, width)
-    _draw_labels(picture, instances)
+    picture = paint(picture, instances, width)
+    draw_labels(picture, instances)
     return picture
-
-
-class PanopticNames(Protocol):
-    """What has the names of the labels, such as a model."""
-
-    class_names: Sequence[str]
-    stuff_names: Sequence[str]
-
-
-def draw_panoptic(
-    image: str | Path | Image.Image | np.ndarray | Tensor,
-    result: Mapping[str, Any],
-    model: PanopticNames,
-    *,
-    scale: int = 1,
-) -> Image.Image:
-    """Draw the segments of a panoptic result on a copy of an image.
-
-    Things are drawn as by `draw_instances`. Stuff has a flat, translucent color, the same for its class in every
-    picture, and its name where there is room for it. Void is not changed.
-
-    Args:
-        image: as for `draw_instances`.
-        result: `panoptic_map` int32 [H, W] and `segments`, as from `SOLOv2.predict_panoptic`.
-        model: its `class_names` and `stuff_names` name the labels.
-        scale: integer factor by which image and map are enlarged first.
-
-    Returns:
-        RGB image; its size is that of the input times `scale`.
-
-    Raises:
-        InputError: the map does not have the size of the image, or a label has no name.
-    """
-    picture = Image.fromarray(to_rgb_tensor(image).permute(1, 2, 0).cpu().numpy())
-    ids = torch.as_tensor(result["panoptic_map"]).cpu().numpy()
-    if ids.shape != (picture.height, picture.width):
-        size = (picture.height, picture.width)
-        raise InputError(f"the panoptic map has size {ids.shape} (height, width) but the image has {size}")
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
-    fonts = find_fonts((*model.class_names, *model.stuff_names))
-    things: list[Instance] = []
-    stuff: list[tuple[int, str, Path | None]] = []
-    colors: dict[int, Color] = {}  # of the ids of stuff
-    for segment in result["segments"]:
-        names = model.class_names if segment["is_thing"] else model.stuff_names
-        text, name = _label_text(segment["label"], segment.get("score"), names)
-        if segment["is_thing"]:
-            color = instance_color(len(things))
-            things.append(Instance.of_segment(ids, segment, text, fonts[name], color, scale))
-        else:
-            colors[segment["id"]] = stuff_color(segment["label"])
-            stuff.append((segment["id"], text, fonts[name]))
-    _tint(picture, ids, colors, scale)
-    picture = _paint(picture, things, max(1, round(min(picture.size) / 240)))
-    taken = _draw_labels(picture, things)
-    _draw_stuff_names(picture, ids, stuff, taken, scale)
-    return picture
-
-
-def stuff_color(label: int) -> Color:
-    """RGB color (0 to 255) of a stuff label: paler than those of instances."""
-    red, green, blue = colorsys.hsv_to_rgb((0.25 + label * 0.618034) % 1.0, 0.5, (0.9, 0.65)[label // 5 % 2])
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def instance_color(index: int) -> Color:
@@ -230,7 +166,7 @@ def _scores(result: Mapping[str, Any]) -> list[float] | None:
     return None if scores is None else torch.as_tensor(scores).tolist()
 
 
-def _label_text(label: int, score: float | None, class_names: Sequence[str]) -> tuple[str, str]:
+def label_text(label: int, score: float | None, class_names: Sequence[str]) -> tuple[str, str]:
     """(text to draw, class name)."""
     if not 0 <= label < len(class_names):
         raise InputError(f"label {label} has no name: class_names has length {len(class_names)}")
@@ -251,7 +187,7 @@ def _crop(mask: Mask) -> tuple[np.ndarray, Point]:
     return plane[top:bottom, left:right].cpu().numpy(), (left, top)
 
 
-def _paint(picture: Image.Image, instances: Sequence[Instance], width: int) -> Image.Image:
+def paint(picture: Image.Image, instances: Sequence[Instance], width: int) -> Image.Image:
     """Fill and outline masks on a copy of an RGB picture, the largest first, with lines of `width` pixels.
 
     Each fill blends with the original picture, not with fills below it: a mix of two colors would belong to no
@@ -324,52 +260,7 @@ def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
     return mask
 
 
-def _tint(picture: Image.Image, ids: np.ndarray, colors: Mapping[int, Color], scale: int) -> None:
-    """Blend a picture with a color in the segments that have one, a band of rows at a time."""
-    table = np.zeros((int(ids.max(initial=0)) + 1, 3), dtype=np.float32)
-    tinted = np.zeros(len(table), dtype=bool)
-    for number, color in colors.items():
-        table[number], tinted[number] = color, True
-    for start in range(0, len(ids), BAND):
-        band = ids[start : start + BAND].repeat(scale, axis=0).repeat(scale, axis=1)
-        box = (0, scale * start, picture.width, scale * start + len(band))
-        pixels, where = np.array(picture.crop(box)), tinted[band]
-        pixels[where] = (1 - STUFF_FILL) * pixels[where] + STUFF_FILL * table[band[where]]
-        picture.paste(Image.fromarray(pixels), box)
-
-
-def _draw_stuff_names(
-    picture: Image.Image,
-    ids: np.ndarray,
-    stuff: Sequence[tuple[int, str, Path | None]],
-    taken: np.ndarray,
-    scale: int,
-) -> None:
-    """Write the name of each (id, text, font) inside its segment, as near to its center as it fits beside labels."""
-    font_size = max(11, round(min(picture.size) / 34))
-    draw, step = ImageDraw.Draw(picture), max(1, min(ids.shape) // 128)  # cells of step x step pixels of the image
-    cells = ids[::step, ::step].copy()
-    for x0, y0, x1, y1 in (taken / (scale * step)).tolist():
-        cells[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)] = 0
-    for number, text, path in stuff:
-        font = load_font(path, font_size)
-        size = (math.ceil(font.getlength(text)) + font_size // 2, sum(font.getmetrics()) + 2)
-        width, height = (math.ceil(side / (scale * step)) + 1 for side in size)
-        inside = cells == number
-        sums = np.pad(inside, ((1, 0), (1, 0))).cumsum(0).cumsum(1)  # of the cells above and to the left
-        if height >= len(sums) or width >= sums.shape[1]:
-            continue
-        counts = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-        rows, columns = np.nonzero(counts == width * height)
-        if len(rows):
-            center = [where.mean() for where in np.nonzero(inside)]
-            best = np.hypot(rows + height / 2 - center[0], columns + width / 2 - center[1]).argmin()
-            middle = (columns[best] + width / 2) * scale * step, (rows[best] + height / 2) * scale * step
-            outline = max(1, font_size // 9)
-            draw.text(middle, text, "white", font, anchor="mm", stroke_width=outline, stroke_fill=(40, 40, 40))
-
-
-def _draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> np.ndarray:
+def draw_labels(picture: Image.Image, instances: Sequence[Instance]) -> np.ndarray:
     """Draw one label per instance, above its mask unless that would cover an earlier label.
 
     Returns:

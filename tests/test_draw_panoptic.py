@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from solov2.errors import InputError
-from solov2.visualize import STUFF_FILL, draw_instances, draw_panoptic, stuff_color
+from solov2.visualize import draw_instances
+from solov2.visualize_panoptic import STUFF_FILL, draw_panoptic, stuff_color
 
 HEIGHT, WIDTH = 300, 400
 NAMES = SimpleNamespace(class_names=["cat", "dog"], stuff_names=["grass", "sky"])

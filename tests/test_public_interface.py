@@ -24,6 +24,7 @@ SIGNATURES = {
     ("solov2", "list_models"): "()",
     ("solov2", "find_images"): "(folder)",
     ("solov2", "draw_instances"): "(image, result, class_names)",
+    ("solov2", "draw_panoptic"): "(image, result, model)",
     ("solov2", "to_supervision"): "(result, class_names=None)",
     ("solov2", "train"): (
         "(name_or_config, *, data=None, weights=None, output=None, resume=False, device=None, **overrides)"
@@ -38,6 +39,11 @@ SIGNATURES = {
     ("solov2", "SOLOv2.predict_iter"): (
         "(images, *, score_threshold=None, max_instances=None, batch_size=1, mask_format='bool')"
     ),
+    ("solov2", "SOLOv2.predict_panoptic"): (
+        "(images, *, score_threshold=None, max_instances=None, panoptic_score_threshold=None, "
+        "panoptic_overlap_threshold=None, stuff_area_limit=None, batch_size=1, mask_format='bool')"
+    ),
+    ("solov2", "SOLOv2.postprocess_panoptic"): "(raw, sizes, original_sizes, *, mask_format='bool', **settings)",
     ("solov2.targets", "TargetAssigner"): "(grid_sizes, scale_ranges, *, num_classes, center_sigma=0.2)",
     ("solov2.targets", "TargetAssigner.__call__"): "(instances, padded_size)",
     ("solov2.losses", "SOLOv2Criterion"): (
@@ -97,8 +103,8 @@ def test_the_comparison_sees_differences() -> None:
 
 def test_public_names_are_exported() -> None:
     names = [
-        *("SOLOv2", "TrainResult", "build_model", "draw_instances", "find_images", "list_models", "to_supervision"),
-        "train",
+        *("SOLOv2", "TrainResult", "build_model", "draw_instances", "draw_panoptic", "find_images", "list_models"),
+        *("to_supervision", "train"),
     ]
     modules = ["convert", "data", "evaluation", "losses", "models", "ops", "targets"]
     assert solov2.__all__ == names

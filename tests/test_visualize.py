@@ -192,7 +192,7 @@ def painted_plainly(image: np.ndarray, result: dict[str, Any], width: int) -> np
 @pytest.mark.parametrize("band", [1, 16, 10**6])
 def test_bands_and_crops_do_not_change_a_pixel(monkeypatch: pytest.MonkeyPatch, band: int) -> None:
     monkeypatch.setattr(visualize, "BAND", band)
-    monkeypatch.setattr(visualize, "_draw_labels", lambda picture, instances: None)
+    monkeypatch.setattr(visualize, "draw_labels", lambda picture, instances: None)
     image = np.random.default_rng(0).integers(0, 256, (140, 300, 3), dtype=np.uint8)
     result = crowd(8, 140, 300)
     for masks in (result["masks"], result["masks"].to(torch.uint8) * 255, encode_rle(result["masks"])):
