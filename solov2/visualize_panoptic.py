@@ -24,8 +24,8 @@ STUFF_FILL = 0.55  # opacity of the color of stuff, which is paler than those of
 class PanopticNames(Protocol):
     """What has the names of the labels, such as a model."""
 
-    class_names: Sequence[str]
-    stuff_names: Sequence[str]
+    class_names: list[str]
+    stuff_names: list[str]
 
 
 def draw_panoptic(

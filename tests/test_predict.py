@@ -23,13 +23,16 @@ from solov2.build import build_model
 from solov2.commands import predict
 from solov2.commands.predict import find_sources, main, plan_outputs
 from solov2.config import load_config
+from solov2.data.panoptic_file import open_annotations
 from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
 from solov2.ops import images
 from solov2.ops.masks import decode_rle, encode_rle
 from solov2.outputs import check_outputs
+from solov2.visualize_panoptic import draw_panoptic
 
 NAMES = ["disc", "ring", "square", "star"]
+STUFF = ["sky", "grass", "road"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,24 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "small.pth"
     config = load_config("quickstart").to_dict()
     save_content(path, {"model": model.state_dict(), "config": config, "class_names": NAMES, "traits": {}})
+    return path
+
+
+@pytest.fixture(scope="module")
+def panoptic_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for things and three kinds of stuff; category ids are not in the order of the labels."""
+    shape = {"num_stuff": 3, "semantic_channels": 32, "max_instances": 12, "input_scale": [96, 96]}
+    config = load_config("quickstart", {**shape, "stuff_area_limit": 30})
+    torch.manual_seed(0)
+    model = build_model(config)
+    torch.nn.init.zeros_(model.head.category_predictor.bias)
+    predictors = model.head.category_predictor, model.head.kernel_predictor, model.semantic_head.predictor
+    for predictor in predictors:
+        torch.nn.init.normal_(predictor.weight, std=3.0)
+    path = tmp_path_factory.mktemp("weights") / "panoptic.pth"
+    content = {"model": model.state_dict(), "config": config.to_dict(), "class_names": NAMES, "traits": {}}
+    ids = {"category_ids": [7, 3, 5, 4], "stuff_names": STUFF, "stuff_category_ids": [30, 10, 20]}
+    save_content(path, content | ids)
     return path
 
 
@@ -165,6 +186,8 @@ def test_equal_names_give_distinct_outputs(tmp_path: Path) -> None:
     names = [picture.name for _, picture in plan_outputs(sources, tmp_path / "out")]
     assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a.png", "a_2.png"]
     assert [image for image, _ in plan_outputs(sources, tmp_path / "out")] == paths
+    names = [picture.name for _, picture in plan_outputs(sources, tmp_path / "out", panoptic=True)]
+    assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a_4.png", "a_5.png"]
     apart = [(path, Path(path.parent.name)) for path in paths]
     pictures = [picture.relative_to(tmp_path / "out") for _, picture in plan_outputs(apart, tmp_path / "out")]
     assert [str(picture) for picture in pictures] == ["x/a.jpg", "y/a.jpg", "y/A_2.JPG", "y/a.png", "z/a.png"]
@@ -419,6 +442,120 @@ def test_what_stops_the_command(
     assert len(errors) == 1 and word in errors[0]
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written in (["0.png"], ["0.png", "1.png"], ["0.png", "1.png", "3.png"]) and len(calls) < 7
+
+
+def panoptic_files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+
+def test_panoptic_results(
+    panoptic_weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures, COCO's files beside them that the library reads again, and instances, as the model predicts them."""
+    (photos / "more").mkdir()
+    Image.open(photos / "a.jpg").save(photos / "more" / "a.jpg")
+    Image.open(photos / "b.png").convert("L").save(photos / "a.png")
+    out, found = tmp_path / "out", tmp_path / "found.json"
+    arguments = (photos, "--panoptic", "--weights", panoptic_weights, "--output", out)
+    assert run(*arguments, "--results", found) == 0
+    lines = capsys.readouterr().out.splitlines()
+    pictures = ["a.jpg", "a_2.png", "b.png", "c.png", "more/a.jpg"]
+    stems = [str(Path(name).with_suffix(".png")) for name in pictures]
+    assert panoptic_files(out) == sorted([*pictures, "panoptic.json", *(f"panoptic/{name}" for name in stems)])
+
+    written, model = open_annotations(out / "panoptic.json"), build_model(weights=panoptic_weights)
+    assert [(c.id, c.name, c.is_thing) for c in written.categories] == [
+        *zip([7, 3, 5, 4], NAMES, [True] * 4),
+        *zip([30, 10, 20], STUFF, [False] * 3),
+    ]
+    sources = [photos / name for name in ("a.jpg", "a.png", "b.png", "c.bmp", "more/a.jpg")]
+    instances, kinds = json.loads(found.read_text()), set()
+    for image_id, (source, result) in enumerate(zip(sources, model.predict_panoptic(sources), strict=True), 1):
+        assert (written.read_map(image_id) == result["panoptic_map"].numpy()).all()
+        ids = {True: model.category_ids, False: model.stuff_category_ids}
+        assert [segment.category_id for segment in written[image_id].segments] == [
+            ids[segment["is_thing"]][segment["label"]] for segment in result["segments"]
+        ]
+        things = [NAMES[segment["label"]] for segment in result["segments"] if segment["is_thing"]]
+        stuff = [STUFF[segment["label"]] for segment in result["segments"] if not segment["is_thing"]]
+        (line,) = [line for line in lines if line.startswith(f"{source}: ")]
+        assert all(f"{things.count(name)} {name}" in line for name in things) and all(name in line for name in stuff)
+        assert line.endswith(f" -> {out / pictures[image_id - 1]}")
+        scores = [entry["score"] for entry in instances if entry["image_id"] == image_id]
+        assert scores == pytest.approx([score for score in result["scores"].tolist() if score >= 0.3], abs=1e-6)
+        kinds |= {segment["is_thing"] for segment in result["segments"]}
+    assert kinds == {True, False}
+    with Image.open(photos / "b.png") as before, Image.open(out / "b.png") as after:
+        drawn = draw_panoptic(before, model.predict_panoptic(before)[0], model)
+        assert after.tobytes() == drawn.tobytes() != before.tobytes()
+
+
+def test_what_panoptic_pictures_show(
+    panoptic_weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The merge's threshold decides, unless --score-threshold keeps more instances from it; --set reaches it."""
+
+    def things(*more: str) -> list[float]:
+        arguments = (photos / "b.png", "--panoptic", "--weights", panoptic_weights, "--output", tmp_path, "--overwrite")
+        assert run(*arguments, *more) == 0
+        (annotation,) = json.loads((tmp_path / "panoptic.json").read_text())["annotations"]
+        return [segment["score"] for segment in annotation["segments_info"] if segment["isthing"]]
+
+    usual, fewer = things(), things("--set", "model.panoptic_score_threshold=0.35")
+    assert min(usual) >= 0.3 and min(fewer) >= 0.35 and 0 < len(fewer) < len(usual)
+    assert things("--score-threshold", "0.35") == fewer
+    lower = ("model.panoptic_score_threshold=0.1", "model.panoptic_overlap_threshold=1", "model.max_instances=60")
+    assert 0.1 <= min(things(*(word for setting in lower for word in ("--set", setting)))) < 0.3
+    capsys.readouterr()
+    assert things("--score-threshold", "1", "--set", "model.stuff_area_limit=1000000") == []
+    assert "nothing found" in capsys.readouterr().out
+    with Image.open(photos / "b.png") as before, Image.open(tmp_path / "b.png") as after:
+        assert after.tobytes() == before.tobytes()
+
+
+def test_panoptic_files_are_checked_first(
+    weights: Path, panoptic_weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, out = photos / "b.png", tmp_path / "out"
+    assert run(photos / "gone.png", image, "--panoptic", "--weights", weights, "--output", out) == 2
+    assert "gone.png" in capsys.readouterr().err
+    assert run(image, "--panoptic", "--weights", weights, "--output", out) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "panoptic model" in error and not out.exists()
+    for name in ("panoptic.json", "panoptic/b.png"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+        assert run(image, "--panoptic", "--weights", panoptic_weights, "--output", out) == 2
+        assert f"{name} already exists" in capsys.readouterr().err
+        assert run(image, "--weights", panoptic_weights, "--output", out, "--overwrite") == 0  # instances, as ever
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+        (out / "b.png").unlink()
+    capsys.readouterr()
+    arguments = ("--panoptic", "--weights", panoptic_weights, "--output", out, "--overwrite")
+    assert run(image, *arguments, "--results", out / "panoptic.json") == 2
+    assert "would replace the output" in capsys.readouterr().err
+    assert run(image, *arguments) == 0 and 1 in open_annotations(out / "panoptic.json")
+
+
+def test_ctrl_c_leaves_complete_panoptic_files(
+    panoptic_weights: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = predict.write_picture
+
+    def interrupted(path: Path, picture: Image.Image) -> None:
+        if path.stem == "2":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)  # the main thread is already on its way out
+        write(path, picture)
+
+    monkeypatch.setattr(predict, "write_picture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(eight, "--panoptic", "--weights", panoptic_weights, "--output", tmp_path / "out", "--batch-size", "4")
+    names = ["0.png", "1.png", "2.png"]
+    assert panoptic_files(tmp_path / "out") == [*names, "panoptic.json", *(f"panoptic/{name}" for name in names)]
+    written = open_annotations(tmp_path / "out" / "panoptic.json")
+    assert all(written.read_map(image_id).shape == (64, 64) for image_id in (1, 2, 3)) and 4 not in written
 
 
 def test_the_module_runs(weights: Path, photos: Path, tmp_path: Path, repo_root: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from solov2.data.panoptic_results import PanopticWriter
     from solov2.models.solov2 import SOLOv2
 
 Item = TypeVar("Item")
@@ -60,6 +61,12 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder for the pictures"
     )
+    parser.add_argument(
+        "--panoptic",
+        action="store_true",
+        help="with a panoptic model: draw things and stuff, and write them in COCO's panoptic format, as panoptic.json "
+        "and panoptic/ in DIR; things need a score of model.panoptic_score_threshold (see --set)",
+    )
     add_shared_arguments(
         parser,
         "--config",
@@ -75,7 +82,8 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         notes={
             "--config": "default: from the checkpoint",
             "--max-instances": "default: the model's",
-            "--score-threshold": f"default: model.score_threshold of --set, else {SCORE_THRESHOLD}",
+            "--score-threshold": f"default: model.score_threshold of --set, else {SCORE_THRESHOLD}, or with --panoptic "
+            "model.panoptic_score_threshold if that is lower",
         },
         required=("--weights",),
     )
@@ -90,14 +98,25 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"--output {args.output} is a file; name a folder for the pictures")
-    jobs = plan_outputs(find_sources(args.images, args.output), args.output)
-    outputs = [*(("--output", picture) for _, picture in jobs), ("--results", args.results)]
+    jobs = plan_outputs(find_sources(args.images, args.output), args.output, panoptic=args.panoptic)
+    files = [picture for _, picture in jobs]
+    if args.panoptic:
+        segments = args.output / "panoptic"
+        files += [segments.with_suffix(".json")]
+        files += [(segments / picture.relative_to(args.output)).with_suffix(".png") for _, picture in jobs]
+    outputs = [*(("--output", file) for file in files), ("--results", args.results)]
     check_outputs(outputs, overwrite=args.overwrite, inputs=[args.weights, args.model, *(image for image, _ in jobs)])
     checkpoint = find_checkpoint(args.weights, args.model)
     overrides = parse_overrides(args.set)
-    if args.score_threshold is None and "model.score_threshold" not in overrides:
-        args.score_threshold = SCORE_THRESHOLD
     config = resolve_config(args.model, checkpoint, overrides)
+    if args.panoptic and not config.model.num_stuff:
+        raise InputError(
+            "--panoptic needs the weights of a panoptic model, such as solov2_panoptic_r50_fpn_3x; this model has no "
+            "semantic head"
+        )
+    if args.score_threshold is None and "model.score_threshold" not in overrides:
+        lowest = config.model.panoptic_score_threshold if args.panoptic else SCORE_THRESHOLD
+        args.score_threshold = min(SCORE_THRESHOLD, lowest)
     reuse_freed_memory()
     device = select_device(args.device)
     changes = model_settings(overrides) | given(args, LIMITS)
@@ -134,21 +153,28 @@ def find_sources(inputs: Sequence[str | Path], output: Path) -> list[tuple[Path,
     return list(found.values())
 
 
-def plan_outputs(sources: Sequence[tuple[Path, Path]], folder: str | Path) -> list[tuple[Path, Path]]:
+def plan_outputs(
+    sources: Sequence[tuple[Path, Path]], folder: str | Path, *, panoptic: bool = False
+) -> list[tuple[Path, Path]]:
     """Pair each image with the picture to write: the same name in `folder`, with _2, _3, ... added to duplicate names.
 
     Args:
         sources: see `find_sources`.
         folder: of the pictures.
+        panoptic: names that differ only in their suffix are duplicates, too, since the segments of both are PNGs.
     """
+
+    def key(picture: Path) -> str:  # some file systems ignore case
+        return fold_name(str(picture.with_suffix("") if panoptic else picture))
+
     jobs, taken = [], set()
     for image, subfolder in sources:
         suffix = image.suffix if image.suffix.lower() in PICTURE_SUFFIXES else ".png"
         number, picture = 1, Path(folder, subfolder, f"{image.stem}{suffix}")
-        while fold_name(str(picture)) in taken:  # some file systems ignore case
+        while key(picture) in taken:
             number += 1
             picture = picture.with_name(f"{image.stem}_{number}{suffix}")
-        taken.add(fold_name(str(picture)))
+        taken.add(key(picture))
         jobs.append((image, picture))
     return jobs
 
@@ -180,27 +206,40 @@ def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], model
 def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argparse.Namespace, max_pixels: int) -> int:
     """Predict the images; while an accelerator computes a batch, two threads read the next and draw the last."""
     from solov2.ops.images import to_rgb_tensor
+    from solov2.predict import predict_images
     from solov2.visualize import draw_instances
+    from solov2.visualize_panoptic import draw_panoptic
 
     def read(job: tuple[Path, Path]) -> Tensor:
         return to_rgb_tensor(job[0], max_pixels=max_pixels)
 
     def draw(found: tuple[int, Tensor, Mapping[str, Any]]) -> None:
         number, pixels, result = found
-        write_picture(jobs[number][1], draw_instances(pixels, result, model.class_names, score_threshold=0.0))
+        picture = jobs[number][1]
+        if segments is None:
+            drawn = draw_instances(pixels, result, model.class_names, score_threshold=0.0)
+        else:
+            segments.add(number + 1, picture.relative_to(args.output).as_posix(), result)
+            drawn = draw_panoptic(pixels, result, model)
+        write_picture(picture, drawn)
 
+    segments = _panoptic_writer(args.output, model) if args.panoptic else None
     args.output.mkdir(parents=True, exist_ok=True)
     ahead = _images_ahead(model.device, args.batch_size)
     entries: list[dict[str, Any]] = []
     done = 0
     waiting: deque[tuple[int, Tensor]] = deque()  # images whose results have not arrived: one batch at most
     with (
+        contextlib.nullcontext() if segments is None else contextlib.closing(segments),  # after Ctrl-C as well
         _thread() as reader,
         _thread() as writer,
         tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress,
     ):
-        results = model.predict_iter(
+        results = predict_images(
+            model,
             _readable(_ahead(reader, read, jobs, ahead), waiting),
+            {},
+            panoptic=args.panoptic,
             batch_size=args.batch_size,
             mask_format="rle",
             precision=args.precision,
@@ -211,12 +250,23 @@ def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argpars
             done += 1
             image, picture = jobs[number]
             entries += coco_entries(number + 1, str(image), result, model)
-            line = printable(_report(image, picture, result["labels"].tolist(), model))
+            line = printable(_report(image, picture, result, model))
             progress.write(line, file=text_stream(args.results))
             progress.update(number + 1 - progress.n)  # also past images that could not be read
     if args.results is not None:
         write_json(args.results, entries)
     return 0 if done == len(jobs) else 1
+
+
+def _panoptic_writer(folder: Path, model: SOLOv2) -> PanopticWriter:
+    """Writes panoptic results under the model's own category ids and names."""
+    from solov2.data.panoptic_annotations import Category
+    from solov2.data.panoptic_results import PanopticWriter
+
+    things = zip(model.category_ids, model.class_names, strict=True)
+    stuff = zip(model.stuff_category_ids, model.stuff_names, strict=True)
+    categories = [*(Category(*named, True) for named in things), *(Category(*named, False) for named in stuff)]
+    return PanopticWriter(folder, categories, model.category_ids, model.stuff_category_ids)
 
 
 def _images_ahead(device: torch.device, batch_size: int) -> int:
@@ -267,13 +317,17 @@ def _readable(
 
 def _on_host(result: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the tensors of a result to the host now: later, a copy would wait for the network of the next batch."""
-    return {key: value if key == "masks" else value.cpu() for key, value in result.items()}  # the masks are RLEs
+    lists = ("masks", "segments")  # the masks are RLEs
+    return {key: value if key in lists else value.cpu() for key, value in result.items()}
 
 
-def _report(image: Path, picture: Path, labels: Sequence[int], model: SOLOv2) -> str:
-    if not labels:
-        threshold = model.settings.score_threshold
-        return f"{image}: nothing found at score {threshold:g} or above, picture unchanged -> {picture}"
+def _report(image: Path, picture: Path, result: Mapping[str, Any], model: SOLOv2) -> str:
+    """The line for an image: how many instances or things of each class, and which stuff."""
+    labels, stuff, nothing = result["labels"].tolist(), [], f"at score {model.settings.score_threshold:g} or above"
+    if "segments" in result:
+        labels = [segment["label"] for segment in result["segments"] if segment["is_thing"]]
+        stuff = [model.stuff_names[segment["label"]] for segment in result["segments"] if not segment["is_thing"]]
+        nothing = "that becomes a segment"
     counts = Counter(model.class_names[label] for label in labels)
-    found = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    return f"{image}: {found} -> {picture}"
+    found = ", ".join([*(f"{count} {name}" for name, count in counts.most_common()), *stuff])
+    return f"{image}: {found or f'nothing found {nothing}, picture unchanged'} -> {picture}"
