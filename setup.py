@@ -29,7 +29,16 @@ DOCS = ["mkdocs-material>=9.5"]
 COMPLETION = ["shtab>=1.7"]
 SUPERVISION = ["supervision>=0.25"]
 # setuptools builds the wheel that tests/test_packaging.py inspects
-TEST = ["pytest>=8.0", "hypothesis>=6.100", "setuptools>=77", "torchmetrics>=1.4", *FAST, *SUPERVISION, *COMPLETION]
+TEST = [
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "setuptools>=77",
+    "torchmetrics>=1.4",
+    *FAST,
+    *SUPERVISION,
+    *COMPLETION,
+]
 
 setup(
     name="solov2",

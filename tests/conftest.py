@@ -17,8 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytest.register_assert_rewrite("helpers")  # so that its failed assertions show values, as those of test modules do
 
-# With more threads than cores, small tensors are slower by an order of magnitude.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
+# With more threads than cores, small tensors are slower by an order of magnitude; for the commands under test, too.
+WORKERS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or 2)
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:
+    THREADS = max(1, THREADS // WORKERS)
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+torch.set_num_threads(THREADS)
+
+
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite (`pytest` without files) in two processes where pytest-xdist is installed."""
+    option, whole = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and not IS_WORKER and getattr(option, "numprocesses", 0) is None and not option.usepdb:
+        option.numprocesses, option.tx, option.dist = WORKERS, ["popen"] * WORKERS, "worksteal"
 
 
 def pytest_configure(config: pytest.Config) -> None:
