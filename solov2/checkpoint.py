@@ -43,7 +43,7 @@ class TrainingState:
     epoch: int  # completed epochs
     step: int  # completed optimizer steps of the next epoch
     evaluated: int  # completed epochs at the last evaluation
-    best: float  # mask AP of the best evaluation so far, -1 before the first
+    best: float  # mask AP or PQ of the best evaluation so far, -1 before the first
     global_batch: int  # images per optimizer step
     annotations_sha256: str  # of the training set
     random_states: list[dict[str, Tensor]]  # one per process

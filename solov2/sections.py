@@ -122,11 +122,17 @@ class DataConfig(Settings):
 
     section: ClassVar[str] = "data"
 
-    root: str = setting("data/coco", "folder that the four paths below are relative to")
+    root: str = setting("data/coco", "folder that the paths below are relative to")
     train_annotations: str = setting("annotations/instances_train2017.json", "training annotations in COCO's format")
     train_images: str = setting("train2017", "folder of the training images")
     val_annotations: str = setting("annotations/instances_val2017.json", "validation annotations in COCO's format")
     val_images: str = setting("val2017", "folder of the validation images")
+    train_segments: str = setting(
+        "auto",
+        "panoptic models: folder of the PNGs of the training annotations; auto: their path without .json, or one level "
+        "higher",
+    )
+    val_segments: str = setting("auto", "the same for the validation annotations")
     train_scales: tuple[int, ...] = setting(
         (800,), "short edges in pixels (at least one); one is drawn at random for each image", minimum=1, maximum=32768
     )
@@ -144,7 +150,7 @@ class DataConfig(Settings):
         minimum=1,
         maximum=5,
     )
-    keep_empty: bool = setting(False, "also train on images without instances")
+    keep_empty: bool = setting(False, "also train on images without instances; panoptic models: without any segment")
     min_image_size: int = setting(32, "images with a shorter edge, in pixels, are left out of training", minimum=0)
     crowd: Literal["ignore", "instance"] = setting(
         "ignore",

@@ -34,6 +34,7 @@ def draw_panoptic(
     model: PanopticNames,
     *,
     scale: int = 1,
+    colors: Sequence[Color] | None = None,
 ) -> Image.Image:
     """Draw the segments of a panoptic result on a copy of an image.
 
@@ -45,6 +46,7 @@ def draw_panoptic(
         result: `panoptic_map` int32 [H, W] and `segments`, as from `SOLOv2.predict_panoptic`.
         model: its `class_names` and `stuff_names` name the labels.
         scale: integer factor by which image and map are enlarged first.
+        colors: (red, green, blue), 0 to 255, of each of the things; default: `instance_color` of its place among them.
 
     Returns:
         RGB image; its size is that of the input times `scale`.
@@ -61,17 +63,17 @@ def draw_panoptic(
     fonts = find_fonts((*model.class_names, *model.stuff_names))
     things: list[Instance] = []
     stuff: list[tuple[int, str, Path | None]] = []
-    colors: dict[int, Color] = {}  # of the ids of stuff
+    tints: dict[int, Color] = {}  # of the ids of stuff
     for segment in result["segments"]:
         names = model.class_names if segment["is_thing"] else model.stuff_names
         text, name = label_text(segment["label"], segment.get("score"), names)
         if segment["is_thing"]:
-            color = instance_color(len(things))
+            color = instance_color(len(things)) if colors is None else colors[len(things)]
             things.append(Instance.of_segment(ids, segment, text, fonts[name], color, scale))
         else:
-            colors[segment["id"]] = stuff_color(segment["label"])
+            tints[segment["id"]] = stuff_color(segment["label"])
             stuff.append((segment["id"], text, fonts[name]))
-    _tint(picture, ids, colors, scale)
+    _tint(picture, ids, tints, scale)
     picture = paint(picture, things, max(1, round(min(picture.size) / 240)))
     taken = draw_labels(picture, things)
     _draw_stuff_names(picture, ids, stuff, taken, scale)

@@ -179,7 +179,7 @@ def test_training_validates_by_name(data: tuple[Path, Path], tmp_path: Path, cap
         drop_disc(content)
 
     known: list[list[str | None]] = []
-    monkeypatch.setattr("solov2.training.epochs.CocoEvaluator", Recorded)
+    monkeypatch.setattr("solov2.evaluation.summary.CocoEvaluator", Recorded)
     file = rewritten(data[0] / "annotations" / "instances_val2017.json", tmp_path / "val.json", change)
     words = ["--epochs", "1", "--set", "data.workers=0", "--val-annotations", str(file)]
     assert train_main([*arguments(data[0], tmp_path / "run"), *words]) == 0

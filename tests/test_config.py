@@ -26,11 +26,12 @@ from solov2.suggestions import OTHER_NAMES, did_you_mean
 PUBLISHED = {
     "solov2_r50_fpn_1x", "solov2_r50_fpn_3x", "solov2_r101_fpn_3x", "solov2_r101_dcn_fpn_3x", "solov2_x101_dcn_fpn_3x",
     "solov2_light_r18_fpn_3x", "solov2_light_r34_fpn_3x", "solov2_light_r50_fpn_3x", "solov2_light_r50_dcn_fpn_3x",
+    "solov2_panoptic_r50_fpn_1x", "solov2_panoptic_r50_fpn_3x", "solov2_panoptic_r101_fpn_3x",
 }  # fmt: skip
 
 
 def test_all_named_configurations_load_and_stay_small():
-    assert set(list_models()) == PUBLISHED | {"quickstart"}
+    assert set(list_models()) == PUBLISHED | {"quickstart", "quickstart_panoptic"}
     for name in list_models():
         assert load_config(name).name == name
         assert name == "quickstart" or len(find_config(name).read_text().splitlines()) <= 25
@@ -127,7 +128,7 @@ def test_bases_to_any_depth(tmp_path):
     assert train.learning_rate == base.train.learning_rate
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED | {"quickstart"}))
+@pytest.mark.parametrize("name", sorted(PUBLISHED | {"quickstart", "quickstart_panoptic"}))
 def test_every_model_is_a_base(tmp_path, name):
     for base in (name, f"{name}.yaml", f"configs/{name}.yaml", config_folder() / f"{name}.yaml"):
         (tmp_path / "mine.yaml").write_text(f"base: {base}\n")

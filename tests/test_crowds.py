@@ -52,11 +52,11 @@ def test_the_setting_takes_crowds_as_instances(tree: CocoTree) -> None:
     places = {f"data.{split}_{kind}": str(path) for split in ("train", "val")
               for kind, path in (("annotations", tree.file), ("images", tree.images))}  # fmt: skip
     for crowd, images, instances, crowds in (("ignore", 1, 1, 4), ("instance", 3, 5, 0)):
-        data = load_config("solov2_r50_fpn_1x", {**places, "data.crowd": crowd}).data
-        training = training_dataset(data)
+        config = load_config("solov2_r50_fpn_1x", {**places, "data.crowd": crowd})
+        training = training_dataset(config)
         assert (len(training), len(training.instance_table()[0])) == (images, instances)
-        assert len(oracle_dataset(data, "val").instance_table()[0]) == instances
-        for dataset in (training, validation_dataset(data)):  # what evaluation compares with
+        assert len(oracle_dataset(config, "val").instance_table()[0]) == instances
+        for dataset in (training, validation_dataset(config)):  # what evaluation compares with
             assert sum(entry["iscrowd"] for entry in dataset.coco.dataset["annotations"]) == crowds
 
 

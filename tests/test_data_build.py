@@ -16,7 +16,7 @@ from solov2.commands.train import main as train_main
 from solov2.config import load_config
 from solov2.data.build import locate_data, require_data, worker_count
 from solov2.errors import InputError
-from solov2.training import epochs
+from solov2.training import validation
 from solov2.training.dry_run import missing_data
 
 
@@ -94,12 +94,12 @@ def test_image_folder_is_a_file(tree: CocoTree, capsys: pytest.CaptureFixture) -
 
 
 def test_no_picture(tree: CocoTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epochs, "format_table", lambda summary: "")
-    monkeypatch.setattr(epochs, "draw_predictions", lambda *args, **named: pytest.fail("a picture was drawn"))
+    monkeypatch.setattr(validation, "format_table", lambda summary: "")
+    monkeypatch.setattr(validation, "draw_predictions", lambda *args, **named: pytest.fail("a picture was drawn"))
     config, lines = load_config("quickstart", {"train.picture_images": 0}), []
     run = SimpleNamespace(config=config, folder=tree.file.parent, logger=SimpleNamespace(print=lines.append))
-    epochs.show_summary(run, None, {"segm": {"AP": 0.5, "AP50": 0.5}})
-    assert lines[-1] == "mask AP 50.0, AP50 50.0" and not (tree.file.parent / "predictions.png").exists()
+    validation.show_summary(run, None, {"segm": {"AP": 0.5}, "bbox": {"AP": 0.25}})
+    assert lines[-1] == "mask AP 50.0  box AP 25.0" and not (tree.file.parent / "predictions.png").exists()
 
 
 def test_eval_does_not_fill_a_mistyped_folder_with_shapes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -118,11 +118,11 @@ def test_shapes_do_not_ask_to_remove_other_data(tmp_path: Path, capsys: pytest.C
 def test_dry_run_names_the_whole_path(tmp_path: Path, shapes: bool) -> None:
     """A folder's name may contain a full stop and a space."""
     config = locate_data(load_config("quickstart", {"data.shapes": shapes}), tmp_path / "vol. 2" / "coco")
-    text = missing_data(config.data, ("train",))
+    text = missing_data(config, ("train",))
     assert f"{tmp_path}/vol. 2/coco/annotations/instances_train2017.json does not exist" in text
     assert ("generates the shapes" in text) == shapes
     with pytest.raises(InputError, match="vol. 2"):
-        require_data(replace(config.data, shapes=False), splits=["train"])
+        require_data(replace(config, data=replace(config.data, shapes=False)), splits=["train"])
 
 
 @pytest.mark.parametrize(

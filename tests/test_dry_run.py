@@ -75,7 +75,7 @@ def test_all_sections_match_a_real_run(data, tmp_path, capsys):
     assert (listing(data.parent), listing(tmp_path)) == before
     config = tiny_config(f"data.root={data}", *STEP)
     assert yaml.safe_load(text) == config.to_dict()  # 4 classes, from the annotation file
-    dataset = training_dataset(config.data)
+    dataset = training_dataset(config)
     loader, sampler = training_loader(
         replace(config, data=replace(config.data, workers=0)), dataset, build_assigner(config.model)
     )
@@ -133,7 +133,7 @@ def test_processes_change_the_batch_and_are_not_launched(data, tmp_path, capsys)
     config = tiny_config(f"data.root={data}")
     loader, sampler = training_loader(
         replace(config, data=replace(config.data, workers=0)),
-        training_dataset(config.data),
+        training_dataset(config),
         build_assigner(config.model),
         processes=4,
     )

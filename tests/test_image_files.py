@@ -245,21 +245,21 @@ def test_the_limit_of_pixels_in_training_evaluation_and_check_data(tmp_path):
     tree = CocoTree(tmp_path)  # images of 64 x 48 = 3072 pixels
     tree.file.write_text(json.dumps(tree.content))
     for build in (training_dataset, validation_dataset, partial(oracle_dataset, split="val")):
-        assert build(config_of(tree, 3072).data)[0]["image"].shape == (3, 48, 64)
+        assert build(config_of(tree, 3072))[0]["image"].shape == (3, 48, 64)
         with pytest.raises(InputError, match="image 1 .*64 x 48 .*3071 .*max_image_pixels"):
-            build(config_of(tree, 3071).data)
+            build(config_of(tree, 3071))
     kinds = [finding.kind for finding in check_data(tree.content, tree.images, config_of(tree, 3071)).findings]
     assert kinds.count("size") == 3
 
     tree.save("1.png", np.zeros((48, 65, 3), dtype=np.uint8))
     with pytest.raises(InputError, match="1.png has 65 x 48 .*3072"):
-        validation_dataset(config_of(tree, 3072).data)[0]
+        validation_dataset(config_of(tree, 3072))[0]
     assert "unreadable file" in [f.kind for f in check_data(tree.content, tree.images, config_of(tree, 3072)).findings]
 
     tree.image["width"] = image_files.MAX_PIXELS  # raised above the default
     tree.file.write_text(json.dumps(tree.content))
     with pytest.raises(InputError, match="1.png is 65 x 48"):
-        validation_dataset(config_of(tree, 10**10).data)[0]
+        validation_dataset(config_of(tree, 10**10))[0]
 
 
 def test_check_data_names_animations(tmp_path):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.coco_files import CocoTree
+from helpers.panoptic_files import PanopticTree
 from helpers.tiny_models import tiny_model, tiny_targets
 from helpers.tiny_runs import random_batch, tiny_config
 from torch import Tensor, nn
@@ -19,9 +21,9 @@ from torch import Tensor, nn
 from solov2.build import build_criterion, build_model, construct
 from solov2.checkpoint import Checkpoint
 from solov2.compute import Compute
-from solov2.config import load_config
+from solov2.config import Config, load_config
 from solov2.convert import convert_state_dict, to_mmdet
-from solov2.data.build import with_classes
+from solov2.data.build import training_dataset, with_classes
 from solov2.data.categories import COCO_CATEGORY_IDS, COCO_STUFF, COCO_STUFF_IDS
 from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
@@ -222,17 +224,23 @@ def test_accumulated_batches_count_their_labeled_pixels_together() -> None:
     assert count_targets(void, 4)[1] == 1
 
 
-def test_file_and_model_are_of_one_kind() -> None:
+def test_file_and_model_are_of_one_kind(tmp_path: Path) -> None:
     """Class counts come from the file; an instances file and a panoptic model do not fit, and the other way round."""
-    panoptic, instance = (load_config("quickstart", {"num_stuff": stuff}) for stuff in (7, 0))
-    things = SimpleNamespace(class_names=list("abc"), stuff_names=[], annotation_file="file.json")
-    both = SimpleNamespace(class_names=list("abc"), stuff_names=STUFF[:2], annotation_file="file.json")
-    model = with_classes(panoptic, both).model
-    assert (model.num_classes, model.num_stuff) == (3, 2) and with_classes(instance, things).model.num_stuff == 0
-    with pytest.raises(InputError, match="num_stuff 7.*file.json an instances file"):
-        with_classes(panoptic, things)
-    with pytest.raises(InputError, match="file.json a panoptic file.*num_stuff to 2"):
-        with_classes(instance, both)
+    (tmp_path / "panoptic").mkdir()
+    panoptic, instances = PanopticTree(tmp_path / "panoptic"), CocoTree(tmp_path)
+    instances.file.write_text(json.dumps(instances.content))
+
+    def train_on(file: Path, stuff: int) -> Config:
+        paths = {"train_annotations": str(file), "train_images": str(tmp_path)}
+        config = load_config("quickstart", {**paths, "num_stuff": stuff})
+        return with_classes(config, training_dataset(config))
+
+    assert [train_on(panoptic.file, 7).model.num_classes, train_on(panoptic.file, 7).model.num_stuff] == [2, 3]
+    assert train_on(instances.file, 0).model.num_stuff == 0
+    with pytest.raises(InputError, match="instances file"):
+        train_on(instances.file, 7)
+    with pytest.raises(InputError, match="is a panoptic annotation file.*num_stuff > 0"):
+        train_on(panoptic.file, 0)
 
 
 def test_the_estimated_memory_includes_the_semantic_head() -> None:

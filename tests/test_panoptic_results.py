@@ -72,4 +72,4 @@ def test_names_that_collide_or_leave_the_folder(tmp_path: Path, name: str) -> No
     writer.add(1, "a/x.jpg", a_result())
     with pytest.raises(InputError, match=name):
         writer.add(2, name, a_result())
-    assert len(writer.annotations) == 1
+    assert list(writer.entries) == [1]

@@ -133,6 +133,10 @@ def test_model_names() -> None:
         "solov2_light_r34_fpn_3x",
         "solov2_light_r50_fpn_3x",
         "solov2_light_r50_dcn_fpn_3x",
+        "solov2_panoptic_r50_fpn_1x",
+        "solov2_panoptic_r50_fpn_3x",
+        "solov2_panoptic_r101_fpn_3x",
+        "quickstart_panoptic",
     }
 
 

@@ -8,14 +8,24 @@ import torch
 
 from solov2.build import build_assigner, build_criterion, build_model
 from solov2.config import list_models, load_config, replace_model
+from solov2.settings import PanopticSettings
 from solov2.training.optim import build_optimizer
 
 FULL_SCALES, LIGHT_SCALES = (800, 768, 736, 704, 672, 640), (512, 480, 448, 416, 384, 352)
 # epochs, epochs of decay, warm-up start, training short edges, training long edge, test (long, short)
 RECIPES = {
-    "solov2_r50_fpn_1x": (12, (8, 11), 0.001, (800,), 1333, (1333, 800)),
     **dict.fromkeys(
-        ("solov2_r50_fpn_3x", "solov2_r101_fpn_3x", "solov2_r101_dcn_fpn_3x", "solov2_x101_dcn_fpn_3x"),
+        ("solov2_r50_fpn_1x", "solov2_panoptic_r50_fpn_1x"), (12, (8, 11), 0.001, (800,), 1333, (1333, 800))
+    ),
+    **dict.fromkeys(
+        (
+            "solov2_r50_fpn_3x",
+            "solov2_r101_fpn_3x",
+            "solov2_r101_dcn_fpn_3x",
+            "solov2_x101_dcn_fpn_3x",
+            "solov2_panoptic_r50_fpn_3x",
+            "solov2_panoptic_r101_fpn_3x",
+        ),
         (36, (27, 33), 1 / 3, FULL_SCALES, 1333, (1333, 800)),
     ),
     **dict.fromkeys(
@@ -27,7 +37,7 @@ RECIPES = {
 
 
 def test_recipes_are_the_published_ones() -> None:
-    assert set(RECIPES) | {"quickstart"} == set(list_models())
+    assert set(RECIPES) | {"quickstart", "quickstart_panoptic"} == set(list_models())
     for name, (epochs, decay, start, scales, long_edge, test_scale) in RECIPES.items():
         config = load_config(name)
         train, data = config.train, config.data
@@ -38,6 +48,10 @@ def test_recipes_are_the_published_ones() -> None:
         assert (train.reference_batch_size, train.clip_norm, train.mask_weight) == (16, 35, 3)
         assert train.decay_norms and data.flip_probability == 0.5 and not data.keep_empty
         assert config.model.frozen_stages == 1 and config.model.frozen_batch_norm
+        if "panoptic" in name:
+            assert (config.model.num_stuff, config.model.semantic_channels, train.semantic_weight) == (53, 128, 0.5)
+            assert config.model.panoptic_settings == PanopticSettings()
+            assert data.val_annotations == "annotations/panoptic_val2017.json"
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -55,6 +69,7 @@ def test_every_model_takes_a_step_and_predicts(name: str) -> None:
         "boxes": torch.tensor([[10.0, 8, 50, 40], [40, 20, 90, 60]]),
         "labels": torch.tensor([0, 3]),
         "masks": masks,
+        **({"semantic": torch.zeros(64, 96, dtype=torch.uint8)} if config.num_stuff else {}),
     }
     targets = build_assigner(config)([truth], (64, 96))
     criterion = build_criterion(config)

@@ -138,7 +138,7 @@ def test_stopped_in_an_evaluation_its_epoch_is_saved(data, tmp_path, monkeypatch
         list(loader)
 
     with monkeypatch.context() as patch:
-        patch.setattr("solov2.training.epochs.evaluate", stopped)
+        patch.setattr("solov2.training.validation.evaluate", stopped)
         assert main(words) == STOPPED
     content = load_file(tmp_path / "run" / "last.pth")
     assert (content["epoch"], content["step"], content["evaluated"]) == (1, 0, 0)
@@ -574,7 +574,8 @@ def test_what_changed_since_the_checkpoint_is_logged(finished, tmp_path, capsys)
 
 
 def test_changed_images_are_noticed(tmp_path):
-    dataset = SimpleNamespace(image_root=tmp_path, image_ids=list(range(2500)), file_name=lambda i: f"{i}.jpg")
+    names = [f"{index}.jpg" for index in range(2500)]
+    dataset = SimpleNamespace(files=lambda: [("image", tmp_path, names, "--train-images")])
     for index in range(2500):
         (tmp_path / f"{index}.jpg").write_bytes(b"x" * index)
     first = images_sha256(dataset)

@@ -182,7 +182,7 @@ def _batches(workload: Workload, *, workers: int) -> Generator[dict[str, Any]]:
     """Batches of the real training loader, epoch after epoch."""
     overrides = {"data.workers": workers, "train.batch_size": workload.batch_size}
     config = override_config(locate_data(workload.config, workload.data_root), overrides)
-    dataset = training_dataset(config.data)
+    dataset = training_dataset(config)
     loader, sampler = training_loader(config, dataset, build_assigner(with_classes(config, dataset).model))
     for epoch in count():
         sampler.set_epoch(epoch)

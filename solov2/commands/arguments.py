@@ -19,7 +19,7 @@ from solov2.sections import DataConfig, ModelConfig, TrainConfig
 from solov2.settings import Rule, rules
 from solov2.suggestions import did_you_mean
 
-DATA_PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
+DATA_PATHS = tuple(f"{split}_{kind}" for split in ("train", "val") for kind in ("annotations", "images", "segments"))
 LIMITS = {name: name for name in ("score_threshold", "max_instances")}  # flag -> setting of post-processing
 RUN_FLAGS = (
     "--nproc",
@@ -224,6 +224,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         )
         group.add_argument(
             f"--{split}-images", metavar="DIR", help=f"folder of the {split} images (default: from the configuration)"
+        )
+        group.add_argument(
+            f"--{split}-segments",
+            metavar="DIR",
+            help=f"folder of the PNGs of panoptic {split} annotations (default: beside the annotation file)",
         )
 
 

@@ -123,7 +123,7 @@ def _workload(args: argparse.Namespace, device: torch.device) -> Workload:
     if args.candidates > cells:
         raise InputError(f"--candidates {args.candidates} is more than the {cells} grid cells of {config.name}")
     if args.data_root is not None:
-        require_data(locate_data(config, args.data_root).data, splits=["train"])
+        require_data(locate_data(config, args.data_root), splits=["train"])
     iterations, warmup = (3, 1) if device.type == "cpu" else (50, 20)
     return Workload(
         config,

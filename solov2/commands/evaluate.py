@@ -1,10 +1,12 @@
-"""Evaluate COCO mask AP and box AP of a model: `python eval.py CONFIG --weights FILE`."""
+"""Evaluate COCO mask AP and box AP of a model, or panoptic quality: `python eval.py CONFIG --weights FILE`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solov2.commands.arguments import (
@@ -22,15 +24,17 @@ from solov2.commands.exit import own_command, run_command
 from solov2.commands.screen import show
 from solov2.config import Config, parse_overrides
 from solov2.errors import InputError
-from solov2.outputs import check_outputs, write_json
+from solov2.outputs import STDOUT, check_outputs, write_json
 
 if TYPE_CHECKING:
-    import torch
-
     from solov2.checkpoint import Checkpoint
-    from solov2.data.coco import CocoInstances
+    from solov2.compute import Compute
+    from solov2.data.annotations import ImageId
+    from solov2.data.image_dataset import ImageDataset
+    from solov2.data.panoptic_results import PanopticWriter
     from solov2.evaluation.coco import CocoEvaluator
     from solov2.evaluation.loop import LaunchAndCollect
+    from solov2.evaluation.panoptic import PanopticEvaluator
     from solov2.models.solov2 import SOLOv2
     from solov2.targets import TargetAssigner
 
@@ -44,12 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(typed: str = "solov2 eval") -> Parser:
     """Build the parser; `typed` is the command as the user typed it."""
-    parser = Parser(prog=typed, description="Evaluate COCO mask AP, and the AP of the boxes around the masks.")
+    parser = Parser(
+        prog=typed,
+        description="Evaluate COCO mask AP, and the AP of the boxes around the masks; of panoptic models, panoptic "
+        "quality (PQ).",
+    )
     add_model_argument(parser, default="from the checkpoint")
     parser.add_argument(
         "--oracle",
         action="store_true",
-        help="evaluate the training targets themselves: the highest AP that this resolution and these grids allow",
+        help="evaluate the training targets themselves: the highest AP or PQ that this resolution and these grids "
+        "allow",
     )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
     add_shared_arguments(parser, "--per-class")
@@ -66,6 +75,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         *RUN_FLAGS,
         notes={
             "--weights": "required unless --oracle is given; default: none",
+            "--results": "panoptic models: a folder, for panoptic.json and the PNGs in COCO's panoptic format",
             "--batch-size": "default: 1, so that the padding of an image does not depend on others",
             "--workers": "per process; default: from the configuration",
         },
@@ -77,14 +87,12 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     from solov2 import distributed
-    from solov2.build import build_assigner, build_compute
+    from solov2.build import build_compute
     from solov2.compute import reuse_freed_memory, select_device
-    from solov2.data.build import oracle_dataset, prepare_data, validation_dataset, validation_loader, with_classes
+    from solov2.data.build import prepare_data, validation_loader
     from solov2.data.watch import watched
-    from solov2.evaluation.coco import CocoEvaluator, limit_warning
     from solov2.evaluation.loop import evaluate
-    from solov2.evaluation.oracle import Oracle
-    from solov2.predict import Predictor
+    from solov2.evaluation.summary import build_evaluator
     from solov2.weights import find_checkpoint
 
     if args.weights is None and not args.oracle:
@@ -92,10 +100,13 @@ def _run(args: argparse.Namespace) -> int:
             "give the weights to evaluate: --weights FILE (a checkpoint of this library needs no model name); the data "
             "is expected in data/coco or --data-root"
         )
-    outputs = (("--json", args.json), ("--results", args.results))
+    outputs = [("--json", args.json)]
+    if args.results is None or not Path(args.results).is_dir():  # which panoptic models take: known later
+        outputs.append(("--results", args.results))
     check_outputs(outputs, overwrite=args.overwrite, inputs=[args.weights, args.model])
     checkpoint = find_checkpoint(args.weights, args.model)
     config = _configuration(args, checkpoint)
+    _check_outputs(args, config, inputs=[args.weights, args.model])
     if args.nproc is not None:
         distributed.relaunch(args.nproc, [*own_command("eval"), *distributed.without_nproc(args.words)], args.device)
     reuse_freed_memory()
@@ -103,45 +114,130 @@ def _run(args: argparse.Namespace) -> int:
     with distributed.process_group(device, timeout=config.train.stall_seconds):
         prepare_data(config, splits=[args.split])
         compute = build_compute(config, device, args.precision)
-        if args.oracle or checkpoint is None:
-            dataset = oracle_dataset(config.data, args.split)
-            config = with_classes(config, dataset)
-            category_ids: list[int | None] = [*dataset.category_ids]
-            assigner: TargetAssigner | None = build_assigner(config.model)
-            settings = config.model.postprocess_settings
-            predictor: LaunchAndCollect = Oracle(config.model.grid_sizes, config.model.num_classes, settings)
-        else:
-            dataset, assigner = validation_dataset(config.data, args.split), None
-            model = _model(args, config, checkpoint, device)
-            category_ids = _category_ids(model, checkpoint, dataset)
-            compute.place(model)
-            predictor, settings = Predictor(model, compute), model.settings
-        images = (dataset.image_root / image["file_name"] for image in dataset.coco.imgs.values())
-        check_outputs(outputs, overwrite=args.overwrite, inputs=[dataset.annotation_file, *images])
+        subject = _subject(args, config, checkpoint, compute)
+        config, dataset = subject.config, subject.dataset
+        names = {record.image_id: record.file_name for record in map(dataset.record, range(len(dataset)))}
+        images = [dataset.image_root / name for name in names.values()]
+        writer = _panoptic_writer(args, subject)
+        written = [] if writer is None else [writer.path(name) for name in names.values()]
+        _check_outputs(args, config, inputs=[dataset.annotation_file, *images], pngs=written)
         source = None if checkpoint is None else checkpoint.source
         checkpoint = None  # frees its large training state
-        warning = limit_warning(dataset.coco, config.data.max_detections, settings.max_instances)
-        if warning is not None:
-            LOG.warning(warning)
-        evaluator = CocoEvaluator(
-            dataset.coco,
-            category_ids,
+        evaluator = build_evaluator(
+            dataset,
+            subject.category_ids,
+            subject.stuff_category_ids,
             backend="faster-coco-eval" if args.fast else "pycocotools",
             max_detections=config.data.max_detections,
         )
-        loader = validation_loader(config, dataset, device=device, batch_size=args.batch_size, assigner=assigner)
+
+        def write(image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
+            if writer is not None:
+                for image_id, result in zip(image_ids, results, strict=True):
+                    writer.add(image_id, names[image_id], result)
+
+        batch = args.batch_size
+        loader = validation_loader(config, dataset, device=device, batch_size=batch, assigner=subject.assigner)
         with compute.arithmetic():  # for both threads of the evaluation
             summary = evaluate(
-                predictor,
+                subject.predictor,
                 watched(loader, dataset, stall_seconds=config.train.stall_seconds),
                 evaluator,
                 overlap=device.type != "cpu",
                 progress=len(loader) if distributed.is_main() else None,
                 per_class=args.per_class,
+                write=write,
             )
+        if writer is not None:
+            writer.merge(distributed.gather_objects(writer.entries))
+            if distributed.is_main():
+                writer.close(names)
         if distributed.is_main():
-            _report(summary, evaluator, args, config, source)
+            head = {
+                "config": config.name,
+                "weights": source,
+                "oracle": args.oracle,
+                "split": args.split,
+                "images": len(names),
+            }
+            _report(head, summary, evaluator, args)
     return 0
+
+
+@dataclass
+class _Subject:
+    """What is evaluated, and on what."""
+
+    config: Config
+    dataset: ImageDataset
+    predictor: LaunchAndCollect
+    category_ids: list[int | None]  # of the annotation file, by label
+    stuff_category_ids: list[int | None]
+    assigner: TargetAssigner | None = None  # of the oracle
+
+
+def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | None, compute: Compute) -> _Subject:
+    """The model, or the oracle, with the data, checked."""
+    from solov2.build import build_assigner, build_model
+    from solov2.data.build import oracle_dataset, validation_dataset, with_classes
+    from solov2.data.coco import CocoInstances
+    from solov2.evaluation.coco import limit_warning
+    from solov2.evaluation.oracle import Oracle
+    from solov2.predict import Predictor
+
+    if args.oracle or checkpoint is None:
+        dataset = oracle_dataset(config, args.split)
+        config = with_classes(config, dataset)
+        architecture = config.model
+        settings = architecture.postprocess_settings
+        oracle = Oracle(
+            architecture.grid_sizes,
+            architecture.num_classes,
+            settings,
+            num_stuff=architecture.num_stuff,
+            panoptic=architecture.panoptic_settings,
+        )
+        assigner = build_assigner(architecture)
+        subject = _Subject(config, dataset, oracle, [*dataset.category_ids], [*dataset.stuff_category_ids], assigner)
+    else:
+        dataset = validation_dataset(config, args.split)
+        changes = model_settings(parse_overrides(args.set))
+        model = build_model(config if args.model else None, weights=checkpoint, device=compute.device, **changes)
+        ids, stuff_ids = _category_ids(model, checkpoint, dataset)
+        settings = model.settings
+        compute.place(model)
+        predictor = Predictor(model, compute, panoptic=model.semantic_head is not None)
+        subject = _Subject(config, dataset, predictor, ids, stuff_ids)
+    if isinstance(dataset, CocoInstances):
+        warning = limit_warning(dataset.coco, config.data.max_detections, settings.max_instances)
+        if warning is not None:
+            LOG.warning(warning)
+    return subject
+
+
+def _check_outputs(
+    args: argparse.Namespace, config: Config, *, inputs: Sequence[str | Path | None], pngs: Sequence[Path] = ()
+) -> None:
+    """Check --json and --results, which is a folder for panoptic models."""
+    results = args.results
+    if config.model.num_stuff:
+        if args.fast:
+            raise InputError(f"--fast computes AP, and {config.name} is evaluated by PQ; leave it out")
+        if results == STDOUT or results is not None and Path(results).is_file():
+            raise InputError(f"--results {results}: panoptic results are several files; name a folder")
+        results = None if results is None else Path(results, "panoptic.json")
+    outputs = [("--json", args.json), ("--results", results), *(("--results", png) for png in pngs)]
+    check_outputs(outputs, overwrite=args.overwrite, inputs=inputs)
+
+
+def _panoptic_writer(args: argparse.Namespace, subject: _Subject) -> PanopticWriter | None:
+    from solov2.data.panoptic import CocoPanoptic
+    from solov2.data.panoptic_results import PanopticWriter
+
+    if args.results is None or not isinstance(subject.dataset, CocoPanoptic):
+        return None
+    categories = subject.dataset.panoptic.categories
+    return PanopticWriter(args.results, categories, subject.category_ids, subject.stuff_category_ids)
 
 
 def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Config:
@@ -156,46 +252,49 @@ def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> C
     return locate_data(config, data_places(args), chosen=overrides)
 
 
-def _model(args: argparse.Namespace, config: Config, checkpoint: Checkpoint, device: torch.device) -> SOLOv2:
-    from solov2.build import build_model
+def _category_ids(
+    model: SOLOv2, checkpoint: Checkpoint, dataset: ImageDataset
+) -> tuple[list[int | None], list[int | None]]:
+    """The file's category id of each class of the model, and of its stuff: by name, or by position if the checkpoint
+    has no names.
+    """
+    from solov2.data.class_matching import can_match, check_categories, match_names
 
-    changes = model_settings(parse_overrides(args.set))
-    return build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
-
-
-def _category_ids(model: SOLOv2, checkpoint: Checkpoint, dataset: CocoInstances) -> list[int | None]:
-    """The file's category id of each class of the model: by name, or by position if the checkpoint has no names."""
-    from solov2.data.class_matching import can_match, check_categories, match_categories
-
-    if model.class_names == checkpoint.class_names and can_match(model.class_names, dataset.class_names):
-        check_categories(model.class_names, dataset, checkpoint.source)
-        return match_categories(model.class_names, dataset)
-    if len(model.class_names) != len(dataset.class_names):
-        raise InputError(
-            f"{checkpoint.source} has no class names to match by, and {len(model.class_names)} classes, but "
-            f"{dataset.annotation_file} {len(dataset.class_names)}; evaluate on the data it was trained on, or "
-            "fine-tune it with train.py --weights"
-        )
-    return [*dataset.category_ids]
+    groups = (
+        (model.class_names, checkpoint.class_names, dataset.class_names, dataset.category_ids, "classes"),
+        (model.stuff_names, checkpoint.stuff_names, dataset.stuff_names, dataset.stuff_category_ids, "stuff classes"),
+    )
+    known, ids = [], list[list[int | None]]()
+    for names, stored, found, category_ids, what in groups:
+        if names == stored and can_match(names, found):
+            known.append(names)
+            ids.append([None if i is None else category_ids[i] for i in match_names(names, found)])
+        elif len(names) == len(found):
+            known.append(found)
+            ids.append([*category_ids])
+        else:
+            raise InputError(
+                f"{checkpoint.source} has no class names to match by, and {len(names)} {what}, but "
+                f"{dataset.annotation_file} {len(found)}; evaluate on the data it was trained on, or "
+                "fine-tune it with train.py --weights"
+            )
+    check_categories(known[0], dataset, checkpoint.source, stuff_names=known[1])
+    return ids[0], ids[1]
 
 
 def _report(
-    summary: dict[str, Any], evaluator: CocoEvaluator, args: argparse.Namespace, config: Config, source: str | None
+    head: dict[str, Any],
+    summary: dict[str, Any],
+    evaluator: CocoEvaluator | PanopticEvaluator,
+    args: argparse.Namespace,
 ) -> None:
-    from solov2.evaluation.coco import format_table
+    from solov2.evaluation.coco import CocoEvaluator
+    from solov2.evaluation.summary import format_table
 
     try:
         if args.json is not None:
-            content = {
-                "config": config.name,
-                "weights": source,
-                "oracle": args.oracle,
-                "split": args.split,
-                "images": len(evaluator.images),
-                **summary,
-            }
-            write_json(args.json, content, indent=2)
-        if args.results is not None:
+            write_json(args.json, {**head, **summary}, indent=2)
+        if args.results is not None and isinstance(evaluator, CocoEvaluator):
             write_json(args.results, evaluator.results())
     finally:  # the figures are not lost with a file that cannot be written
         show(*format_table(summary).split("\n"), file=text_stream(args.json, args.results))

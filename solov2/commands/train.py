@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
         # Report a mistake once, before the launch, and not in every process.
         config = prepare_job(args.model, **job, overrides=overrides).config
         if not config.data.shapes:
-            require_data(config.data, splits=splits_of(config))
+            require_data(config, splits=splits_of(config))
         distributed.relaunch(args.nproc, [*own_command("train"), *distributed.without_nproc(args.words)], args.device)
     try:
         train(args.model, **job, device=args.device, tensorboard=args.tensorboard, **overrides)

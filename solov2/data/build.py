@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,6 +18,8 @@ from solov2.data.annotations import is_file
 from solov2.data.coco import CocoInstances
 from solov2.data.image_dataset import ImageDataset
 from solov2.data.loader import AssignTargets, Collate, EvalSampler, TrainBatchSampler, build_loader
+from solov2.data.panoptic import CocoPanoptic
+from solov2.data.panoptic_shapes import generate_panoptic_shapes
 from solov2.data.recognize import describe_folder
 from solov2.data.shapes import generate_shapes
 from solov2.data.transforms import EvalTransform, TrainTransform, TransformedDataset
@@ -25,7 +28,8 @@ from solov2.errors import InputError, count
 LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 MAX_AUTOMATIC_WORKERS = 8
-PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
+PATHS = tuple(f"{split}_{kind}" for split in ("train", "val") for kind in ("annotations", "images", "segments"))
+ARCHIVES = {False: "annotations_trainval2017.zip", True: "panoptic_annotations_trainval2017.zip"}  # by: is panoptic
 
 
 def locate_data(
@@ -36,7 +40,7 @@ def locate_data(
     Args:
         config: the configuration to start from.
         data: a folder with annotations/, train2017/ and val2017/, or some of {"root", "train_annotations",
-            "train_images", "val_annotations", "val_images"}; None changes nothing.
+            "train_images", "train_segments", "val_annotations", "val_images", "val_segments"}; None changes nothing.
         chosen: names of settings that the user set explicitly, with or without their section; these are kept.
 
     Raises:
@@ -54,8 +58,14 @@ def locate_data(
         # A checkpoint stores the absolute paths of its training data; they must not outlive a change of root.
         kept = {*paths, *(name.rpartition(".")[2] for name in chosen)}
         stale = [key for key in PATHS if key not in kept and os.path.isabs(getattr(config.data, key))]
-        overrides |= {f"data.{key}": getattr(DataConfig, key) for key in stale}
+        overrides |= {f"data.{key}": _default_path(config, key) for key in stale}
     return override_config(config, overrides)
+
+
+def _default_path(config: Config, key: str) -> str:
+    """The default of one of PATHS, for the kind of model."""
+    default: str = getattr(DataConfig, key)
+    return default.replace("instances_", "panoptic_") if config.model.num_stuff else default
 
 
 def prepare_data(config: Config, *, splits: Sequence[str]) -> None:
@@ -66,7 +76,8 @@ def prepare_data(config: Config, *, splits: Sequence[str]) -> None:
     """
     data = config.data
     if data.shapes and distributed.is_main():
-        written = generate_shapes(
+        generate = generate_panoptic_shapes if config.model.num_stuff else generate_shapes
+        written = generate(
             data.root,
             train_images=data.shapes_train,
             val_images=data.shapes_val,
@@ -77,20 +88,20 @@ def prepare_data(config: Config, *, splits: Sequence[str]) -> None:
         if written:
             LOG.info("generated %d + %d images of shapes in %s", data.shapes_train, data.shapes_val, data.root)
     distributed.barrier()
-    require_data(data, splits=splits)
+    require_data(config, splits=splits)
 
 
-def require_data(data: DataConfig, *, splits: Sequence[str]) -> None:
+def require_data(config: Config, *, splits: Sequence[str]) -> None:
     """Check that the annotation file and image folder of each split exist.
 
     Raises:
         InputError: the message names the missing path, says what the data folder holds instead, and what to do.
     """
-    missing = missing_path(data, splits)
+    missing = missing_path(config.data, splits)
     if missing is not None:
         split, key, path = missing
         what = "validation data" if split == "val" and "train" in splits else "data"
-        raise InputError(f"no {what}: {path} does not exist{_advice(data, splits, split, key)}")
+        raise InputError(f"no {what}: {path} does not exist{_advice(config, splits, split, key)}")
 
 
 def missing_path(data: DataConfig, splits: Sequence[str]) -> tuple[str, str, Path] | None:
@@ -102,12 +113,13 @@ def missing_path(data: DataConfig, splits: Sequence[str]) -> tuple[str, str, Pat
     return None
 
 
-def _advice(data: DataConfig, splits: Sequence[str], split: str, key: str) -> str:
+def _advice(config: Config, splits: Sequence[str], split: str, key: str) -> str:
     """What to do about a missing path, as the end of the sentence that names it."""
+    data = config.data
     root, flags = Path(data.root), f"--{split}-annotations and --{split}-images"
     if split == "val" and "train" in splits:  # what training needs is there
         return f"; name validation data with {flags}, or train without: --evaluate-every 0"
-    if any(getattr(data, name) != getattr(DataConfig, name) for name in PATHS if name.startswith(split)):
+    if any(getattr(data, name) != _default_path(config, name) for name in PATHS if name.startswith(split)):
         return f"; name it with --{key.replace('_', '-')}"
     if root.is_file():
         return f": {root} is a file; name the folder of the data with --data, or an annotation file with {flags}"
@@ -119,31 +131,31 @@ def _advice(data: DataConfig, splits: Sequence[str], split: str, key: str) -> st
         return f": there is no folder {root}; name the folder of the data with --data, or use {flags}"
     return (
         ". For COCO, unpack http://images.cocodataset.org/zips/train2017.zip, "
-        ".../zips/val2017.zip and .../annotations/annotations_trainval2017.zip into data/coco or name "
+        f".../zips/val2017.zip and .../annotations/{ARCHIVES[config.model.num_stuff > 0]} into data/coco or name "
         "another folder with --data; for your own data use --train-annotations, --train-images, "
-        "--val-annotations and --val-images; the model quickstart generates its own data"
+        "--val-annotations and --val-images; the models quickstart and quickstart_panoptic generate their own data"
     )
 
 
-def require_evaluable(validation: CocoInstances) -> None:
-    """Check before training that a validation set gives an AP and that its images exist.
+def require_evaluable(validation: ImageDataset) -> None:
+    """Check before training that a validation set gives an AP or a PQ and that its images and PNGs exist.
 
     Raises:
-        InputError: no annotation counts in evaluation, or an image file is missing.
+        InputError: no annotation counts in evaluation, or a file is missing.
     """
-    known, without = set(validation.category_ids), "train without validation with --evaluate-every 0"
-    if all(a["iscrowd"] or a["category_id"] not in known for a in validation.coco.dataset["annotations"]):
+    without = "train without validation with --evaluate-every 0"
+    if not validation.has_ground_truth():
         raise InputError(
             f"{validation.annotation_file} has no annotations to evaluate against (crowds do not count); name another "
             f"file with --val-annotations, or {without}"
         )
-    names = [image["file_name"] for image in validation.coco.dataset["images"]]
-    missing = [name for name in names if not is_file(validation.image_root / name)]
-    if missing:
-        raise InputError(
-            f"{len(missing):,} of {count(len(names), 'image')} of {validation.annotation_file} are not in "
-            f"{validation.image_root}, such as {missing[0]}; name their folder with --val-images, or {without}"
-        )
+    for what, folder, names, flag in validation.files():
+        missing = [name for name in names if not is_file(folder / name)]
+        if missing:
+            raise InputError(
+                f"{len(missing):,} of {count(len(names), what)} of {validation.annotation_file} are not in {folder}, "
+                f"such as {missing[0]}; name their folder with {flag}, or {without}"
+            )
 
 
 def split_paths(data: DataConfig, split: str) -> tuple[Path, Path]:
@@ -152,53 +164,72 @@ def split_paths(data: DataConfig, split: str) -> tuple[Path, Path]:
     return root / getattr(data, f"{split}_annotations"), root / getattr(data, f"{split}_images")
 
 
-def training_dataset(data: DataConfig) -> CocoInstances:
-    """The training split; images without a usable instance are left out unless `data.keep_empty` is set.
+def segments_of(data: DataConfig, split: str) -> Path | None:
+    """The folder of the PNGs of a split's panoptic annotations, if it is named; None: beside the annotation file."""
+    folder = getattr(data, f"{split}_segments")
+    return None if folder == "auto" else Path(data.root) / folder
+
+
+def training_dataset(config: Config) -> ImageDataset:
+    """The training split; images without anything to learn are left out unless `data.keep_empty` is set.
+
+    It is panoptic if the model is (`model.num_stuff`), like the other two.
 
     Raises:
         InputError: files are missing or annotations are broken.
     """
-    annotations, images = split_paths(data, "train")
-    return CocoInstances(
-        annotations,
-        images,
+    data = config.data
+    return _open(
+        config,
+        "train",
         training=True,
         keep_empty=data.keep_empty,
         min_size=data.min_image_size,
-        crowd=data.crowd,
         skip_broken_images=data.skip_broken_images,
-        max_pixels=data.max_image_pixels,
-        decode_masks=False,
     )
 
 
-def validation_dataset(data: DataConfig, split: str = "val") -> CocoInstances:
+def validation_dataset(config: Config, split: str = "val") -> ImageDataset:
     """Every image of a split, without instances.
 
     Raises:
         InputError: files are missing or annotations are broken.
     """
-    annotations, images = split_paths(data, split)
-    return CocoInstances(annotations, images, training=False, crowd=data.crowd, max_pixels=data.max_image_pixels)
+    return _open(config, split, training=False)
 
 
-def oracle_dataset(data: DataConfig, split: str) -> CocoInstances:
+def oracle_dataset(config: Config, split: str) -> ImageDataset:
     """Every image of a split, with the instances that training would use.
 
     Raises:
         InputError: files are missing or annotations are broken.
     """
+    return _open(config, split, training=True, keep_empty=True)
+
+
+def _open(
+    config: Config,
+    split: str,
+    *,
+    training: bool,
+    keep_empty: bool = False,
+    min_size: int = 0,
+    skip_broken_images: bool = False,
+) -> ImageDataset:
+    data = config.data
     annotations, images = split_paths(data, split)
-    return CocoInstances(
-        annotations,
-        images,
-        training=True,
-        keep_empty=True,
-        min_size=0,
-        crowd=data.crowd,
-        max_pixels=data.max_image_pixels,
-        decode_masks=False,
-    )
+    options: dict[str, Any] = {
+        "training": training,
+        "keep_empty": keep_empty,
+        "min_size": min_size,
+        "crowd": data.crowd,
+        "skip_broken_images": skip_broken_images,
+        "max_pixels": data.max_image_pixels,
+        "decode_masks": False,
+    }
+    if config.model.num_stuff:
+        return CocoPanoptic(annotations, images, segments=segments_of(data, split), **options)
+    return CocoInstances(annotations, images, **options)
 
 
 def training_loader(
@@ -270,20 +301,6 @@ def worker_count(workers: int | str) -> int:
 
 
 def with_classes(config: Config, dataset: ImageDataset) -> Config:
-    """The configuration with `num_classes` and `num_stuff` set to the numbers of classes in the annotation file.
-
-    Raises:
-        InputError: a panoptic model with an instances file, or the other way round.
-    """
-    num_stuff = len(dataset.stuff_names)
-    if config.model.num_stuff and not num_stuff:
-        raise InputError(
-            f"{config.name} is a panoptic model (model.num_stuff {config.model.num_stuff}) and "
-            f"{dataset.annotation_file} an instances file; name a panoptic file, or set model.num_stuff to 0"
-        )
-    if num_stuff and not config.model.num_stuff:
-        raise InputError(
-            f"{config.name} is no panoptic model and {dataset.annotation_file} a panoptic file; name an instances "
-            f"file, or set model.num_stuff to {num_stuff}"
-        )
-    return replace(config, model=replace(config.model, num_classes=len(dataset.class_names), num_stuff=num_stuff))
+    """The configuration with `num_classes` and `num_stuff` set to the numbers of classes in the annotation file."""
+    num_classes, num_stuff = len(dataset.class_names), len(dataset.stuff_names)
+    return replace(config, model=replace(config.model, num_classes=num_classes, num_stuff=num_stuff))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from solov2.data.image_dataset import ImageDataset
 from solov2.errors import InputError
@@ -27,10 +28,10 @@ def match_names(names: Sequence[str], others: Sequence[str]) -> list[int | None]
 
 
 def can_match(names: Sequence[str] | None, others: Sequence[str]) -> bool:
-    """Whether names identify classes: not if there are none, or only "class 0", "class 1", ..., unknown to `others`."""
+    """Whether names identify classes: not if there are none, or only numbered ones ("class 0"), unknown to `others`."""
     if names is None:
         return False
-    numbered = list(names) == [f"class {i}" for i in range(len(names))]
+    numbered = any(list(names) == [f"{kind} {i}" for i in range(len(names))] for kind in ("class", "stuff"))
     return not numbered or not set(names).isdisjoint(others)
 
 
@@ -39,18 +40,30 @@ def match_categories(class_names: Sequence[str], dataset: ImageDataset) -> list[
     return [None if i is None else dataset.category_ids[i] for i in match_names(class_names, dataset.class_names)]
 
 
-def check_categories(class_names: Sequence[str], dataset: ImageDataset, source: str) -> None:
+def match_stuff(stuff_names: Sequence[str], dataset: ImageDataset) -> list[int | None]:
+    """`match_categories` for the stuff of a panoptic model."""
+    return [None if i is None else dataset.stuff_category_ids[i] for i in match_names(stuff_names, dataset.stuff_names)]
+
+
+def check_categories(
+    class_names: Sequence[str], dataset: ImageDataset, source: str, *, stuff_names: Sequence[str] = ()
+) -> None:
     """Check before an evaluation that classes can be matched by name, and warn about those that only one side has.
 
     Args:
-        class_names: of the model.
+        class_names, stuff_names: of the model.
         dataset: to evaluate.
         source: what the names of the model come from, for messages.
 
     Raises:
         InputError: no class has the name of a category, or a shared name occurs twice.
     """
-    file, known, found = dataset.annotation_file, class_names, dataset.class_names
+    figure = "PQ" if dataset.stuff_names else "AP"
+    _check_names(class_names, dataset.class_names, dataset.annotation_file, source, figure)
+    _check_names(stuff_names, dataset.stuff_names, dataset.annotation_file, source, figure)
+
+
+def _check_names(known: Sequence[str], found: Sequence[str], file: Path, source: str, figure: str) -> None:
     if list(known) == list(found):
         return
     ambiguous = sorted((repeated(known) | repeated(found)) & set(known) & set(found))
@@ -66,7 +79,7 @@ def check_categories(class_names: Sequence[str], dataset: ImageDataset, source: 
             f"classes are matched by name, but no category of {file} ({shorten(found)}) has the name of a class of "
             f"{source} ({shorten(known)}){similar}; rename the categories"
         )
-    parts = [f"{source} does not know {shorten(unknown)} (AP 0)"] if unknown else []
+    parts = [f"{source} does not know {shorten(unknown)} ({figure} 0)"] if unknown else []
     parts += [f"{file} lacks {shorten(lacking)} (predictions dropped)"] if lacking else []
     if parts:
         LOG.warning("classes are matched by name: %s%s", " and ".join(parts), similar)

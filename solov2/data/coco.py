@@ -142,6 +142,11 @@ class CocoInstances(ImageDataset):
         """(box xyxy, label) of the instances of the image at a position; in training only."""
         return [(box, label) for box, label, _ in self._unpack(position)[1]]
 
+    def has_ground_truth(self) -> bool:
+        """Whether any annotation counts in evaluation: not crowds, nor those of unknown categories."""
+        known = set(self.category_ids)
+        return any(not a["iscrowd"] and a["category_id"] in known for a in self.coco.dataset["annotations"])
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coco": None}  # workers never need it
 

@@ -72,6 +72,15 @@ class ImageDataset(Dataset):
         """(box xyxy, label) of the instances of the image at a position; in training only."""
         raise NotImplementedError
 
+    def has_ground_truth(self) -> bool:
+        """Whether any annotation counts in evaluation."""
+        raise NotImplementedError
+
+    def files(self) -> list[tuple[str, Path, list[str], str]]:
+        """What the dataset reads: (noun, folder, names inside it, flag that names the folder)."""
+        names = [self.record(position).file_name for position in range(len(self))]
+        return [("image", self.image_root, names, "--val-images")]
+
     def _load(self, position: int) -> dict[str, Any]:
         """The sample at a position."""
         raise NotImplementedError

@@ -141,6 +141,15 @@ class CocoPanoptic(ImageDataset):
         segments = self._instances(self.panoptic[self.image_ids[position]].segments)
         return [(_corners(segment.box), self._labels[segment.category_id]) for segment in segments]
 
+    def has_ground_truth(self) -> bool:
+        """Whether any segment counts in evaluation: not crowds."""
+        return any(not x.is_crowd for image_id in self.image_ids for x in self.panoptic[image_id].segments)
+
+    def files(self) -> list[tuple[str, Path, list[str], str]]:
+        """What the dataset reads, see `ImageDataset.files`: also the PNGs."""
+        names = [self.panoptic[image_id].png for image_id in self.image_ids]
+        return [*super().files(), ("PNG", self.panoptic.folder, names, "--val-segments")]
+
     def _is_thing(self, segment: Segment) -> bool:
         return segment.category_id in self._labels and not segment.is_crowd
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ class PanopticWriter:
     ) -> None:
         self.json, self.segments = Path(folder) / "panoptic.json", Path(folder) / "panoptic"
         self.categories, self._ids = list(categories), {True: category_ids, False: stuff_category_ids}
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
+        self.entries: dict[ImageId, tuple[dict[str, Any], dict[str, Any]]] = {}
+        """By image id: its entries of `images` and of `annotations`. Several processes exchange them and `merge`."""
         self._taken: dict[str, str] = {}  # PNG as file systems compare it -> image
 
     def add(self, image_id: ImageId, file_name: str, result: Mapping[str, Any]) -> Path:
@@ -72,21 +72,32 @@ class PanopticWriter:
                 ids = ids * (ids != segment["id"])
             else:
                 infos.append(_segment_info(segment, category))
-        self.images.append(
-            {"id": image_id, "file_name": file_name, "height": int(ids.shape[0]), "width": int(ids.shape[1])}
-        )
-        self.annotations.append({"image_id": image_id, "file_name": png.as_posix(), "segments_info": infos})
         write_picture(self.segments / png, Image.fromarray(rgb_from_ids(ids)))
+        self.entries[image_id] = (  # only once its PNG is there
+            {"id": image_id, "file_name": file_name, "height": int(ids.shape[0]), "width": int(ids.shape[1])},
+            {"image_id": image_id, "file_name": png.as_posix(), "segments_info": infos},
+        )
         return self.segments / png
 
-    def close(self) -> None:
-        """Write the JSON.
+    def path(self, file_name: str) -> Path:
+        """The PNG of an image, by the name that `add` takes."""
+        return self.segments / Path(file_name).with_suffix(".png")
+
+    def merge(self, shares: Iterable[Mapping[ImageId, tuple[dict[str, Any], dict[str, Any]]]]) -> None:
+        """Add the `entries` of several writers to the same folder, possibly its own too."""
+        for entries in shares:
+            self.entries |= entries
+
+    def close(self, image_ids: Iterable[ImageId] | None = None) -> None:
+        """Write the JSON; `image_ids` is the order of its images, by default that in which they were added.
 
         Raises:
             OSError: disk full or no permission.
         """
         categories = [{"id": x.id, "name": x.name, "isthing": int(x.is_thing)} for x in self.categories]
-        write_json(self.json, {"annotations": self.annotations, "categories": categories, "images": self.images})
+        entries = [self.entries[i] for i in (self.entries if image_ids is None else image_ids) if i in self.entries]
+        images, annotations = ([entry[kind] for entry in entries] for kind in (0, 1))
+        write_json(self.json, {"annotations": annotations, "categories": categories, "images": images})
 
 
 def _segment_info(segment: Mapping[str, Any], category: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from solov2.config import Config
 from solov2.data.annotations import category_id_shift
-from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.data_check.statistics import boxes_look_like_corners, unseen_by_range
 from solov2.errors import printable
 
@@ -18,7 +18,7 @@ CORNERS = (
 )
 
 
-def quick_check(dataset: CocoInstances, config: Config) -> list[str]:
+def quick_check(dataset: ImageDataset, config: Config) -> list[str]:
     """Messages about the loaded annotations of a training set, without reading a file again; empty if all is well.
 
     Args:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from solov2 import distributed
+from solov2.data.annotations import ImageId
 
 
 class LaunchAndCollect(Protocol):
@@ -29,6 +30,7 @@ def evaluate(
     overlap: bool = False,
     progress: int | None = None,
     per_class: bool = False,
+    write: Callable[[Sequence[ImageId], Sequence[dict[str, Any]]], None] | None = None,
 ) -> dict[str, Any]:
     """Predict every batch, merge the predictions of all ranks, and compute the summary.
 
@@ -39,14 +41,18 @@ def evaluate(
         overlap: post-process and encode one batch in a thread while the network computes the next, with two batches in
             memory. For accelerators: on a CPU both would compete for the same cores.
         progress: number of batches in the loader, to show a progress bar on a terminal; None shows none.
-        per_class: add the AP of each class.
+        per_class: add the figures of each class.
+        write: called with the image ids and results of each batch of this rank, to save more than the evaluator keeps.
 
     Returns:
         The evaluator's summary over all images, the same on every rank; rank 0's evaluator then holds all predictions.
     """
 
-    def collect(image_ids: list[int]) -> None:
-        evaluator.update(image_ids, predictor.collect())
+    def collect(image_ids: list[ImageId]) -> None:
+        results = predictor.collect()
+        evaluator.update(image_ids, results)
+        if write is not None:
+            write(image_ids, results)
 
     disable = True if progress is None else None  # None: only if stderr is a terminal
     batches = tqdm(loader, total=progress, desc="evaluating", unit="batch", leave=False, disable=disable)

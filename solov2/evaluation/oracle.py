@@ -1,4 +1,4 @@
-"""An oracle that predicts its training targets exactly: the AP that the targets themselves allow."""
+"""An oracle that predicts its training targets exactly: the AP or PQ that the targets themselves allow."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solov2.models.panoptic import postprocess_panoptic
 from solov2.models.postprocess import postprocess
-from solov2.settings import PostprocessSettings
+from solov2.settings import PanopticSettings, PostprocessSettings
+from solov2.targets import IGNORED
 
 LOGIT = 20.0  # sigmoid(20) is 1 in float32, so scores are 1 and masks equal the targets
 
@@ -22,10 +24,21 @@ class Oracle:
         grid_sizes: S of each level.
         num_classes: C.
         settings: post-processing settings.
+        num_stuff: S; above 0 the results are panoptic.
+        panoptic: settings of the merge.
     """
 
-    def __init__(self, grid_sizes: Sequence[int], num_classes: int, settings: PostprocessSettings) -> None:
+    def __init__(
+        self,
+        grid_sizes: Sequence[int],
+        num_classes: int,
+        settings: PostprocessSettings,
+        *,
+        num_stuff: int = 0,
+        panoptic: PanopticSettings | None = None,
+    ) -> None:
         self.grid_sizes, self.num_classes, self.settings = tuple(grid_sizes), num_classes, settings
+        self.num_stuff, self.panoptic = num_stuff, panoptic or PanopticSettings()
         self._launched: deque[dict[str, Any]] = deque()
 
     def launch(self, batch: dict[str, Any]) -> None:
@@ -35,11 +48,12 @@ class Oracle:
     def collect(self) -> list[dict[str, Any]]:
         """The results of the oldest launched batch, with RLE masks."""
         batch = self._launched.popleft()
-        sizes, original_sizes = batch["sizes"], batch["original_sizes"]
-        raw = oracle_raw(
-            batch["targets"], batch_size=len(sizes), grid_sizes=self.grid_sizes, num_classes=self.num_classes
-        )
-        return postprocess(raw, sizes, original_sizes, self.settings, mask_format="rle")
+        targets, sizes, original_sizes = batch["targets"], batch["sizes"], batch["original_sizes"]
+        raw = oracle_raw(targets, batch_size=len(sizes), grid_sizes=self.grid_sizes, num_classes=self.num_classes)
+        if not self.num_stuff:
+            return postprocess(raw, sizes, original_sizes, self.settings, mask_format="rle")
+        raw["semantic_logits"] = oracle_semantic_logits(targets["semantic"], sizes.tolist(), self.num_stuff)
+        return postprocess_panoptic(raw, sizes, original_sizes, self.settings, self.panoptic)
 
 
 def oracle_raw(
@@ -91,6 +105,28 @@ def oracle_raw(
         "kernels": _to_levels(kernels, grid_sizes),
         "mask_features": mask_features,
     }
+
+
+def oracle_semantic_logits(semantic: Tensor, sizes: Sequence[Sequence[int]], num_stuff: int) -> Tensor:
+    """Encode the semantic target as logits; void counts as a thing, and padding repeats the last row and column.
+
+    Args:
+        semantic: uint8 [B, h, w], stuff labels, `num_stuff` for things, 255 for void and padding.
+        sizes: B pairs (height, width) of the images before padding, in input pixels.
+        num_stuff: S.
+
+    Returns:
+        float32 [B, S + 1, h, w].
+    """
+    labels = semantic.masked_fill(semantic == IGNORED, num_stuff).long()
+    for image, (height, width) in enumerate(sizes):  # the target has the pixels at 4 i + 2
+        rows, columns = (
+            torch.arange(padded, device=labels.device).clamp(max=(side + 1) // 4 - 1)
+            for padded, side in zip(labels.shape[1:], (height, width))
+        )
+        labels[image] = labels[image, rows][:, columns]
+    hits = labels[:, None] == torch.arange(num_stuff + 1, device=labels.device)[:, None, None]  # [B, S + 1, h, w]
+    return (2.0 * hits - 1.0) * LOGIT
 
 
 def _own_cells(positives: Tensor, num_instances: int, num_flat: int, num_cells: int) -> tuple[Tensor, Tensor]:

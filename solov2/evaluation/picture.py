@@ -7,19 +7,81 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from solov2.data.class_matching import match_categories
+from solov2.data.class_matching import match_categories, match_stuff
 from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
+from solov2.data.panoptic import CocoPanoptic
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.images import read_image
+from solov2.ops.masks import encode_rle
+from solov2.ops.panoptic import measure_segments, replace_ids
 from solov2.visualize import contact_sheet, draw_instances, instance_color
+from solov2.visualize_panoptic import draw_panoptic
 
 
-def draw_predictions(model: SOLOv2, validation: CocoInstances, *, count: int, score_threshold: float) -> Image.Image:
-    """One sheet with ground truth and predictions of the first `count` validation images that have instances."""
+def draw_predictions(model: SOLOv2, validation: ImageDataset, *, count: int, score_threshold: float) -> Image.Image:
+    """One sheet with ground truth and predictions of the first `count` validation images that have annotations.
+
+    `score_threshold` is for instances; a panoptic model draws what its own settings leave.
+    """
+    if isinstance(validation, CocoPanoptic):
+        return contact_sheet(itertools.islice(_panoptic_pairs(model, validation), count))
+    assert isinstance(validation, CocoInstances)
     return contact_sheet(itertools.islice(_pairs(model, validation, score_threshold), count))
+
+
+def _panoptic_pairs(model: SOLOv2, validation: CocoPanoptic) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """Pictures of ground truth and predictions of each validation image that has segments, at their full size."""
+    for position in range(len(validation)):
+        truth = _panoptic_truth(model, validation, position)
+        if not truth["segments"]:
+            continue
+        path = validation.image_root / validation.record(position).file_name
+        image = read_image(path, apply_exif=False, max_pixels=validation.max_pixels)
+        scale = max(1, 512 // max(image.shape[1:]))
+        [found] = model.predict_panoptic([image])
+        things = [_things(result) for result in (truth, found)]
+        ranks = matching_ranks(things[1], things[0])
+        known, predicted = (
+            draw_panoptic(image, result, model, scale=scale, colors=[instance_color(rank) for rank in own])
+            for result, own in ((truth, range(len(things[0]["labels"]))), (found, ranks))
+        )
+        yield known, predicted
+
+
+def _panoptic_truth(model: SOLOv2, validation: CocoPanoptic, position: int) -> dict[str, Any]:
+    """The annotation of an image as a result of a model, without crowds and the classes that the model lacks."""
+    segments = validation.panoptic[validation.image_ids[position]].segments
+    labels = {
+        category: (label, is_thing)
+        for ids, is_thing in (
+            (match_categories(model.class_names, validation), True),
+            (match_stuff(model.stuff_names, validation), False),
+        )
+        for label, category in enumerate(ids)
+    }
+    shown = [x for x in segments if not x.is_crowd and x.category_id in labels]
+    ids = validation.panoptic.read_map(validation.image_ids[position])
+    ids = replace_ids(ids, {x.id: number for number, x in enumerate(shown, 1)}, other=0, dtype=np.int32)
+    measured = measure_segments(ids)
+    boxes = dict(zip(measured.ids.tolist(), measured.boxes.tolist(), strict=True))
+    entries = [
+        {"id": number, "label": labels[x.category_id][0], "is_thing": labels[x.category_id][1], "box": boxes[number]}
+        for number, x in enumerate(shown, 1)
+        if number in boxes
+    ]
+    return {"panoptic_map": torch.from_numpy(ids), "segments": entries}
+
+
+def _things(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The things of a panoptic result: `labels` int64 [N] and `masks` (N RLE dicts)."""
+    things = [segment for segment in result["segments"] if segment["is_thing"]]
+    masks = [encode_rle((result["panoptic_map"] == segment["id"])[None])[0] for segment in things]
+    return {"labels": torch.tensor([segment["label"] for segment in things], dtype=torch.int64), "masks": masks}
 
 
 def _pairs(

@@ -17,7 +17,7 @@ from solov2.compute import select_precision
 from solov2.config import Config, DataConfig, ModelConfig, TrainConfig
 from solov2.data.build import missing_path, require_data, training_dataset, training_loader, with_classes
 from solov2.data.categories import default_class_names
-from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.data.loader import TrainBatchSampler
 from solov2.errors import InputError, count
 from solov2.models.solov2 import SOLOv2
@@ -45,8 +45,8 @@ def describe(config: Config, *, device: torch.device, processes: int, splits: Se
     Raises:
         InputError: the dataset exists but is broken or too small for one step, or the model settings are invalid.
     """
-    missing = missing_data(config.data, splits)
-    dataset = training_dataset(config.data) if missing_data(config.data, ("train",)) is None else None
+    missing = missing_data(config, splits)
+    dataset = training_dataset(config) if missing_data(config, ("train",)) is None else None
     if dataset is not None:
         config = with_classes(config, dataset)
     model = empty_model(config.model)
@@ -62,13 +62,13 @@ def describe(config: Config, *, device: torch.device, processes: int, splits: Se
     yield memory_lines(config, model, device)
 
 
-def missing_data(data: DataConfig, splits: Sequence[str]) -> str | None:
+def missing_data(config: Config, splits: Sequence[str]) -> str | None:
     """One line that names a missing file of the splits and says what to do; None if no file is missing."""
-    missing = missing_path(data, splits)
-    if missing is not None and data.shapes:
-        return f"no data: {missing[2]} does not exist; a run without --dry-run generates the shapes in {data.root}"
+    missing, root = missing_path(config.data, splits), config.data.root
+    if missing is not None and config.data.shapes:
+        return f"no data: {missing[2]} does not exist; a run without --dry-run generates the shapes in {root}"
     try:
-        require_data(data, splits=splits)
+        require_data(config, splits=splits)
     except InputError as error:
         return str(error)
     return None
@@ -128,7 +128,7 @@ def rate_lines(train: TrainConfig, plan: Plan) -> list[str]:
     ]
 
 
-def first_batches(config: Config, dataset: CocoInstances, processes: int) -> list[tuple[int, int, int, int, int]]:
+def first_batches(config: Config, dataset: ImageDataset, processes: int) -> list[tuple[int, int, int, int, int]]:
     """(padded height, padded width, images, instances, positive cells) of rank 0's first batches."""
     loader, sampler = _loader(config, dataset, processes)
     sampler.set_epoch(0)
@@ -140,7 +140,7 @@ def first_batches(config: Config, dataset: CocoInstances, processes: int) -> lis
     return rows
 
 
-def batch_lines(config: Config, dataset: CocoInstances, processes: int) -> list[str]:
+def batch_lines(config: Config, dataset: ImageDataset, processes: int) -> list[str]:
     """`first_batches` as a table."""
     rows = [
         (str(number), f"{height} x {width}", *map(str, counts))
@@ -301,7 +301,7 @@ def _warmup_steps(train: TrainConfig) -> list[int]:
     return sorted({0, last // 2, last})
 
 
-def _loader(config: Config, dataset: CocoInstances, processes: int) -> tuple[DataLoader, TrainBatchSampler]:
+def _loader(config: Config, dataset: ImageDataset, processes: int) -> tuple[DataLoader, TrainBatchSampler]:
     """Rank 0's loader and sampler in a run with this many processes; it loads without workers."""
     config = replace(config, data=replace(config.data, workers=0))
     return training_loader(config, dataset, build_assigner(config.model), processes=processes)

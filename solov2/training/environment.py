@@ -14,7 +14,7 @@ import torchvision
 
 from solov2 import version
 from solov2.compute import Compute
-from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.distributed import world_size
 
 MAX_IMAGES, HEAD_BYTES = 1000, 2**16  # what `images_sha256` reads
@@ -39,7 +39,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def conditions(compute: Compute, dataset: CocoInstances, validation: CocoInstances | None) -> dict[str, str]:
+def conditions(compute: Compute, dataset: ImageDataset, validation: ImageDataset | None) -> dict[str, str]:
     """What a bit-identical resume depends on beside configuration and training annotations, by a name for messages."""
     known = {
         "device": device_name(compute.device),
@@ -52,20 +52,21 @@ def conditions(compute: Compute, dataset: CocoInstances, validation: CocoInstanc
     return known if validation is None else known | {"validation annotations": file_sha256(validation.annotation_file)}
 
 
-def images_sha256(dataset: CocoInstances) -> str:
-    """SHA-256 of the name, size and first 64 KiB of at most 1,000 images, spread over the dataset.
+def images_sha256(dataset: ImageDataset) -> str:
+    """SHA-256 of the name, size and first 64 KiB of at most 1,000 images, spread over the dataset, and of their PNGs.
 
     It finds another set of images or a re-encoded one in seconds, even on slow storage; one changed image of a large
     dataset may escape it.
     """
-    digest, ids = hashlib.sha256(), dataset.image_ids
-    for index in range(0, len(ids), -(-len(ids) // MAX_IMAGES) or 1):
-        path = dataset.image_root / dataset.file_name(ids[index])
-        try:
-            with open(path, "rb") as file:
-                digest.update(f"{path.name} {os.fstat(file.fileno()).st_size}".encode() + file.read(HEAD_BYTES))
-        except OSError:  # loading it will say so
-            digest.update(f"{path.name} missing".encode())
+    digest = hashlib.sha256()
+    for _, folder, names, _ in dataset.files():
+        for name in names[:: -(-len(names) // MAX_IMAGES) or 1]:
+            path = folder / name
+            try:
+                with open(path, "rb") as file:
+                    digest.update(f"{path.name} {os.fstat(file.fileno()).st_size}".encode() + file.read(HEAD_BYTES))
+            except OSError:  # loading it will say so
+                digest.update(f"{path.name} missing".encode())
     return digest.hexdigest()
 
 

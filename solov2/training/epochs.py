@@ -14,24 +14,19 @@ from torch.utils.data import DataLoader
 from solov2 import distributed
 from solov2.build import build_criterion
 from solov2.compute import Compute
-from solov2.data.build import validation_loader
-from solov2.data.class_matching import match_categories
-from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.data.loader import TrainBatchSampler
 from solov2.data.watch import watched
 from solov2.errors import SAVE_TRAINING_MEMORY, OutOfMemory, RunFailed
-from solov2.evaluation.coco import CocoEvaluator, format_table, percent
-from solov2.evaluation.loop import evaluate
-from solov2.evaluation.picture import draw_predictions
+from solov2.evaluation.summary import headline
 from solov2.losses import SOLOv2Criterion
-from solov2.outputs import write_picture
-from solov2.predict import Predictor
 from solov2.training.guard import NonFiniteGuard, first_nonfinite, stuck_mask_loss
 from solov2.training.logger import Meter
 from solov2.training.plan import Plan
 from solov2.training.run import Run, wrap
 from solov2.training.signals import RANK_FAILED, Stopped, StopSignal
 from solov2.training.step import grouped, repeat_forward, take_step, unwrap
+from solov2.training.validation import evaluate_run
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def train_one_epoch(
 
 
 def train_epochs(
-    run: Run, loader: DataLoader, sampler: TrainBatchSampler, validation: CocoInstances | None
+    run: Run, loader: DataLoader, sampler: TrainBatchSampler, validation: ImageDataset | None
 ) -> dict[str, Any] | None:
     """Run all remaining steps and evaluations; returns the summary of the last evaluation, None if there was none."""
     train = run.config.train
@@ -115,8 +110,8 @@ def train_epochs(
             unevaluated = run.evaluated < run.epoch or run.epoch == train.epochs
             evaluation = ""
             if validation is not None and unevaluated and _is_due(run, train.evaluate_every):
-                summary = _evaluate(run, validation, stop)
-                evaluation = _ap_text(summary)
+                summary = evaluate_run(run, validation, stop)
+                evaluation = headline(summary)
             run.logger.show_epoch(run.epoch, train.epochs, means, evaluation)
             if run.epoch == train.epochs:
                 return summary
@@ -234,54 +229,3 @@ def _ready_on_all_ranks(run: Run, loader: DataLoader, stop: StopSignal) -> Itera
         if batch is None:
             return
         yield batch
-
-
-def _evaluate(run: Run, validation: CocoInstances, stop: StopSignal) -> dict[str, Any]:
-    loader = validation_loader(run.config, validation, device=run.compute.device)
-    batches = watched(loader, validation, stall_seconds=run.config.train.stall_seconds, check=stop.check)
-    with run.compute.arithmetic():  # for both threads: each of them alone would restore what the other needs
-        summary = evaluate(
-            Predictor(run.evaluated_model, run.compute),
-            stop.until_signaled(batches),  # a checkpoint was saved before
-            CocoEvaluator(
-                validation.coco,
-                match_categories(run.model.class_names, validation),
-                max_detections=run.config.data.max_detections,
-            ),
-            overlap=run.compute.device.type != "cpu",
-            progress=len(loader) if distributed.is_main() else None,
-        )
-    run.evaluated = run.epoch
-    run.logger.write(
-        "evaluation",
-        run.epoch * run.plan.steps_per_epoch,
-        epoch=run.epoch,
-        max_detections=summary["max_detections"],
-        **flatten_summary(summary),
-    )
-    if summary["segm"]["AP"] > run.best:
-        run.best = summary["segm"]["AP"]
-        run.save_best()
-    return summary
-
-
-def flatten_summary(summary: dict[str, Any]) -> dict[str, float]:
-    """An evaluator's summary as {"segm_AP": ..., "bbox_AP50": ..., ...}."""
-    return {f"{kind}_{name}": value for kind in ("segm", "bbox") for name, value in summary[kind].items()}
-
-
-def _ap_text(summary: dict[str, Any]) -> str:
-    return f"mask AP {percent(summary['segm']['AP'])}  box AP {percent(summary['bbox']['AP'])}"
-
-
-def show_summary(run: Run, validation: CocoInstances, summary: dict[str, Any]) -> None:
-    """Print the table of the last evaluation and, unless `picture_images` is 0, save predictions.png."""
-    train, path = run.config.train, run.folder / "predictions.png"
-    run.logger.print(format_table(summary))
-    if distributed.is_main() and train.picture_images:
-        picture = draw_predictions(
-            run.evaluated_model, validation, count=train.picture_images, score_threshold=train.picture_score
-        )
-        write_picture(path, picture)
-    shown = f"; predictions beside ground truth in {path}" if train.picture_images else ""
-    run.logger.print(f"mask AP {percent(summary['segm']['AP'])}, AP50 {percent(summary['segm']['AP50'])}{shown}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOG = logging.getLogger(__name__)
-LOSSES = ("loss", "loss_category", "loss_mask")
+LOSSES = ("loss", "loss_category", "loss_mask")  # of every model; others may follow
 
 
 class Meter:
@@ -70,10 +70,10 @@ class EpochMeter:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add the mean losses of the steps since the last call, up to the global `step`; ignores non-finite ones."""
-        for name in LOSSES:
-            if math.isfinite(values[name]):
-                self._sums[name] += (step - self.step) * values[name]
-                self._counts[name] += step - self.step
+        for name in [name for name in values if name.startswith("loss")]:
+            finite = math.isfinite(values[name])
+            self._sums[name] = self._sums.get(name, 0.0) + (step - self.step) * (values[name] if finite else 0.0)
+            self._counts[name] = self._counts.get(name, 0) + (step - self.step) * finite
         self.step, self.learning_rate = step, values["learning_rate"]
 
     def read(self, images_per_step: int) -> dict[str, float | None]:
@@ -191,7 +191,7 @@ class RunLogger:
             epoch: 1-based.
             epochs: number of epochs of the run.
             figures: returned by `end_epoch`; empty for an epoch that ended before a resume.
-            evaluation: text with the AP of the epoch; empty if it was not evaluated.
+            evaluation: text with the AP or PQ of the epoch; empty if it was not evaluated.
         """
         means = [_figures_text(figures), f"in {format_seconds(figures['seconds'])}"] if figures else []
         if means or evaluation:
@@ -288,11 +288,14 @@ def _open_log(path: Path) -> TextIO:
 
 
 def _figures_text(values: Mapping[str, Any]) -> str:
-    loss, category, mask = ("-" if values[name] is None else f"{values[name]:.3f}" for name in LOSSES)
-    return (
-        f"loss {loss} (category {category}, mask {mask})  {values['images_per_second']:.1f} images/s  "
-        f"lr {values['learning_rate']:.2e}"
-    )
+    losses = {
+        name.removeprefix("loss_"): "-" if value is None else f"{value:.3f}"
+        for name, value in values.items()
+        if name.startswith("loss")
+    }
+    parts = ", ".join(f"{name} {text}" for name, text in losses.items() if name != "loss")
+    rate = f"{values['images_per_second']:.1f} images/s  lr {values['learning_rate']:.2e}"
+    return f"loss {losses['loss']} ({parts})  {rate}"
 
 
 def format_seconds(seconds: float) -> str:

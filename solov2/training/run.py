@@ -17,7 +17,7 @@ from solov2 import distributed
 from solov2.checkpoint import Checkpoint, TrainingState
 from solov2.compute import Compute
 from solov2.config import Config
-from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
 from solov2.training.folder import save_step
@@ -40,14 +40,14 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
-    dataset: CocoInstances
+    dataset: ImageDataset
     annotations_sha256: str  # of the training set
     conditions: dict[str, str]  # see `environment.conditions`
     logger: RunLogger
     epoch: int = 0  # completed epochs
     step: int = 0  # completed optimizer steps of the next epoch
     evaluated: int = 0  # completed epochs at the last evaluation
-    best: float = -1.0  # mask AP of the best evaluation so far, -1 before the first
+    best: float = -1.0  # mask AP or PQ of the best evaluation so far, -1 before the first
     mask_loss_checked: bool = False  # whether the check after the warm-up is done
 
     @property

@@ -24,25 +24,23 @@ from solov2.config import DEFAULT_MODEL, Config, load_config, override_config
 from solov2.data.build import (
     locate_data,
     prepare_data,
-    require_evaluable,
+    segments_of,
     split_paths,
     training_dataset,
     training_loader,
-    validation_dataset,
     with_classes,
     worker_count,
 )
-from solov2.data.class_matching import check_categories
-from solov2.data.coco import CocoInstances
+from solov2.data.image_dataset import ImageDataset
 from solov2.data.watch import kill_children, shared_memory_warning
 from solov2.data_check.quick import quick_check
 from solov2.errors import count
-from solov2.evaluation.coco import limit_warning
+from solov2.evaluation.summary import flatten
 from solov2.models.solov2 import SOLOv2
 from solov2.outputs import check_cleared_folder, replace_file
 from solov2.training.dry_run import max_padded_size
 from solov2.training.environment import conditions, environment, file_sha256
-from solov2.training.epochs import flatten_summary, show_summary, train_epochs
+from solov2.training.epochs import train_epochs
 from solov2.training.folder import check_folder, check_ranks_agree, is_restart, latest_checkpoint, run_folder
 from solov2.training.guard import DELAY
 from solov2.training.logger import RunLogger, format_seconds, tensorboard_writer
@@ -53,6 +51,7 @@ from solov2.training.resume import check_resumable
 from solov2.training.resume import resume as resume_run
 from solov2.training.run import Run
 from solov2.training.signals import stop_message
+from solov2.training.validation import open_validation, show_summary
 from solov2.weights import apply_weight_metadata, find_checkpoint, load_pretrained_backbone
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +61,8 @@ LOG = logging.getLogger(__name__)
 class TrainResult:
     """The result of a run: its folder, its best and last checkpoints, and the metrics of its last evaluation.
 
-    `metrics` maps "segm_AP", "segm_AP50", ..., "bbox_AR100" to values in [0, 1] (-1 without ground truth); it is empty
+    `metrics` maps "segm_AP", "segm_AP50", ..., "bbox_AR100" to values in [0, 1] (-1 without ground truth); of panoptic
+    models "all_pq", "all_sq", "all_rq", "all_n", "things_pq", ..., "stuff_n" (absent without ground truth). It is empty
     if nothing was evaluated.
     """
 
@@ -104,7 +104,8 @@ def train(
         name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default:
             solov2_r50_fpn_1x, or with `resume` the configuration of the checkpoint.
         data: a folder with annotations/, train2017/ and val2017/, or some of {"train_annotations", "train_images",
-            "val_annotations", "val_images"}; default: from the configuration.
+            "val_annotations", "val_images"}, of panoptic data also "train_segments" and "val_segments", the folders of
+            the PNGs; default: from the configuration.
         weights: checkpoint of any family to start from, or "official" for the published one; default: an ImageNet
             backbone.
         output: run folder; default: runs/NAME.
@@ -189,6 +190,7 @@ def prepare_job(
     clear = overwrite and not inside and not is_restart(folder)
     if clear and writes:
         inputs = [path for split in splits_of(config) for path in split_paths(config.data, split)]
+        inputs += [path for split in splits_of(config) if (path := segments_of(config.data, split)) is not None]
         if source is not None:
             inputs.append(Path(source.source))
         if isinstance(name_or_config, (str, Path)) and Path(name_or_config).is_file():  # and not the name of a model
@@ -211,16 +213,16 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
     checkpoint = job.resume_from
     check_ranks_agree(None if checkpoint is None else Path(checkpoint.source).name, job.folder)
     prepare_data(job.config, splits=splits_of(job.config))
-    dataset = training_dataset(job.config.data)
-    validation = _validation(job.config, dataset)
+    dataset = training_dataset(job.config)
+    validation = open_validation(job.config, dataset)
     config = with_classes(job.config, dataset)
-    if config.model.num_classes != job.config.model.num_classes and distributed.is_main():
-        LOG.info(
-            "%s, from %s (the configuration has %d)",
-            count(config.model.num_classes, "class", "classes"),
-            dataset.annotation_file,
-            job.config.model.num_classes,
-        )
+    if distributed.is_main():
+        for now, before, what in (
+            (config.model.num_classes, job.config.model.num_classes, ("class", "classes")),
+            (config.model.num_stuff, job.config.model.num_stuff, ("stuff class", "stuff classes")),
+        ):
+            if now != before:
+                LOG.info("%s, from %s (the configuration has %d)", count(now, *what), dataset.annotation_file, before)
     torch.manual_seed(config.train.seed)
     model = prepare_for_training(_initial_model(config, dataset, job), config, compute)
     optimizer = build_optimizer(
@@ -270,24 +272,11 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
         if summary is not None and validation is not None:
             show_summary(run, validation, summary)
         best = job.folder / "best.pth"
-        metrics = {} if summary is None else flatten_summary(summary)
+        metrics = {} if summary is None else flatten(summary)
         return TrainResult(job.folder, best if best.is_file() else None, latest_checkpoint(job.folder), metrics)
 
 
-def _validation(config: Config, dataset: CocoInstances) -> CocoInstances | None:
-    if not config.train.evaluate_every:
-        return None
-    validation = validation_dataset(config.data)
-    check_categories(dataset.class_names, validation, str(dataset.annotation_file))
-    require_evaluable(validation)
-    limits = config.data.max_detections, config.model.max_instances
-    warning = limit_warning(validation.coco, *limits)
-    if warning is not None:
-        LOG.warning(warning)
-    return validation
-
-
-def _initial_model(config: Config, dataset: CocoInstances, job: Job) -> SOLOv2:
+def _initial_model(config: Config, dataset: ImageDataset, job: Job) -> SOLOv2:
     weights = job.initial_weights
     if weights is None:
         model = construct(config.model, dataset.class_names, dataset.stuff_names)

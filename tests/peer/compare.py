@@ -315,7 +315,7 @@ def compare_trained(peer: Peer, weights: Path, folder: str, rounds: int, count: 
               "filter_thr": settings.score_threshold, "max_per_img": settings.max_instances},
     )  # fmt: skip
     outputs = []
-    for batch in itertools.islice(validation_loader(config, validation_dataset(config.data)), count):
+    for batch in itertools.islice(validation_loader(config, validation_dataset(config)), count):
         raw = model(model.normalize(batch["pixels"], batch["sizes"]))
         torch.save(raw, f"{folder}/trained{len(outputs)}.pth")
         outputs.append((raw, batch["sizes"], batch["original_sizes"]))

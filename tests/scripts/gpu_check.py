@@ -498,7 +498,7 @@ def check_loader(device: torch.device) -> dict[str, Any]:
             config = load_config("quickstart", [*changes, f"data.workers={workers}", f"data.root={folder}/shapes"])
             prepare_data(config, splits=["train"])
             loader, sampler = training_loader(
-                config, training_dataset(config.data), build_assigner(config.model), device=device
+                config, training_dataset(config), build_assigner(config.model), device=device
             )
             started, first = 0.0, 0
             for number, _ in enumerate(loader):
