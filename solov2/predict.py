@@ -75,12 +75,12 @@ def _tensors(values: Any) -> list[Tensor]:
 def predict_images(
     model: Any,
     images: Iterable[ImageLike] | ImageLike,
-    settings: Mapping[str, Any],
-    *,
-    panoptic: bool = False,
     batch_size: int,
     mask_format: str,
     precision: str,
+    settings: Mapping[str, Any],
+    *,
+    panoptic: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The results of each image, with only one batch of images and results in memory.
 

@@ -235,15 +235,8 @@ def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argpars
         _thread() as writer,
         tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress,
     ):
-        results = predict_images(
-            model,
-            _readable(_ahead(reader, read, jobs, ahead), waiting),
-            {},
-            panoptic=args.panoptic,
-            batch_size=args.batch_size,
-            mask_format="rle",
-            precision=args.precision,
-        )
+        images = _readable(_ahead(reader, read, jobs, ahead), waiting)
+        results = predict_images(model, images, args.batch_size, "rle", args.precision, {}, panoptic=args.panoptic)
         found = ((*waiting.popleft(), _on_host(result)) for result in results)
         for (number, _, result), written in _ahead(writer, draw, found, ahead):
             written.result()

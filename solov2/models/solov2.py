@@ -291,16 +291,8 @@ class SOLOv2(nn.Module):
                 below 1; unknown mask_format or precision.
             TypeError: an image of an unsupported type.
         """
-        return list(
-            self.predict_iter(
-                images,
-                score_threshold=score_threshold,
-                max_instances=max_instances,
-                batch_size=batch_size,
-                mask_format=mask_format,
-                precision=precision,
-            )
-        )
+        limits = {"score_threshold": score_threshold, "max_instances": max_instances}
+        return list(predict_images(self, images, batch_size, mask_format, precision, limits))
 
     def predict_iter(
         self,
@@ -318,10 +310,8 @@ class SOLOv2(nn.Module):
         may be a generator without end. An image that cannot be read raises when its turn comes, and ends the iteration;
         wrong arguments raise at once. Between batches the model is in the mode that the caller left it in.
         """
-        settings = {"score_threshold": score_threshold, "max_instances": max_instances}
-        return predict_images(
-            self, images, settings, batch_size=batch_size, mask_format=mask_format, precision=precision
-        )
+        limits = {"score_threshold": score_threshold, "max_instances": max_instances}
+        return predict_images(self, images, batch_size, mask_format, precision, limits)
 
     def predict_panoptic(
         self,
@@ -361,7 +351,4 @@ class SOLOv2(nn.Module):
             "panoptic_overlap_threshold": panoptic_overlap_threshold,
             "stuff_area_limit": stuff_area_limit,
         }
-        results = predict_images(
-            self, images, settings, panoptic=True, batch_size=batch_size, mask_format=mask_format, precision=precision
-        )
-        return list(results)
+        return list(predict_images(self, images, batch_size, mask_format, precision, settings, panoptic=True))
