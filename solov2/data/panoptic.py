@@ -36,8 +36,8 @@ class CocoPanoptic(ImageDataset):
     """Images, instances and semantic maps of one panoptic annotation file.
 
     Every segment of a thing is an instance, except crowds and those whose stated area or box is empty. In the semantic
-    map, crowds are things. Ids of a PNG that the JSON lacks are void, and a segment without pixels has an empty mask:
-    check-data reports both.
+    map, crowds are things. Ids of a PNG that the JSON lacks are void, unless red and blue are exchanged, and a segment
+    without pixels has an empty mask: check-data reports both.
 
     Args:
         annotations: path of the JSON file.
@@ -62,7 +62,8 @@ class CocoPanoptic(ImageDataset):
 
     Raises:
         InputError: at construction, if the file is missing, not panoptic, or broken in a way that would stop training
-            or evaluation later; on access, if an image or a PNG is missing, damaged, or not of the stated size.
+            or evaluation later; on access, if an image or a PNG is missing, damaged, or not of the stated size, or a
+            PNG has red and blue exchanged.
     """
 
     def __init__(

@@ -67,8 +67,8 @@ def require_panoptic(content: Any, path: Path, *, predictions: bool = False) -> 
     content = require_lists(content, path, ("annotations",) if predictions else tuple(SECTIONS), FORMAT)
     if content["annotations"] and not is_panoptic(content):
         raise InputError(
-            f"annotation file {path} is an instances file (no segments_info); panoptic models need panoptic_*.json, "
-            "and instance models take this one"
+            f"annotation file {path} has no segments_info, as an instances file; panoptic models need panoptic_*.json, "
+            "and instance models take instances_*.json"
         )
     return content
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from solov2.data.annotations import ImageId
 from solov2.data.class_matching import distinct_names
-from solov2.data.panoptic_file import SWAPPED, PanopticFile, Segment, looks_swapped
+from solov2.data.panoptic_file import PanopticFile, Segment
 from solov2.errors import InputError, printable
 from solov2.ops.panoptic import count_pairs, measure_segments
 
@@ -227,11 +227,8 @@ def compare_files(truth: PanopticFile, found: PanopticFile, *, progress: bool = 
 
 
 def _difference(listed: set[int], drawn: set[int], found: PanopticFile, png: str) -> str:
-    unlisted = sorted(drawn - listed)
-    if looks_swapped(unlisted, listed):
-        return f"{found.folder / png} has {len(unlisted)} ids that {found.path} does not list: {SWAPPED}"
-    if unlisted:
-        return f"{found.folder / png} has pixels of segment {unlisted[0]}, which {found.path} does not list"
+    if drawn - listed:
+        return f"{found.folder / png} has pixels of segment {min(drawn - listed)}, which {found.path} does not list"
     return f"{found.path} lists segment {min(listed - drawn)}, which has no pixel in {found.folder / png}"
 
 
