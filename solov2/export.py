@@ -1,4 +1,4 @@
-"""One graph from pixels to instances, for `torch.export`, ONNX and compilers.
+"""One graph from pixels to instances (panoptic: and semantic logits), for `torch.export`, ONNX and compilers.
 
 `solov2.models.postprocess` keeps as many candidates as an image needs. Here every step has a fixed number of rows
 instead: the best cells, their best (cell, class) pairs, the best instances. No shape depends on a value, as
@@ -57,10 +57,14 @@ class ExportedSOLOv2(nn.Module):
             sizes: int64 [B, 2], (height, width) of each image inside.
 
         Returns:
-            What `select_instances` returns, or the raw outputs.
+            What `select_instances` returns, and of a panoptic model semantic: float [B, S + 1, H / 4, W / 4], the
+            semantic logits on the padded input at stride 4; or the raw outputs.
         """
         raw = self.model(self.model.normalize(pixels, sizes))
-        return raw if self.raw else select_instances(raw, self.model.settings, num_cells=self.num_cells)
+        if self.raw:
+            return raw
+        semantic = {"semantic": raw["semantic_logits"]} if "semantic_logits" in raw else {}
+        return select_instances(raw, self.model.settings, num_cells=self.num_cells) | semantic
 
 
 def select_instances(
@@ -130,25 +134,30 @@ def export_program(
         return torch.export.export(module, (pixels, sizes), dynamic_shapes=(batch, batch))
 
 
-def save_program(program: torch.export.ExportedProgram, path: str | Path, class_names: Sequence[str]) -> None:
+def save_program(
+    program: torch.export.ExportedProgram, path: str | Path, class_names: Sequence[str], stuff_names: Sequence[str] = ()
+) -> None:
     """Write a program and its class names to a file, atomically: an existing file is replaced completely or not at all.
 
     Args:
         program: from `export_program`.
         path: .pt2 for `torch.export.load`, .onnx for ONNX.
         class_names: stored as a JSON list: extra file class_names.json of a .pt2, metadata entry class_names in ONNX.
+        stuff_names: likewise, as stuff_names; not stored if empty.
 
     Raises:
         InputError: unknown file name suffix, or the packages for ONNX are not installed.
         OSError: disk full, no permission.
     """
     check_format(path)
-    names = json.dumps(list(class_names))
+    names = {"class_names": json.dumps(list(class_names))}
+    if stuff_names:
+        names["stuff_names"] = json.dumps(list(stuff_names))
     onnx = _to_onnx(program, names) if Path(path).suffix == ".onnx" else None
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         if onnx is None:
-            torch.export.save(program, file, extra_files={"class_names.json": names})
+            torch.export.save(program, file, extra_files={f"{key}.json": value for key, value in names.items()})
         else:
             file.write(onnx)
 
@@ -168,7 +177,7 @@ def check_format(path: str | Path) -> None:
             raise InputError("ONNX export needs additional packages: pip install 'solov2[export]'") from error
 
 
-def _to_onnx(program: torch.export.ExportedProgram, class_names: str) -> bytes:
+def _to_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> bytes:
     outputs = program.module()(*program.example_inputs[0])
     names = [
         name if isinstance(value, Tensor) else f"{name}_{level}"
@@ -178,5 +187,6 @@ def _to_onnx(program: torch.export.ExportedProgram, class_names: str) -> bytes:
     exported = torch.onnx.export(program, output_names=names, verbose=False)
     assert exported is not None
     model = exported.model_proto
-    model.metadata_props.add(key="class_names", value=class_names)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,7 @@ from solov2.export import ExportedSOLOv2, export_program, select_instances
 from solov2.models.postprocess import flatten_raw, postprocess
 
 SIZE = (64, 96)
-NAMES = ["cat", "dog", "owl", "cow"]
+NAMES, STUFF = ["cat", "dog", "owl", "cow"], ["road", "grass", "sky"]
 
 
 def final_masks(soft: Tensor, size: tuple[int, int], original_size: tuple[int, int], threshold: float) -> Tensor:
@@ -104,6 +105,8 @@ def test_a_file_runs_without_the_library(checkpoint: Path, tmp_path: Path, capsy
     extra = {"class_names.json": ""}
     program = torch.export.load(path, extra_files=extra)
     assert json.loads(extra["class_names.json"]) == NAMES
+    with zipfile.ZipFile(path) as archive:
+        assert not [name for name in archive.namelist() if "stuff_names" in name]  # which only panoptic files have
     model, module = build_model(weights=checkpoint), program.module()
     for sizes in ([(64, 96)], [(64, 96), (50, 70), (33, 96)]):
         pixels = torch.randint(0, 256, (len(sizes), 3, *SIZE), dtype=torch.uint8)
@@ -118,6 +121,37 @@ def test_a_file_runs_without_the_library(checkpoint: Path, tmp_path: Path, capsy
             masks = final_masks(found["masks"][i, :3], sizes[i], sizes[i], 0.5)
             assert torch.equal(found["labels"][i, :3], result["labels"][:3])
             assert (masks ^ result["masks"][:3]).sum() <= 3
+
+
+@pytest.fixture(scope="module")
+def panoptic_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a panoptic network."""
+    torch.manual_seed(0)
+    config = tiny_config("model.max_instances=20", "model.num_stuff=3", "model.semantic_channels=32")
+    model = lively(construct(config.model, NAMES, STUFF))
+    path = tmp_path_factory.mktemp("weights") / "panoptic.pth"
+    content = {"model": model.state_dict(), "config": config.to_dict(), "class_names": NAMES}
+    save_content(path, content | {"stuff_names": STUFF, "stuff_category_ids": [5, 6, 7]})
+    return path
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_panoptic_file_has_semantic_logits(
+    panoptic_checkpoint: Path, raw: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, extra = tmp_path / "tiny.pt2", {"class_names.json": "", "stuff_names.json": ""}
+    assert main(arguments(panoptic_checkpoint, path, *(["--raw"] if raw else []))) == 0
+    assert ("semantic logits" in capsys.readouterr().out) != raw
+    module = torch.export.load(path, extra_files=extra).module()
+    assert [json.loads(names) for names in extra.values()] == [NAMES, STUFF]
+    model, sizes = build_model(weights=panoptic_checkpoint), torch.tensor([(64, 96), (50, 70), (33, 96)])
+    pixels = torch.randint(0, 256, (3, 3, *SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        found, wanted = module(pixels, sizes), model(model.normalize(pixels, sizes))
+    outputs = [*wanted] if raw else ["scores", "labels", "masks", "semantic"]
+    logits = found["semantic_logits" if raw else "semantic"]
+    assert [*found] == outputs and logits.shape == (3, 4, 16, 24) and logits.dtype == torch.float32
+    assert torch.allclose(logits, wanted["semantic_logits"], atol=1e-5) and logits.std() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -183,6 +217,21 @@ def test_onnx(checkpoint: Path, tmp_path: Path) -> None:
         wanted = ExportedSOLOv2(build_model(weights=checkpoint))(pixels, sizes)
     for name, found in zip(("scores", "labels", "masks"), outputs, strict=True):
         assert torch.allclose(torch.from_numpy(found), wanted[name], atol=1e-3), name
+
+
+@pytest.mark.slow
+def test_onnx_of_a_panoptic_model(panoptic_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(arguments(panoptic_checkpoint, tmp_path / "tiny.onnx")) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "tiny.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert [json.loads(metadata[key]) for key in ("class_names", "stuff_names")] == [NAMES, STUFF]
+    pixels, sizes = torch.randint(0, 256, (3, 3, *SIZE), dtype=torch.uint8), torch.tensor([SIZE, (50, 70), (33, 96)])
+    [found] = session.run(["semantic"], {"pixels": pixels.numpy(), "sizes": sizes.numpy()})
+    with torch.no_grad():
+        wanted = ExportedSOLOv2(build_model(weights=panoptic_checkpoint))(pixels, sizes)["semantic"]
+    assert torch.allclose(torch.from_numpy(found), wanted, atol=1e-3)
 
 
 @pytest.mark.slow

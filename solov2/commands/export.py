@@ -79,10 +79,11 @@ def _run(args: argparse.Namespace) -> int:
     model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
     height, width = args.size
     program = export_program(model, (height, width), raw=args.raw, num_cells=args.cells)
-    save_program(program, args.output, model.class_names)
+    save_program(program, args.output, model.class_names, model.stuff_names)
     limits = (model.settings.max_instances, model.settings.max_candidates)
     rows = min((limit for limit in limits if limit), default="all")
-    found = "raw outputs" if args.raw else f"scores, labels, masks of {rows} instances"
+    semantic = ", semantic logits" if model.semantic_head is not None else ""
+    found = "raw outputs" if args.raw else f"scores, labels, masks of {rows} instances{semantic}"
     show(
         f"{args.output} ({args.output.stat().st_size / 1e6:.0f} MB): pixels uint8 [B, 3, {height}, {width}], "
         f"sizes int64 [B, 2] -> {found}"
