@@ -46,6 +46,9 @@ def small_sizes() -> Iterator[None]:
         yield
 
 
+PANOPTIC = "--set model.num_stuff=3 --set model.semantic_channels=32 --set model.stuff_area_limit=16".split()
+
+
 def numbers(value: Any) -> list[float]:
     """All numbers of a nested report."""
     if isinstance(value, dict | list):
@@ -104,6 +107,28 @@ def test_every_stage_has_work(report: dict[str, Any]) -> None:
     forward = sum(training[name] for name in (*NETWORK, "loss"))
     assert 1.5 * forward < training["backward"] <= 2 * forward
     assert parts["loading"]["worker_images_per_second"] > 0 and parts["loading"]["stages"]["total"]["gflop"] == 0
+
+
+def test_panoptic_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They run up to segments, and the semantic branch, the labels and the merge are stages of their own."""
+    parts = {}
+    for mode in ("infer", "train"):
+        path = tmp_path / f"{mode}.json"
+        assert main([*TINY, *PANOPTIC, "--mode", mode, "--batch-size", "2", "--json", str(path)]) == 0
+        parts |= json.loads(path.read_text())["parts"]
+    shown = capsys.readouterr().out
+    network = [*NETWORK, "semantic"]
+    for name in ("inference", "optimized_inference"):
+        stages, before = parts[name]["stages"], [*INFERENCE[:3], *network, *INFERENCE[-5:-2]]
+        assert [*stages] == [*before, "semantic labels", "merge", OUTSIDE, "total"]
+        assert all(stages[stage]["share"] > 0 for stage in stages)
+        assert parts[name]["segments_per_image"] > 3
+    cells = 16**2 + 3 * 8**2 + 2 * 4**2 + 2**2  # of the 3x3 convolutions; the 1x1 convolution has 16 x 16
+    macs = 2 * (cells * 9 * 32 * 32 + 16**2 * 32 * 4)
+    assert parts["inference"]["stages"]["semantic"]["gflop"] == pytest.approx(2 * macs / 1e9)
+    assert [*parts["training"]["stages"]] == [*network, *STAGES["training"][len(NETWORK) :]]
+    assert 0 < parts["training"]["loss_semantic"] < 3 and parts["training"]["stages"]["semantic"]["gflop"] > 0
+    assert shown.count(" segments") == 2 and shown.count("semantic loss ") == 1
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])

@@ -181,17 +181,22 @@ def test_synthetic_raw_keeps_shapes_types_and_layout(dtype: torch.dtype) -> None
         "category_logits": [torch.zeros(2, 5, size, size, dtype=dtype) for size in (12, 6)],
         "kernels": [torch.zeros(2, 8, size, size, dtype=dtype) for size in (12, 6)],
         "mask_features": torch.zeros(2, 8, 16, 16, dtype=dtype).to(memory_format=torch.channels_last),
+        "semantic_logits": torch.zeros(2, 4, 16, 16, dtype=dtype).to(memory_format=torch.channels_last),
     }
     raw = synthetic_raw(like, 40, torch.Generator().manual_seed(0))
     for key in ("category_logits", "kernels"):
         assert [(x.shape, x.dtype) for x in raw[key]] == [(x.shape, x.dtype) for x in like[key]]
-    assert raw["mask_features"].stride() == like["mask_features"].stride()
+    for key in ("mask_features", "semantic_logits"):
+        assert (raw[key].stride(), raw[key].dtype) == (like[key].stride(), dtype)
+    assert 1 < len(raw["semantic_logits"][0].argmax(0).unique()) <= 4
     assert raw["mask_features"].min() == -8 and 7 < raw["mask_features"].max() <= 8
     scores = [widen(level).sigmoid() for level in raw["category_logits"]]
     assert sum(int((level > 0.1).sum()) for level in scores) == 2 * 40
     assert 2 * 25 <= sum(int((suppress_neighbors(level) > 0.1).sum()) for level in scores) <= 2 * 40
     again = synthetic_raw(like, 40, torch.Generator().manual_seed(0))
     assert torch.equal(raw["mask_features"], again["mask_features"])
+    del like["semantic_logits"]
+    assert "semantic_logits" not in synthetic_raw(like, 40, torch.Generator().manual_seed(0))
 
 
 def test_synthetic_ground_truth() -> None:

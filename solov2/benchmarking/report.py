@@ -15,8 +15,10 @@ Report = Mapping[str, Any]
 EXTRA_FIGURES = {  # that only some parts have
     "worker_images_per_second": "{:.2f} images/s per worker",
     "instances_per_image": "{:.0f} instances found per image",
+    "segments_per_image": "{:.0f} segments",
     "loss_category": "category loss {:.3f}",
     "loss_mask": "mask loss {:.3f}",
+    "loss_semantic": "semantic loss {:.3f}",
     "peak_memory_mib": "peak memory {:.0f} MiB",
 }
 

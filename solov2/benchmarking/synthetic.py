@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from solov2.ops.masks import masks_to_boxes
 
 OBJECTS = 32  # distinct masks per image, shared by its candidates as by the cells around one object
-LOGIT = 8.0  # magnitude of mask logits well inside or outside an ellipse
+LOGIT = 8.0  # magnitude of mask logits well inside or outside an ellipse, and of semantic logits
+REGIONS = (4, 6)  # rows and columns of stuff per image
 
 
 def ellipses(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -46,6 +47,7 @@ def synthetic_raw(raw: dict[str, Any], candidates: int, generator: torch.Generat
 
     The first `OBJECTS` mask features are ellipses, every cell's kernel selects one of them, and `candidates` random
     cells have scores between 0.15 and 0.95 in the class of their object. Points NMS removes direct neighbors of these.
+    Semantic logits, if there are any, form regions of random classes.
     """
     batch, channels, height, width = raw["mask_features"].shape
     objects, num_classes = min(OBJECTS, channels), raw["category_logits"][0].shape[1]
@@ -64,11 +66,16 @@ def synthetic_raw(raw: dict[str, Any], candidates: int, generator: torch.Generat
         levels = zip(originals, values.mT.split(cells, dim=2), strict=True)
         return [torch.empty_like(original).copy_(level.view_as(original)) for original, level in levels]
 
-    return {
+    synthetic: dict[str, Any] = {
         "category_logits": like(logits, raw["category_logits"]),
         "kernels": like(F.one_hot(owner, channels).float(), raw["kernels"]),
         "mask_features": torch.empty_like(raw["mask_features"]).copy_(features),
     }
+    if (semantic := raw.get("semantic_logits")) is not None:
+        regions = LOGIT * torch.randn(*semantic.shape[:2], *REGIONS, generator=generator)
+        regions = F.interpolate(regions, (height, width), mode="bilinear")
+        synthetic["semantic_logits"] = torch.empty_like(semantic).copy_(regions)
+    return synthetic
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def _explained_memory_errors(name: str) -> Iterator[None]:
 
 
 def measure_inference(workload: Workload) -> Parts:
-    """From images in memory to masks at their size, with the model as built and after `SOLOv2.optimize`."""
+    """From images in memory to masks, and to segments of a panoptic model, as built and after `SOLOv2.optimize`."""
     model, compute = _model(workload), workload.compute
     yield "inference", _measure_predictor(model, workload)
     half = compute.precision == "bf16"  # then the weights themselves are cast, so autocast is not needed
@@ -100,7 +100,8 @@ def _measure_predictor(model: SOLOv2, workload: Workload) -> dict[str, Any]:
     scale = min(1, MAX_IMAGE_EDGE / max(workload.size))
     shape = (workload.batch_size, *(max(1, round(scale * side)) for side in workload.size), 3)
     originals = list(torch.randint(256, shape, dtype=torch.uint8, generator=generator).numpy())
-    predictor = Predictor(model, compute, mask_format="bool")
+    panoptic = model.semantic_head is not None
+    predictor = Predictor(model, compute, panoptic=panoptic, mask_format="bool")
 
     def step() -> list[dict[str, Any]]:
         predictor.launch(model.load_batch(originals))
@@ -111,10 +112,11 @@ def _measure_predictor(model: SOLOv2, workload: Workload) -> dict[str, Any]:
         raw = synthetic_raw(model(images), workload.candidates, generator)
     # Random weights find nothing, so synthetic outputs replace those of the network after it has run.
     hook = model.register_forward_hook(lambda *_: raw)
-    found = sum(len(result["scores"]) for result in step())
+    results = step()
     part = measure(step, workload)
     hook.remove()  # otherwise the copy that `optimize` makes would have it too
-    return part | {"instances_per_image": found / len(originals)}
+    counted = {"instances_per_image": "scores"} | ({"segments_per_image": "segments"} if panoptic else {})
+    return part | {name: sum(len(each[key]) for each in results) / len(originals) for name, key in counted.items()}
 
 
 def measure_training(workload: Workload) -> Parts:
