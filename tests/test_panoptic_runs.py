@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from solov2.checkpoint import load_file
 from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.panoptic_quality import main as panoptic_quality_main
 from solov2.commands.train import main as train_main
-from solov2.data.build import locate_data, oracle_dataset, validation_loader
+from solov2.data.build import locate_data, oracle_dataset, validation_dataset, validation_loader
 from solov2.data.panoptic_file import open_annotations
 from solov2.evaluation.oracle import Oracle, oracle_semantic_logits
 from solov2.evaluation.panoptic import PanopticEvaluator
@@ -151,6 +152,21 @@ def test_default_files_follow_the_kind_of_model(tmp_path: Path) -> None:
     assert stored.data.val_segments == str(tmp_path / "png")
     moved = locate_data(stored, tmp_path / "coco").data
     assert (moved.train_annotations, moved.val_segments) == ("annotations/panoptic_train2017.json", "auto")
+
+
+def test_a_sweep_of_thresholds(run: tuple[Path, Path], repo_root: Path) -> None:
+    """Each pair has the figures of an evaluation with these settings."""
+    spec = importlib.util.spec_from_file_location("panoptic_sweep", repo_root / "examples" / "panoptic_sweep.py")
+    assert spec and spec.loader
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    data, folder = run
+    model = solov2.build_model(weights=folder / "best.pth")
+    dataset = validation_dataset(locate_data(panoptic_config(), data))
+    evaluators, share = example.sweep(model, dataset, [0.01, 1.0], [32, 10**6])
+    assert list(evaluators) == [(0.01, 32), (0.01, 10**6), (1.0, 32), (1.0, 10**6)] and 0 < share < 1
+    assert evaluators[0.01, 32].summarize()["all"]["pq"] == pytest.approx(rows(folder, "evaluation")[-1]["all_pq"])
+    assert evaluators[1.0, 10**6].summarize()["all"]["rq"] == 0
 
 
 # ---- the oracle

@@ -1,4 +1,4 @@
-"""Write a COCO annotation file with the first images by id that have 3 to 12 instances.
+"""Write a COCO annotation file, of instances or panoptic, with the first images by id that have 3 to 12 instances.
 
 python tests/scripts/photo_subset.py ANNOTATIONS OUT [--count 8]
 """
@@ -13,7 +13,13 @@ from pathlib import Path
 
 def subset(content: dict, count: int, minimum: int = 3, maximum: int = 12) -> dict:
     """Keep the first `count` images by id with `minimum` to `maximum` instances, not counting crowds."""
-    instances = Counter(a["image_id"] for a in content["annotations"] if not a["iscrowd"])
+    things = {category["id"] for category in content["categories"] if category.get("isthing", 1)}
+    instances = Counter(
+        annotation["image_id"]
+        for annotation in content["annotations"]
+        for entry in annotation.get("segments_info", [annotation])
+        if not entry["iscrowd"] and entry["category_id"] in things
+    )
     chosen = sorted(image["id"] for image in content["images"] if minimum <= instances[image["id"]] <= maximum)[:count]
     return {
         **content,
