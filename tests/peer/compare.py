@@ -1,6 +1,6 @@
 """Times this library beside mmdetection: same weights, same image, same outputs, alternating in one run.
 
-    python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms data trained] [--json FILE]
+    python tests/peer/compare.py PEER_DIR PEER_PYTHON [--only infer train post nms panoptic data trained] [--json FILE]
 
 PEER_DIR holds peer.py, PEER_PYTHON is the interpreter of its environment. Every ratio is peer time / our time, of the
 medians of `--rounds` alternating runs after one that does not count. Memory is what a training step adds to a process.
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from peer_worker import forget_peak, resident  # noqa: E402
 
-from solov2.benchmarking.synthetic import synthetic_raw  # noqa: E402
+from solov2.benchmarking.synthetic import ellipses, synthetic_raw  # noqa: E402
 from solov2.build import (  # noqa: E402
     build_assigner,
     build_compute,
@@ -48,7 +49,11 @@ from solov2.data.coco import CocoInstances  # noqa: E402
 from solov2.data.loader import Collate  # noqa: E402
 from solov2.data.transforms import TrainTransform, TransformedDataset  # noqa: E402
 from solov2.models.solov2 import SOLOv2  # noqa: E402
+from solov2.ops.label_map import label_map  # noqa: E402
+from solov2.ops.masks import encode_rle  # noqa: E402
 from solov2.ops.matrix_nms import matrix_nms  # noqa: E402
+from solov2.ops.merge import merge_segments  # noqa: E402
+from solov2.ops.resample import Axis, MaskResampler  # noqa: E402
 from solov2.targets import TargetAssigner  # noqa: E402
 from solov2.training.optim import build_optimizer  # noqa: E402
 
@@ -245,6 +250,78 @@ def compare_nms(peer: Peer, folder: str, rounds: int) -> dict[str, Any]:
     return reports
 
 
+def compare_panoptic(peer: Peer, folder: str, photograph: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Semantic logits and 100 instances to the panoptic map of a photograph: with planes, with RLEs, and from noise.
+
+    The instances are cut out beforehand, and none is left out for its score. The logits form regions, except for
+    "noise": there any label may come anywhere, so that no channel can be left out. To the reference this is the same.
+    """
+    scale = min(800 / min(photograph), 1333 / max(photograph))
+    size = tuple(round(scale * side) for side in photograph)
+    grid = tuple(8 * -(-side // 32) for side in size)  # stride 4 of the padded input
+    generator = torch.Generator().manual_seed(0)
+    logits = F.interpolate(8 * torch.randn(1, 54, 4, 6, generator=generator), grid, mode="bilinear")[0]
+    noise = torch.randn(logits.shape, generator=generator)
+    soft = (8 * ellipses(100, *grid, generator)).sigmoid()
+    resampler = MaskResampler(grid, size, photograph, 0.5, dtype=soft.dtype, device=soft.device)
+    masks, boxes = resampler.to_masks(soft)
+    instances = {
+        "scores": torch.linspace(1, 0.3, 100),
+        "labels": torch.arange(100) % 80,
+        "boxes": boxes,
+        "masks": masks,
+    }
+    run_lengths = {**instances, "masks": encode_rle(masks)}
+    torch.save({"logits": logits[None], **instances}, f"{folder}/panoptic.pth")
+    peer.open_panoptic(file=f"{folder}/panoptic.pth", limits={"mask_overlap": 0.5, "stuff_area_limit": 4096})
+    limits = {"score_threshold": 0.0, "overlap_threshold": 0.5, "stuff_area_limit": 4096}
+
+    def run(instances: dict[str, Any], logits: Tensor) -> dict[str, Any]:
+        forget_peak()
+        before = resident("VmRSS")
+        start = time.perf_counter()
+        semantic = label_map(logits, size, photograph)
+        middle = time.perf_counter()
+        result = merge_segments(instances, semantic, len(logits) - 1, **limits)
+        end = time.perf_counter()
+        return {"seconds": end - start, "parts": [middle - start, end - middle], "before": before,
+                "peak": resident("VmHWM"), **result}  # fmt: skip
+
+    seconds, results = alternate(
+        rounds,
+        peer=lambda: peer.panoptic(size=size, original_size=photograph, save=f"{folder}/map.pth"),
+        planes=lambda: run(instances, logits),
+        run_lengths=lambda: run(run_lengths, logits),
+        noise=lambda: run(instances, noise),
+    )
+    memory = {side: answer["peak"] - answer["before"] for side, answer in results.items()}
+    maps = {side: answer.pop("panoptic_map") for side, answer in results.items() if side != "peer"}
+    segments = {side: answer.pop("segments") for side, answer in results.items() if side != "peer"}
+    classes = torch.full((len(segments["planes"]) + 1,), 133)  # as the reference writes them; 133 for none
+    for segment in segments["planes"]:
+        label, number = segment["label"], segment["id"]
+        classes[number] = label + 1000 * number if segment["is_thing"] else 80 + label
+    differs = torch.load(f"{folder}/map.pth", weights_only=True) != classes[maps["planes"]]
+    same = {
+        "things": sum(segment["is_thing"] for segment in segments["planes"]),
+        "stuff": sum(not segment["is_thing"] for segment in segments["planes"]),
+        "different_pixels": int(differs.sum()),
+        "largest_gap": largest_gap(logits, size, photograph, differs.nonzero()[:1000]),
+        "run_lengths_differ": int((maps["planes"] != maps["run_lengths"]).sum()),
+    }
+    return {**report(seconds, results), "memory": memory, "same": same}
+
+
+def largest_gap(logits: Tensor, size: tuple[int, int], original: tuple[int, int], pixels: Tensor) -> float:
+    """The largest difference between the best two logits at some pixels, int64 [N, 2]; 0 without any."""
+    axes = zip(logits.shape[1:], size, original)
+    rows, columns = (
+        Axis(*sides, torch.float64, logits.device).matrix[place] for sides, place in zip(axes, pixels.unbind(1))
+    )
+    best = torch.einsum("nh,chw,nw->nc", rows, logits.double(), columns).topk(2).values  # [N, 2]
+    return float((best[:, 0] - best[:, 1]).max()) if len(best) else 0.0
+
+
 def compare_loading(peer: Peer, config: str, root: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds per photograph of the training split on one thread: decoding, polygons, resizing, flip, then targets."""
     settings = load_config(f"{config}_fpn_3x")
@@ -359,7 +436,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer_dir")
     parser.add_argument("peer_python")
-    parser.add_argument("--only", nargs="+", choices=("infer", "train", "post", "nms", "data", "trained"),
+    parser.add_argument("--only", nargs="+", choices=("infer", "train", "post", "nms", "panoptic", "data", "trained"),
                         default=["infer", "train", "post", "nms"])  # fmt: skip
     parser.add_argument("--configs", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--instances", type=int, nargs="+", default=[8, 60])
@@ -367,6 +444,8 @@ def main() -> int:
     parser.add_argument(
         "--weights", metavar="FILE", help="checkpoint of train.py for `trained`; without it one is trained"
     )
+    parser.add_argument("--photograph", type=int, nargs=2, action="append", metavar=("HEIGHT", "WIDTH"),
+                        help="original size for `panoptic`; may be repeated; default: both of `post`")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
@@ -397,14 +476,22 @@ def main() -> int:
             say("post-processing, trained model", entry)
             print(f"    {entry['results']}", flush=True)
             peer.close()
-    for config in args.configs if args.only != ["trained"] else ():
+    if "panoptic" in args.only:
+        for photograph in map(tuple, args.photograph or PHOTOGRAPHS):
+            with tempfile.TemporaryDirectory() as folder:
+                peer = Peer(args.peer_dir, args.peer_python, args.threads)
+                entry = compare_panoptic(peer, folder, photograph, args.rounds)
+                say(f"panoptic map of {photograph[0]} x {photograph[1]}", entry)
+                print(f"    {entry['same']}", flush=True)
+                peer.close()
+    for config in args.configs if not set(args.only) <= {"panoptic", "trained"} else ():
         with tempfile.TemporaryDirectory() as folder:
             peer = Peer(args.peer_dir, args.peer_python, args.threads)
             size = CASES[config]
             if "data" in args.only:
                 for name, entry in compare_loading(peer, config, args.data_root, args.rounds).items():
                     say(f"{name}, {config}", entry)
-            if set(args.only) <= {"data", "trained"}:
+            if set(args.only) <= {"data", "panoptic", "trained"}:
                 peer.close()
                 continue
             peer.setup(config=config, size=size, candidates=500, folder=folder)
