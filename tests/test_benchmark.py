@@ -131,6 +131,14 @@ def test_panoptic_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert shown.count(" segments") == 2 and shown.count("semantic loss ") == 1
 
 
+def test_panoptic_data(tmp_path: Path) -> None:
+    """Without --data-root, the generated data has stuff, too."""
+    path = tmp_path / "data.json"
+    assert main(["quickstart_panoptic", *TINY[1:], "--mode", "data", "--json", str(path)]) == 0
+    part = json.loads(path.read_text())["parts"]["loading"]
+    assert [*part["stages"]] == STAGES["loading"] and part["worker_images_per_second"] > 0
+
+
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_operations_match_torchs_counter(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the steps that are actually measured."""

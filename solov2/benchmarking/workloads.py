@@ -23,6 +23,7 @@ from solov2.compute import Compute
 from solov2.config import override_config
 from solov2.data.build import locate_data, training_dataset, training_loader, with_classes
 from solov2.data.loader import Collate
+from solov2.data.panoptic_shapes import generate_panoptic_shapes
 from solov2.data.shapes import generate_shapes
 from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
@@ -166,7 +167,8 @@ def measure_loading(workload: Workload) -> Parts:
     threads, side = torch.get_num_threads(), min(MAX_IMAGE_EDGE, max(workload.size))
     with tempfile.TemporaryDirectory() as folder:
         if workload.data_root is None:
-            generate_shapes(folder, train_images=GENERATED_IMAGES, val_images=1, size=side, seed=SEED)
+            generate = generate_panoptic_shapes if workload.config.model.num_stuff else generate_shapes
+            generate(folder, train_images=GENERATED_IMAGES, val_images=1, size=side, seed=SEED)
             workload = replace(workload, data_root=folder)
         batches = _batches(workload, workers=1)
         for _ in range(1 + workload.warmup):  # the first batch waits for the worker to start
