@@ -79,7 +79,7 @@ def checkout(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", reason="building needs setuptools: pip install -e '.[test]'")
     pytest.importorskip("pip", reason="installing needs pip")
     copy = tmp_path_factory.mktemp("folder of clones") / "solov2"
-    for folder in ("solov2", "configs", "docs", "tests"):
+    for folder in ("solov2", "configs", "docs", "examples", "tests"):
         shutil.copytree(repo_root / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for path in repo_root.iterdir():
         if path.is_file() and not path.name.startswith("."):
@@ -145,7 +145,7 @@ def test_sdist_is_complete(checkout: Path, unpacked_sdist: Path) -> None:
     names = {path.relative_to(unpacked_sdist).as_posix() for path in unpacked_sdist.rglob("*") if path.is_file()}
     wanted = {
         path.relative_to(checkout).as_posix()
-        for folder in ("solov2", "configs", "docs", "tests")
+        for folder in ("solov2", "configs", "docs", "examples", "tests")
         for path in (checkout / folder).rglob("*")
         if path.suffix in (".py", ".yaml", ".md", ".typed")
     }

@@ -20,7 +20,7 @@ BANNED = {
 }
 FILES = [
     path
-    for pattern in ("solov2/**/*.py", "docs/*", "configs/**/*.yaml", "*.md", "*.py", "*.toml")
+    for pattern in ("solov2/**/*.py", "docs/*", "examples/*", "configs/**/*.yaml", "*.md", "*.py", "*.toml")
     for path in sorted(ROOT.glob(pattern))
     if path.suffix in (".py", ".md", ".yaml", ".toml")
 ]
