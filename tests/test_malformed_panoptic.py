@@ -230,7 +230,7 @@ def test_missing_files_and_folders(tree: PanopticTree, tmp_path: Path, capsys: p
 
 PNGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "does not exist"),
-    "a folder": (lambda png: (png.unlink(), png.mkdir()), "folder"),
+    "a folder": (lambda png: (png.unlink(), png.mkdir()), "folder.*PNG"),
     "a link to nothing": (lambda png: (png.unlink(), png.symlink_to(png.parent / "none")), "link to .*none"),
     "empty": (replace_by(b""), "empty"),
     "HTML": (replace_by(b"<html>404</html>"), "HTML"),

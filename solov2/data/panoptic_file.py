@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import marshal
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,8 +215,10 @@ def read_segment_map(path: Path, size: tuple[int, int], *, max_pixels: int = MAX
 
     Raises:
         InputError: the file is missing, damaged, no PNG, of another size, larger than `max_pixels`, or has not three
-            channels of 8 bits.
+            channels of 8 bits; or the path is a folder.
     """
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; segment ids must be in a PNG")
     with open_image(path, max_pixels=max_pixels) as image:
         if image.format != "PNG":
             lossy = ", whose compression changes the ids" if image.format == "JPEG" else ""
