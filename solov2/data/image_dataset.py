@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ LOG = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset, ABC):
     """Images of one annotation file; `CocoInstances` and `CocoPanoptic` say what is annotated.
 
     Args:
@@ -64,26 +65,26 @@ class ImageDataset(Dataset):
         self._warned: set[str] = set()
         require_folder(self.image_root)
 
+    @abstractmethod
     def record(self, position: int) -> ImageRecord:
         """What the annotation file says about the image at a position."""
-        raise NotImplementedError
 
+    @abstractmethod
     def boxes(self, position: int) -> list[tuple[Box, int]]:
         """(box xyxy, label) of the instances of the image at a position; in training only."""
-        raise NotImplementedError
 
+    @abstractmethod
     def has_ground_truth(self) -> bool:
         """Whether any annotation counts in evaluation."""
-        raise NotImplementedError
 
     def files(self) -> list[tuple[str, Path, list[str], str]]:
         """What the dataset reads: (noun, folder, names inside it, flag that names the folder)."""
         names = [self.record(position).file_name for position in range(len(self))]
         return [("image", self.image_root, names, "--val-images")]
 
+    @abstractmethod
     def _load(self, position: int) -> dict[str, Any]:
         """The sample at a position."""
-        raise NotImplementedError
 
     def file_name(self, image_id: ImageId) -> str:
         """The file name of an image, relative to the image folder."""
