@@ -19,7 +19,7 @@ from solov2.config import load_config
 from solov2.data.panoptic import CocoPanoptic
 from solov2.data_check.check import Report
 from solov2.data_check.findings import PANOPTIC_SEVERITIES, SEVERITIES
-from solov2.data_check.panoptic import check_panoptic_data
+from solov2.data_check.panoptic import check_panoptic_data, clear_crowds
 from solov2.ops.panoptic import rgb_from_ids
 
 SIZES = ["data.train_scales=[48]", "data.train_long_edge=64"]
@@ -155,6 +155,30 @@ def test_repair(tree: PanopticTree, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert repaired[0]["boxes"].tolist() == [[4, 4, 24, 16], [30, 4, 40, 12]]
     tree.content = json.loads(fixed.read_text())
     assert run(tree) == 0
+
+
+def test_crowds_as_instances(tree: PanopticTree, tmp_path: Path) -> None:
+    """With data.crowd=instance, as training reads the file; --fix writes one that needs no setting."""
+    whole = json.loads(tree.file.read_text())
+    for place in (1, 3):  # a thing and stuff
+        tree.infos()[place]["iscrowd"] = 1
+    fixed, file = tmp_path / "fixed.json", tmp_path / "report.json"
+    assert run(tree, "--set", "data.crowd=instance", "--fix", str(fixed), "--json", str(file)) == 0
+    report = json.loads(file.read_text())
+    assert not {"crowd", "crowd of stuff"} & {finding["kind"] for finding in report["findings"]}
+    expected = CocoPanoptic(tree.file, tree.images, training=True, crowd="instance")
+    assert report["statistics"]["instances"] == len(expected.instance_table()[0]) == 3
+    assert report["statistics"]["panoptic"]["crowds"] == 0
+    assert json.loads(fixed.read_text()) == whole
+    changes = json.loads((tmp_path / "fixed.json.changes.json").read_text())
+    assert [(c["id"], c["segment"], c["kind"]) for c in changes] == [(1, 1, "crowd"), (1, 3, "crowd")]
+
+
+def test_crowds_of_malformed_entries() -> None:
+    broken = [None, {}, {"segments_info": None}, {"segments_info": [None, {"iscrowd": 2}]}]
+    cleared, changes = clear_crowds({"annotations": [*broken, {"segments_info": [{"iscrowd": 1}]}]})
+    assert cleared["annotations"] == [*broken, {"segments_info": [{"iscrowd": 0}]}]
+    assert [(c["index"], c["id"], c["segment"]) for c in changes] == [(4, None, 0)]
 
 
 def test_command(tree: PanopticTree, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

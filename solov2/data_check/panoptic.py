@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,13 +84,14 @@ def check_panoptic_data(
             malformed.
         images: the folder that `file_name` of an image is relative to.
         folder: of the PNGs.
-        config: its scale ranges, grids and sizes are what the instances are checked against.
+        config: its scale ranges, grids and sizes, and `data.crowd`, are what the instances are checked against.
         workers: number of checking processes; 0 and 1 check in this one.
 
     Raises:
         InputError: the image folder does not exist, or a checking process was killed.
     """
     require_folder(images)
+    content, changes = clear_crowds(content) if config.data.crowd == "instance" else (content, [])
     problems = list(find_panoptic_problems(content, max_pixels=config.data.max_image_pixels))
     faulty = {(problem.section, problem.index) for problem in problems if problem.segment is None}
     usable = {s: [entry for i, entry in enumerate(content[s]) if (s, i) not in faulty] for s in SECTIONS}
@@ -101,43 +102,65 @@ def check_panoptic_data(
     categories = sorted(
         (Category(x["id"], x["name"], bool(x["isthing"])) for x in usable["categories"]), key=lambda x: x.id
     )
-    broken = {(p.index, p.segment) for p in problems if p.segment is not None and p.kind not in MEASURABLE}
-    known = {category.id for category in categories}
-    annotated = [
-        Annotated(
-            i,
-            entry,
-            tuple(
-                place
-                for place, info in enumerate(entry["segments_info"])
-                if (i, place) not in broken and info["category_id"] in known
-            ),
-        )
-        for i, entry in enumerate(content["annotations"])
-        if ("annotations", i) not in faulty and entry["image_id"] in records
-    ]
+    annotated = _annotated(content["annotations"], problems, records, categories)
     findings = [_problem_finding(problem, content, names) for problem in problems]
     findings += _file_findings(usable, categories, annotated, names)
     things = [category for category in categories if category.is_thing]
     settings = check_settings(config, images, {category.id: label for label, category in enumerate(things)})
-    checks = check_images(
-        functools.partial(check_panoptic_image, settings=settings, folder=folder),
-        [records[x.entry["image_id"]] for x in annotated],
-        annotated,
-        workers,
-    )
+    image_ids = [x.entry["image_id"] for x in annotated]
+    check = functools.partial(check_panoptic_image, settings=settings, folder=folder)
+    checks = check_images(check, [records[image_id] for image_id in image_ids], annotated, workers)
     findings += [finding for check in checks for finding in check.findings]
-    repaired, changes = repair_segments(content, annotated, checks)
+    repaired, measured = repair_segments(content, annotated, checks)
     entries = repaired["annotations"]
-    fixed = {(c["kind"], c["id"], entries[c["index"]]["segments_info"][c["segment"]]["id"]) for c in changes}
+    fixed = {(c["kind"], c["id"], entries[c["index"]]["segments_info"][c["segment"]]["id"]) for c in measured}
     findings = [
         x._replace(fix="repairs") if (x.kind.removesuffix(" differs"), x.image_id, x.segment_id) in fixed else x
         for x in findings
     ]
-    image_ids = [x.entry["image_id"] for x in annotated]
     statistics = summarize(checks, image_ids, [category.name for category in things], config)
     statistics["panoptic"] = panoptic_statistics(annotated, checks, categories)
-    return Report(findings, statistics, repaired, changes)
+    return Report(findings, statistics, repaired, changes + measured)
+
+
+def clear_crowds(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[Change]]:
+    """A copy of a panoptic annotation file without crowds, as training reads it where `data.crowd` is "instance".
+
+    Its changes are as in `repair_segments`, with kind "crowd". Malformed entries stay as they are.
+    """
+    entries, changes = list(content["annotations"]), list[Change]()
+    for index, entry in enumerate(entries):
+        found = entry.get("segments_info") if isinstance(entry, dict) else None
+        infos = found if isinstance(found, list) else []
+        crowds = [place for place, info in enumerate(infos) if isinstance(info, dict) and info.get("iscrowd") == 1]
+        if crowds:
+            cleared = [{**info, "iscrowd": 0} if place in crowds else info for place, info in enumerate(infos)]
+            entries[index] = {**entry, "segments_info": cleared}
+        for place in crowds:
+            reason = f"iscrowd 0 of segment {infos[place].get('id')}, was 1, because data.crowd is instance"
+            changes.append(_change(index, entry.get("image_id"), place, "crowd", reason))
+    return {**content, "annotations": entries}, changes
+
+
+def _change(index: int, image_id: Any, place: int, kind: str, reason: str) -> Change:
+    where = {"section": "annotations", "index": index, "id": image_id, "segment": place}
+    return {**where, "kind": kind, "action": "changed", "reason": reason}
+
+
+def _annotated(
+    entries: Sequence[Any], problems: Sequence[Problem], image_ids: Collection[ImageId], categories: Sequence[Category]
+) -> list[Annotated]:
+    """The `annotations` that can be checked."""
+    faulty = {problem.index for problem in problems if problem.section == "annotations" and problem.segment is None}
+    broken = {(p.index, p.segment) for p in problems if p.segment is not None and p.kind not in MEASURABLE}
+    known = {category.id for category in categories}
+    annotated = []
+    for i, entry in enumerate(entries):
+        if i not in faulty and entry["image_id"] in image_ids:
+            infos = enumerate(entry["segments_info"])
+            places = tuple(place for place, x in infos if (i, place) not in broken and x["category_id"] in known)
+            annotated.append(Annotated(i, entry, places))
+    return annotated
 
 
 def check_panoptic_image(
@@ -251,8 +274,7 @@ def repair_segments(
                     continue
                 infos[place] = {**infos[place], key: value}
                 reason = f"{key} {value} of the pixels of segment {infos[place]['id']}, was {old!r}"
-                where = {"section": "annotations", "index": index, "id": entry["image_id"], "segment": place}
-                changes.append({**where, "kind": kind, "action": "changed", "reason": reason})
+                changes.append(_change(index, entry["image_id"], place, kind, reason))
                 entries[index] = {**entry, "segments_info": infos}
     return {**content, "annotations": entries}, changes
 
