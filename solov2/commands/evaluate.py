@@ -89,10 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     from solov2 import distributed
     from solov2.build import build_compute
     from solov2.compute import reuse_freed_memory, select_device
-    from solov2.data.build import prepare_data, validation_loader
-    from solov2.data.watch import watched
-    from solov2.evaluation.loop import evaluate
-    from solov2.evaluation.summary import build_evaluator
+    from solov2.data.build import prepare_data
     from solov2.weights import find_checkpoint
 
     if args.weights is None and not args.oracle:
@@ -115,50 +112,16 @@ def _run(args: argparse.Namespace) -> int:
         prepare_data(config, splits=[args.split])
         compute = build_compute(config, device, args.precision)
         subject = _subject(args, config, checkpoint, compute)
-        config, dataset = subject.config, subject.dataset
-        names = {record.image_id: record.file_name for record in map(dataset.record, range(len(dataset)))}
-        images = [dataset.image_root / name for name in names.values()]
-        writer = _panoptic_writer(args, subject)
-        written = [] if writer is None else [writer.path(name) for name in names.values()]
-        _check_outputs(args, config, inputs=[dataset.annotation_file, *images], pngs=written)
         source = None if checkpoint is None else checkpoint.source
         checkpoint = None  # frees its large training state
-        evaluator = build_evaluator(
-            dataset,
-            subject.category_ids,
-            subject.stuff_category_ids,
-            backend="faster-coco-eval" if args.fast else "pycocotools",
-            max_detections=config.data.max_detections,
-        )
-
-        def write(image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
-            if writer is not None:
-                for image_id, result in zip(image_ids, results, strict=True):
-                    writer.add(image_id, names[image_id], result)
-
-        batch = args.batch_size
-        loader = validation_loader(config, dataset, device=device, batch_size=batch, assigner=subject.assigner)
-        with compute.arithmetic():  # for both threads of the evaluation
-            summary = evaluate(
-                subject.predictor,
-                watched(loader, dataset, stall_seconds=config.train.stall_seconds),
-                evaluator,
-                overlap=device.type != "cpu",
-                progress=len(loader) if distributed.is_main() else None,
-                per_class=args.per_class,
-                write=write,
-            )
-        if writer is not None:
-            writer.merge(distributed.gather_objects(writer.entries))
-            if distributed.is_main():
-                writer.close(names)
+        evaluator, summary = _evaluate(args, subject, compute)
         if distributed.is_main():
             head = {
-                "config": config.name,
+                "config": subject.config.name,
                 "weights": source,
                 "oracle": args.oracle,
                 "split": args.split,
-                "images": len(names),
+                "images": len(subject.dataset),
             }
             _report(head, summary, evaluator, args)
     return 0
@@ -213,6 +176,54 @@ def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | 
         if warning is not None:
             LOG.warning(warning)
     return subject
+
+
+def _evaluate(
+    args: argparse.Namespace, subject: _Subject, compute: Compute
+) -> tuple[CocoEvaluator | PanopticEvaluator, dict[str, Any]]:
+    """The evaluator, with all results, and its figures; panoptic results are written on the way."""
+    from solov2 import distributed
+    from solov2.data.build import validation_loader
+    from solov2.data.watch import watched
+    from solov2.evaluation.loop import evaluate
+    from solov2.evaluation.summary import build_evaluator
+
+    config, dataset, device = subject.config, subject.dataset, compute.device
+    names = {record.image_id: record.file_name for record in map(dataset.record, range(len(dataset)))}
+    images = [dataset.image_root / name for name in names.values()]
+    writer = _panoptic_writer(args, subject)
+    written = [] if writer is None else [writer.path(name) for name in names.values()]
+    _check_outputs(args, config, inputs=[dataset.annotation_file, *images], pngs=written)
+    evaluator = build_evaluator(
+        dataset,
+        subject.category_ids,
+        subject.stuff_category_ids,
+        backend="faster-coco-eval" if args.fast else "pycocotools",
+        max_detections=config.data.max_detections,
+    )
+
+    def write(image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
+        if writer is not None:
+            for image_id, result in zip(image_ids, results, strict=True):
+                writer.add(image_id, names[image_id], result)
+
+    batch = args.batch_size
+    loader = validation_loader(config, dataset, device=device, batch_size=batch, assigner=subject.assigner)
+    with compute.arithmetic():  # for both threads of the evaluation
+        summary = evaluate(
+            subject.predictor,
+            watched(loader, dataset, stall_seconds=config.train.stall_seconds),
+            evaluator,
+            overlap=device.type != "cpu",
+            progress=len(loader) if distributed.is_main() else None,
+            per_class=args.per_class,
+            write=write,
+        )
+    if writer is not None:
+        writer.merge(distributed.gather_objects(writer.entries))
+        if distributed.is_main():
+            writer.close(names)
+    return evaluator, summary
 
 
 def _check_outputs(
