@@ -36,21 +36,7 @@ VOID_EVERY = 7  # one image in this many has a band that is not annotated
 def generate_panoptic_shapes(
     root: str | Path, *, train_images: int, val_images: int, size: int, seed: int, progress: bool = False
 ) -> bool:
-    """Write the dataset unless it exists already.
-
-    Args:
-        root: folder to create; it is moved into place when complete, so it is never partial.
-        train_images, val_images: number of images in each split; the splits use different seeds.
-        size: side of the square images in pixels.
-        seed: determines the whole dataset.
-        progress: show a bar on a terminal.
-
-    Returns:
-        True if the dataset was written, False if the same one exists already.
-
-    Raises:
-        InputError: `root` holds other data or cannot be written, or a process was killed while drawing.
-    """
+    """Write the dataset unless it exists already: arguments, result and errors as for `generate_shapes`."""
     recipe = {"kind": "panoptic", "train_images": train_images, "val_images": val_images, "size": size, "seed": seed}
     return write_dataset(Path(root), {**recipe, "version": 1}, _write_split, progress=progress)
 
