@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from solov2.data_check.check import Report
 
 
+DEFAULT_PANOPTIC = "solov2_panoptic_r50_fpn_1x"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -54,11 +57,10 @@ def build_parser(typed: str = "solov2 check-data") -> Parser:
         "--show", type=at_least(0), default=20, metavar="N", help="maximum number of findings of each kind to print"
     )
     notes = {
-        "--config": f"for checking the sizes; default: {DEFAULT_MODEL}",
+        "--config": f"for checking the sizes; default: {DEFAULT_MODEL}, or {DEFAULT_PANOPTIC} for panoptic files",
         "--workers": "default: one per core, at most 8",
     }
     add_shared_arguments(parser, "--config", "--json", "--workers", "--set", "--overwrite", notes=notes)
-    parser.set_defaults(model=DEFAULT_MODEL)
     return parser
 
 
@@ -72,13 +74,15 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.data_check.panoptic import check_panoptic_data
     from solov2.data_check.report import report_lines, to_json
 
-    config = load_config(args.model, args.set)
+    config = load_config(args.model or DEFAULT_MODEL, args.set)  # a mistake in it is reported before data is read
     fixed = None if args.fix is None else Path(args.fix)
     changes_file = None if fixed is None else fixed.with_name(f"{fixed.name}.changes.json")
     outputs = (("--json", args.json), ("--fix", fixed), ("--fix", changes_file))
     check_outputs(outputs, overwrite=args.overwrite, inputs=[args.annotations, args.model])
     content = parse_json(args.annotations)
     panoptic = is_panoptic(content)
+    model = args.model or (DEFAULT_PANOPTIC if panoptic else DEFAULT_MODEL)
+    config = load_config(model, args.set)
     content = (require_panoptic if panoptic else require_instances)(content, args.annotations)
     check_outputs(outputs, overwrite=args.overwrite, inputs=_files(content["images"], args.images))
     workers = worker_count("auto" if args.workers is None else args.workers)
@@ -88,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
         report = check_panoptic_data(content, args.images, folder, config, workers=workers)
     else:
         report = check_data(content, args.images, config, workers=workers)
-    lines = report_lines(report, args.annotations, config, model=args.model, show=args.show)
+    lines = report_lines(report, args.annotations, config, model=model, show=args.show)
     try:
         if args.json is not None:
             write_json(args.json, to_json(report, args.annotations, config), indent=1)
