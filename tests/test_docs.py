@@ -32,6 +32,7 @@ OTHERS = (
     "solov2 COMMAND",
     "python docs/generate.py",
     "python tests/",
+    "python examples/",
     "solov2 --",
     "python -m solov2 C",
 )
@@ -152,6 +153,9 @@ RUNS = {
     "solov2 check-data mine/train.json --images mine/images --config solov2_light_r18_fpn_3x": "",
     f"python eval.py solov2_light_r18_fpn_3x --oracle {MINE}": "--device cpu --workers 0",
     "solov2 check-data mine/train.json --images mine/images --json report.json --fix mine/repaired.json": "--overwrite",
+    "python train.py quickstart_panoptic": f"{HERE} --epochs 1 --set data.shapes_train=16 --set data.shapes_val=2",
+    "python eval.py --weights runs/quickstart_panoptic/best.pth --per-class": HERE,
+    "solov2 predict data/panoptic_shapes/val2017 --weights runs/quickstart_panoptic/best.pth --panoptic --output found": CPU,
 }
 # Why the others do not run here, by how they begin.
 NOT_RUN = {
@@ -164,6 +168,10 @@ NOT_RUN = {
     "python train.py --nproc 8": "eight processes; two run in test_distributed.py",
     "python train.py solov2_light_r18_fpn_3x --weights official": "downloads",
     "python train.py configs/quickstart.yaml --seed 0": "minutes; runs in short form above",
+    "python train.py solov2_panoptic_r50_fpn_3x": "R50 at the full size; the tiny one runs in test_panoptic_runs.py",
+    "python eval.py solov2_panoptic_r50_fpn_3x": "the same",
+    "solov2 panoptic-quality GT.json results/panoptic.json": "the same as another, with the names of files",
+    "python examples/panoptic_sweep.py": "test_panoptic_runs.py runs it",
     "python tests/scripts/": "minutes to hours, on its own",
     "python tests/peer/": "needs mmdetection in an environment of its own",
 }

@@ -194,6 +194,7 @@ def _evaluate(
     writer = _panoptic_writer(args, subject)
     written = [] if writer is None else [writer.path(name) for name in names.values()]
     _check_outputs(args, config, inputs=[dataset.annotation_file, *images], pngs=written)
+    distributed.barrier()  # no process writes a PNG while another still looks for existing ones
     evaluator = build_evaluator(
         dataset,
         subject.category_ids,
@@ -203,9 +204,8 @@ def _evaluate(
     )
 
     def write(image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
-        if writer is not None:
-            for image_id, result in zip(image_ids, results, strict=True):
-                writer.add(image_id, names[image_id], result)
+        for image_id, result in zip(image_ids, results, strict=True) if writer else ():
+            writer.add(image_id, names[image_id], result)
 
     batch = args.batch_size
     loader = validation_loader(config, dataset, device=device, batch_size=batch, assigner=subject.assigner)
