@@ -26,6 +26,7 @@ SECTIONS: dict[str, type[Settings]] = {"model": ModelConfig, "data": DataConfig,
 SETTING_NAMES = [f"{section}.{entry.name}" for section, cls in SECTIONS.items() for entry in dataclasses.fields(cls)]
 DEFAULT_MODEL = "solov2_r50_fpn_1x"
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".pkl", ".safetensors")
+MAX_AUXILIARY_CLASSES = 254  # a byte also has to hold the background and the pixels that are ignored
 KEYS = ["base", "name", *SECTIONS]  # top-level keys of a file
 
 
@@ -40,6 +41,21 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, wanted, value in self._contradictions():
+            raise invalid_value(name, wanted, value)
+
+    def _contradictions(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield (setting, what it must be, its value) where settings of two sections contradict each other."""
+        model, weight = self.model, self.train.semantic_auxiliary
+        if weight and model.num_stuff:
+            yield "train.semantic_auxiliary", "0 for panoptic models, which have the semantic loss already", weight
+        if weight and model.num_classes > MAX_AUXILIARY_CLASSES:
+            wanted = f"0 for more than {MAX_AUXILIARY_CLASSES} classes, and there are {model.num_classes}"
+            yield "train.semantic_auxiliary", wanted, weight
+        if weight and model.head_norm == "group" and model.semantic_channels % 32:
+            yield "model.semantic_channels", "a multiple of 32, as head_norm group requires", model.semantic_channels
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of plain YAML/JSON types (tuples become lists)."""

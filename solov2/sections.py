@@ -214,6 +214,12 @@ class TrainConfig(Settings):
     clip_norm: float = setting(35.0, "maximum L2 norm of all gradients together; 0: no clipping", minimum=0)
     mask_weight: float = setting(3.0, "weight of the mask loss", minimum=0)
     semantic_weight: float = setting(0.5, "weight of the semantic loss of panoptic models", minimum=0)
+    semantic_auxiliary: float = setting(
+        0.0,
+        "weight of an auxiliary semantic loss of instance models, whose branch has model.semantic_channels and exists "
+        "in training only; 0: none",
+        minimum=0,
+    )
     precision: Literal["float32", "tf32", "bf16", "fp16", "auto"] = setting(
         "tf32",
         "precision of the network in training; tf32: float32, but NVIDIA cards round the inputs of convolutions to 10 "

@@ -5,8 +5,8 @@ SOLOv2 (Wang et al. 2020, section 2.1.4) keeps the label assignment of SOLO (arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from solov2.ops.masks import centers_of_mass
 from solov2.ops.resize import quarter_masks
 
 IGNORED = 255  # label of pixels that nobody has annotated
+BLOCK_CENTERS = slice(2, None, 4)  # of blocks of 4 pixels
+Masks: TypeAlias = Tensor | EncodedMasks | MaskMap
 
 
 class TargetAssigner:
@@ -62,7 +64,8 @@ class TargetAssigner:
             instances: per image boxes float32 [N, 4] x1, y1, x2, y2 (of the annotation, in input pixels), labels
                 int64 [N], masks uint8 of 0 and 1 or bool [N, h, w] at the size of the image before padding, or
                 `EncodedMasks` or `MaskMap` of that shape, which take less memory; in panoptic data also semantic uint8
-                [h, w]. All on the CPU.
+                [h, w], or for an auxiliary semantic loss ignored, masks [M, h, w] of any of these kinds. All on the
+                CPU.
             padded_size: (H, W) of the batch, multiples of 32.
 
         Returns:
@@ -71,19 +74,25 @@ class TargetAssigner:
                 Instances are numbered across the batch.
             masks: uint8 [sum N, H / 4, W / 4].
             positives_per_image, instances_per_image: lists of B integers.
-            semantic: uint8 [B, H / 4, W / 4], in panoptic data.
+            semantic: uint8 [B, H / 4, W / 4], in panoptic data; for an auxiliary semantic loss the label of the one
+                instance at a pixel, num_classes where there is none, `IGNORED` where instances overlap, where an
+                ignored mask lies, and in the padding. Pixels are those of `semantic_target`.
         """
         quarter = (padded_size[0] // 4, padded_size[1] // 4)
-        categories, positives, masks, offset = [], [], [], 0
+        categories, positives, masks, maps, offset = [], [], [], [], 0
         for image, truth in enumerate(instances):
-            centers, quarters = _reduce(truth["masks"], quarter)
+            union = _Union(self.num_classes, truth["masks"].shape[1:]) if "ignored" in truth else None
+            centers, quarters = _reduce(truth["masks"], quarter, truth["labels"], union)
             category, pairs = self._assign(truth["boxes"], truth["labels"], centers, padded_size)  # [cells], [P_i, 2]
             categories.append(category)
             images = torch.full_like(pairs[:, :1], image)  # [P_i, 1]
             positives.append(torch.cat([images, pairs + torch.tensor([0, offset])], dim=1))  # [P_i, 3]
             masks += quarters  # each [n, H / 4, W / 4]
             offset += len(truth["labels"])
-        maps = [semantic_target(truth["semantic"], padded_size) for truth in instances if "semantic" in truth]
+            if union is not None:
+                maps.append(_pad(union.labels_without(truth["ignored"]), quarter))
+            elif "semantic" in truth:
+                maps.append(semantic_target(truth["semantic"], padded_size))
         semantic = {"semantic": torch.stack(maps)} if maps else {}
         return {
             "category": torch.stack(categories),  # [B, cells]
@@ -140,20 +149,66 @@ def semantic_target(labels: Tensor, padded_size: tuple[int, int]) -> Tensor:
         labels: uint8 [h, w], the semantic map of an image before padding.
         padded_size: (H, W) of the batch, multiples of 4.
     """
-    target = labels.new_full((padded_size[0] // 4, padded_size[1] // 4), IGNORED)
-    centers = labels[2::4, 2::4]
-    target[: centers.shape[0], : centers.shape[1]] = centers
+    return _pad(labels[BLOCK_CENTERS, BLOCK_CENTERS], (padded_size[0] // 4, padded_size[1] // 4))
+
+
+def _pad(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels uint8 [h, w] -> [*size], `IGNORED` beyond them."""
+    target = labels.new_full(size, IGNORED)
+    target[: labels.shape[0], : labels.shape[1]] = labels
     return target
 
 
+class _Union:
+    """The labels of the instances of an image in one map, at the centers of 4 x 4 blocks.
+
+    Args:
+        background: label where there is no instance.
+        size: (h, w) of the image before padding.
+    """
+
+    def __init__(self, background: int, size: Sequence[int]) -> None:
+        height, width = (len(range(side)[BLOCK_CENTERS]) for side in size)
+        self.background = background
+        self.count, self.total = torch.zeros(2, height, width)  # of the masks at each pixel, and of their labels
+
+    def add(self, planes: Tensor, labels: Tensor) -> None:
+        """Add instances with masks uint8 or bool [n, h, w] and labels int64 [n]."""
+        pixels = planes[:, BLOCK_CENTERS, BLOCK_CENTERS].flatten(1).float()  # [n, pixels]
+        count, total = torch.stack((torch.ones_like(labels), labels)).float() @ pixels  # float32 holds them exactly
+        self.count += count.view_as(self.count)
+        self.total += total.view_as(self.total)
+
+    def labels_without(self, ignored: Masks) -> Tensor:
+        """uint8 [h / 4, w / 4], `IGNORED` where instances overlap and where an ignored mask lies."""
+        labels = torch.where(self.count == 0, self.background, self.total)
+        void = self.count > 1
+        for planes, _ in _chunks(ignored):
+            void |= planes[:, BLOCK_CENTERS, BLOCK_CENTERS].bool().any(0)
+        return labels.masked_fill(void, IGNORED).to(torch.uint8)
+
+
+def _chunks(masks: Masks) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """(planes uint8 or bool [n, h, w], boxes int64 [n, 4] outside of which they are 0, if known), in order."""
+    return [(masks, None)] if isinstance(masks, Tensor) else masks.chunks()
+
+
 def _reduce(
-    masks: Tensor | EncodedMasks | MaskMap, size: tuple[int, int]
+    masks: Masks, size: tuple[int, int], labels: Tensor, union: _Union | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """Centers of mass (y, x, area, each [N]) and quarter masks uint8 [n, *size], in parts, of the masks of an image."""
-    chunks = [(masks, None)] if isinstance(masks, Tensor) else masks.chunks()
-    parts = [(centers_of_mass(planes, extents), quarter_masks(planes, size, extents)) for planes, extents in chunks]
-    y, x, area = (torch.cat(values) for values in zip(*(centers for centers, _ in parts)))
-    return (y, x, area), [quarters for _, quarters in parts]
+    """Centers of mass (y, x, area, each [N]) and quarter masks uint8 [n, *size], in parts, of the masks of an image.
+
+    Drawing masks takes long, so those of a union are added on the way, with their labels int64 [N].
+    """
+    centers, quarters, first = [], [], 0
+    for planes, extents in _chunks(masks):
+        centers.append(centers_of_mass(planes, extents))
+        quarters.append(quarter_masks(planes, size, extents))
+        if union is not None:
+            union.add(planes, labels[first : first + len(planes)])
+        first += len(planes)
+    y, x, area = (torch.cat(values) for values in zip(*centers))
+    return (y, x, area), quarters
 
 
 def _cell(position: Tensor, extent: Tensor, size: Tensor) -> Tensor:

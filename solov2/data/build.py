@@ -173,7 +173,8 @@ def segments_of(data: DataConfig, split: str) -> Path | None:
 def training_dataset(config: Config) -> ImageDataset:
     """The training split; images without anything to learn are left out unless `data.keep_empty` is set.
 
-    It is panoptic if the model is (`model.num_stuff`), like the other two.
+    It is panoptic if the model is (`model.num_stuff`), like the other two. For an auxiliary semantic loss, samples have
+    the regions that it ignores.
 
     Raises:
         InputError: files are missing or annotations are broken.
@@ -186,6 +187,7 @@ def training_dataset(config: Config) -> ImageDataset:
         keep_empty=data.keep_empty,
         min_size=data.min_image_size,
         skip_broken_images=data.skip_broken_images,
+        ignored=config.train.semantic_auxiliary > 0,
     )
 
 
@@ -215,6 +217,7 @@ def _open(
     keep_empty: bool = False,
     min_size: int = 0,
     skip_broken_images: bool = False,
+    ignored: bool = False,
 ) -> ImageDataset:
     data = config.data
     annotations, images = split_paths(data, split)
@@ -229,7 +232,7 @@ def _open(
     }
     if config.model.num_stuff:
         return CocoPanoptic(annotations, images, segments=segments_of(data, split), **options)
-    return CocoInstances(annotations, images, **options)
+    return CocoInstances(annotations, images, ignored=ignored, **options)
 
 
 def training_loader(

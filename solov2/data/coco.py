@@ -2,6 +2,7 @@
 
 sample  image uint8 [3, H, W] RGB | boxes float32 [N, 4] xyxy | labels int64 [N] | image_id int | original_size (h, w)
         masks uint8 [N, H, W], or EncodedMasks, which are only drawn at the size of the targets
+        ignored, where asked for: the masks of the M crowds, as masks
 
 Which annotations become instances follows mmdetection (`CocoDataset.parse_data_info`). An image must have the width and
 height given in the JSON; EXIF rotation is not applied, because annotations refer to the stored pixels.
@@ -55,6 +56,7 @@ class CocoInstances(ImageDataset):
         skip_broken_images: instead of an image that cannot be read, return the next readable sample and warn.
         max_pixels: maximum width x height of an image; larger ones are rejected.
         decode_masks: False gives `EncodedMasks`: in a crowded image, full-size masks can take gigabytes.
+        ignored: in training, samples also have the masks of the crowds, which an auxiliary semantic loss leaves out.
 
     Attributes:
         class_names: in order of category id; a label is an index into this list.
@@ -79,6 +81,7 @@ class CocoInstances(ImageDataset):
         skip_broken_images: bool = False,
         max_pixels: int = MAX_PIXELS,
         decode_masks: bool = True,
+        ignored: bool = False,
     ) -> None:
         super().__init__(
             annotations,
@@ -88,14 +91,14 @@ class CocoInstances(ImageDataset):
             max_pixels=max_pixels,
             decode_masks=decode_masks,
         )
-        self._crowd = crowd
+        self._crowd, self._ignored = crowd, ignored and training
         content = read_annotations(self.annotation_file, crowd=crowd, max_pixels=max_pixels)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.class_names = [category["name"] for category in categories]
         records = [ImageRecord(x["id"], x["file_name"], int(x["height"]), int(x["width"])) for x in content["images"]]
         check_separators(records, self.image_root, self.annotation_file)
-        instances = self._collect_instances(content["annotations"], {record.image_id: record for record in records})
+        instances, crowds = self._collect(content["annotations"], {record.image_id: record for record in records})
         if training:
             records = [
                 record
@@ -112,7 +115,7 @@ class CocoInstances(ImageDataset):
         self.aspect_ratios = [record.width / record.height for record in records]
         # One block of bytes instead of millions of objects, so that workers share its memory: updating the objects'
         # reference counts would copy all annotations into each worker. (marshal: plain values, only read back here.)
-        packed = [marshal.dumps((tuple(record), instances[record.image_id])) for record in records]
+        packed = [marshal.dumps((tuple(x), instances[x.image_id], crowds[x.image_id])) for x in records]
         self._packed, self._offsets = b"".join(packed), np.cumsum([0, *map(len, packed)])
         self._coco = None if training else _build_index(content)
 
@@ -150,17 +153,18 @@ class CocoInstances(ImageDataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_coco": None}  # workers never need it
 
-    def _unpack(self, position: int) -> tuple[ImageRecord, list[tuple]]:
-        """The record of an image and its instances: (box xyxy, label, segmentation)."""
-        values, instances = marshal.loads(self._packed[slice(*self._offsets[position : position + 2])])
-        return ImageRecord(*values), instances
+    def _unpack(self, position: int) -> tuple[ImageRecord, list[tuple], list]:
+        """The record of an image, its instances (box xyxy, label, segmentation), and segmentations of its crowds."""
+        values, instances, crowds = marshal.loads(self._packed[slice(*self._offsets[position : position + 2])])
+        return ImageRecord(*values), instances, crowds
 
     def _load(self, position: int) -> dict[str, Any]:
-        record, instances = self._unpack(position)
+        record, instances, crowds = self._unpack(position)
         size = (record.height, record.width)
         image = self._read_image(record)  # first: the size that the file states may not be true
         with span("annotation masks"):
             masks = self._read_masks([segmentation for _, _, segmentation in instances], size)
+            ignored = {"ignored": self._read_masks(crowds, size)} if self._ignored else {}
         return {
             "image": image,
             "boxes": torch.tensor([box for box, _, _ in instances], dtype=torch.float32).reshape(-1, 4),
@@ -168,6 +172,7 @@ class CocoInstances(ImageDataset):
             "masks": masks,
             "image_id": record.image_id,
             "original_size": size,
+            **ignored,
         }
 
     def _read_masks(self, segmentations: list, size: tuple[int, int]) -> Tensor | EncodedMasks:
@@ -175,15 +180,17 @@ class CocoInstances(ImageDataset):
             return EncodedMasks.from_segmentations(segmentations, size)
         return segmentations_to_masks(segmentations, size)[0]
 
-    def _collect_instances(
+    def _collect(
         self, annotations: list[dict], records: dict[ImageId, ImageRecord]
-    ) -> dict[ImageId, list[tuple]]:
-        """Image id -> (box xyxy, label, segmentation) of its usable annotations, with their segmentations checked.
+    ) -> tuple[dict[ImageId, list[tuple]], dict[ImageId, list]]:
+        """Image id -> (box xyxy, label, segmentation) of its usable annotations, with their segmentations checked, and
+        image id -> segmentations of its crowds, where samples have them.
 
         Evaluation passes every annotation to pycocotools, crowds included, so it checks all of them.
         """
         labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
         instances: dict[ImageId, list[tuple]] = {image_id: [] for image_id in records}
+        crowds: dict[ImageId, list] = {image_id: [] for image_id in records}
         ignored: dict[str, list[str]] = defaultdict(list)  # reason to warn -> the annotations it applies to
         for annotation in annotations:
             record, category_id = records[annotation["image_id"]], annotation["category_id"]
@@ -193,7 +200,8 @@ class CocoInstances(ImageDataset):
                 ignored["have a category_id that is not in `categories` and are left out"].append(left_out)
                 continue
             reason = reason_unusable(annotation, record)
-            if reason is None or not self.training:
+            is_ignored = self._ignored and annotation["iscrowd"]
+            if reason is None or not self.training or is_ignored:
                 self._require_segmentation(annotation, (record.height, record.width))
                 if count_short_polygons(annotation["segmentation"]):
                     ignored["have polygons with fewer than three points, which are ignored"].append(annotation["id"])
@@ -201,6 +209,8 @@ class CocoInstances(ImageDataset):
                 x, y, width, height = annotation["bbox"]
                 box = (x, y, x + width, y + height)
                 instances[record.image_id].append((box, labels[category_id], annotation["segmentation"]))
+            elif is_ignored:
+                crowds[record.image_id].append(annotation["segmentation"])
             elif self.training and not annotation["iscrowd"]:
                 ignored["cannot be used as instances and are left out"].append(f"{annotation['id']} with {reason}")
         for what, found in ignored.items():
@@ -208,7 +218,7 @@ class CocoInstances(ImageDataset):
                 f"{len(found)} of {count(len(annotations), 'annotation')} of {self.annotation_file} {what}; the first "
                 f"is annotation {found[0]} (solov2 check-data lists them all)"
             )
-        return instances
+        return instances, crowds
 
 
 def _build_index(content: dict[str, Any]) -> COCO:

@@ -23,9 +23,8 @@ from solov2.data.watch import OUT_OF_FILES, shared_memory_full
 from solov2.errors import RunFailed
 from solov2.ops.resize import padded_size
 
-Instances = dict[
-    str, Any
-]  # boxes, labels, masks and, in panoptic data, semantic: see data/coco.py and data/panoptic.py
+# boxes, labels, masks and perhaps ignored or, in panoptic data, semantic: see data/coco.py and data/panoptic.py
+Instances = dict[str, Any]
 AssignTargets = Callable[[list[Instances], tuple[int, int]], dict[str, Any]]
 
 
@@ -34,8 +33,8 @@ class Collate:
 
     Args:
         assign_targets: called with the instances (boxes, labels and masks per image, masks at the resized, unpadded
-            size; in panoptic data also the semantic map) and the padded size (H, W); without it the batch has no
-            `targets`.
+            size; in panoptic data also the semantic map, for an auxiliary semantic loss the ignored regions) and the
+            padded size (H, W); without it the batch has no `targets`.
         divisor: height and width of the batch are padded to multiples of it.
     """
 
@@ -60,7 +59,7 @@ class Collate:
             "image_ids": [sample["image_id"] for sample in samples],
         }
         if self.assign_targets is not None:
-            keys: list[str] = [key for key in ("boxes", "labels", "masks", "semantic") if key in samples[0]]
+            keys: list[str] = [key for key in ("boxes", "labels", "masks", "semantic", "ignored") if key in samples[0]]
             instances = [{key: sample[key] for key in keys} for sample in samples]
             with span("targets"):
                 batch["targets"] = self.assign_targets(instances, (height, width))

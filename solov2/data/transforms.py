@@ -12,22 +12,28 @@ from torch.utils.data import Dataset
 
 from solov2.compute import span
 from solov2.data.image_dataset import ImageDataset
+from solov2.ops.encoded_masks import EncodedMasks
+from solov2.ops.mask_map import MaskMap
 from solov2.ops.resize import resize_image, resize_map, resize_masks, resized_size
 
 Sample = dict[str, Any]
+MASKS = ("masks", "ignored")  # entries that are masks
 
 
 def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
     """Resize to `size` (h, w): image bilinearly, masks by nearest neighbor; boxes are scaled and clipped."""
-    masks = sample["masks"]
     semantic = {"semantic": resize_map(sample["semantic"], size)} if "semantic" in sample else {}
     return {
         **sample,
         **semantic,
+        **{key: _resize_masks(sample[key], size) for key in MASKS if key in sample},
         "image": resize_image(sample["image"], size),
         "boxes": resize_boxes(sample["boxes"], tuple(sample["image"].shape[1:]), size),
-        "masks": resize_masks(masks, size) if isinstance(masks, Tensor) else masks.resize(size),
     }
+
+
+def _resize_masks(masks: Tensor | EncodedMasks | MaskMap, size: tuple[int, int]) -> Tensor | EncodedMasks | MaskMap:
+    return resize_masks(masks, size) if isinstance(masks, Tensor) else masks.resize(size)
 
 
 def resize_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
@@ -47,9 +53,9 @@ def flip_sample(sample: Sample, *, horizontal: bool, vertical: bool) -> Sample:
     return {
         **sample,
         **semantic,
+        **{key: sample[key].flip(dims) for key in MASKS if key in sample},
         "image": sample["image"].flip(dims),
         "boxes": _flip_boxes(sample["boxes"], size, horizontal=horizontal, vertical=vertical),
-        "masks": sample["masks"].flip(dims),
     }
 
 
@@ -68,9 +74,9 @@ def transpose_sample(sample: Sample) -> Sample:
     return {
         **sample,
         **semantic,
+        **{key: sample[key].mT for key in MASKS if key in sample},
         "image": sample["image"].mT,
         "boxes": sample["boxes"][:, [1, 0, 3, 2]],
-        "masks": sample["masks"].mT,
         "original_size": sample["original_size"][::-1],
     }
 
