@@ -297,6 +297,26 @@ def construct(config: ModelConfig, class_names: Sequence[str], stuff_names: Sequ
         raise InputError(f"no network can be built from this configuration: {error}") from error
 
 
+def add_auxiliary_head(model: SOLOv2, config: Config) -> SOLOv2:
+    """Give an instance model the head of an auxiliary semantic loss, if `train.semantic_auxiliary` asks for one.
+
+    Its logits are those of the classes and of the background. It computes in training mode only; `optimize`, exported
+    files and the weights that `build_model` reads are without it.
+
+    Args:
+        model: of `config.model`.
+        config: of the training run.
+
+    Returns:
+        The model.
+    """
+    if config.train.semantic_auxiliary:
+        channels = (config.model.fpn_channels, config.model.semantic_channels)
+        with model.device:
+            model.auxiliary_head = SemanticHead(*channels, model.num_classes, norm=config.model.head_norm)
+    return model
+
+
 def build_assigner(config: ModelConfig) -> TargetAssigner:
     """The target assigner for a model configuration."""
     return TargetAssigner(

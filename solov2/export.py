@@ -7,7 +7,6 @@ instead: the best cells, their best (cell, class) pairs, the best instances. No 
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from solov2.errors import InputError
-from solov2.models.optimize import fold_batch_norms
+from solov2.models.optimize import fold_batch_norms, inference_copy
 from solov2.models.postprocess import flatten_raw, widen
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.matrix_nms import decay_scores
@@ -45,7 +44,7 @@ class ExportedSOLOv2(nn.Module):
         super().__init__()
         if not raw and not model.settings.max_candidates:
             raise InputError("an exported graph needs model.max_candidates of 1 or more")
-        self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+        self.model = inference_copy(model).cpu()
         fold_batch_norms(self.model)
         self.raw, self.num_cells = raw, num_cells
 

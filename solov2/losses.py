@@ -1,7 +1,7 @@
 """Focal loss on the categories and dice loss on the masks (Wang et al. 2020, section 2.1.4, equation 2).
 
-Their formulas are those of SOLO (arXiv 1912.04488, "Loss Function"). Panoptic models add the cross entropy of Panoptic
-FPN (arXiv 1901.02446).
+Their formulas are those of SOLO (arXiv 1912.04488, "Loss Function"). Panoptic models, and instance models with an
+auxiliary loss, add the cross entropy of Panoptic FPN (arXiv 1901.02446).
 """
 
 from __future__ import annotations

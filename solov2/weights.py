@@ -67,12 +67,15 @@ PUBLISHED_WEIGHTS = {
 TARGETS = (FORMAT, "mmdet")  # families that `convert_file` writes
 CATEGORY_LAYER = "head.category_predictor"  # one row per class
 SEMANTIC_HEAD = "semantic_head"
+AUXILIARY_HEAD = "auxiliary_head"  # of an auxiliary loss: only runs that resume need it
 STUFF_LAYER = f"{SEMANTIC_HEAD}.predictor"  # one row per stuff class, and one for all things
 TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # set by the weights
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint file of any family, opening it only once; weights of other families are converted.
+
+    The head of an auxiliary loss stays in the state of the training run and is left out of the weights.
 
     Raises:
         InputError: unreadable (see `solov2.checkpoint.load_file`), damaged (NaN and infinity count), or of an unknown
@@ -89,6 +92,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         names = class_names_of(content)
         checkpoint = Checkpoint(source, weights, family=traits["family"], traits=traits, class_names=names)
     _check_values(checkpoint)
+    auxiliary = auxiliary_tensors(checkpoint.weights)
+    if auxiliary:
+        kept = {name: tensor for name, tensor in checkpoint.weights.items() if name not in auxiliary}
+        checkpoint = replace(checkpoint, weights=kept)
     return checkpoint
 
 
@@ -238,6 +245,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 def semantic_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the semantic head in a state; none for instance models."""
     return {name: tensor for name, tensor in state.items() if name.startswith(f"{SEMANTIC_HEAD}.")}
+
+
+def auxiliary_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the head of an auxiliary loss in a state."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(f"{AUXILIARY_HEAD}.")}
 
 
 def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:

@@ -29,7 +29,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) 
         model: in training or evaluation mode; left unchanged.
         dtype: float32, or bfloat16 for devices that are faster with it.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = inference_copy(model)
     fold_batch_norms(model)
     fuse_activations(model)
     device = next(model.parameters()).device
@@ -40,6 +40,13 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) 
                 module.prepare()
     for part in model.children():  # not the model itself: its pixel statistics stay float32
         part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
+    return model
+
+
+def inference_copy(model: Model) -> Model:
+    """A copy in evaluation mode and without gradients, nor the head of an auxiliary loss, which only training uses."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model.auxiliary_head = None  # type: ignore[assignment]  # the stubs of torch know no absent module
     return model
 
 

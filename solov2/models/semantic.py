@@ -1,4 +1,4 @@
-"""The semantic branch of panoptic models: the head of Panoptic FPN (Kirillov et al. 2019, arXiv 1901.02446)."""
+"""The semantic branch: the head of Panoptic FPN (Kirillov et al. 2019, arXiv 1901.02446)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class SemanticHead(nn.Module):
 
     Args:
         in_channels, hidden_channels: D, M.
-        num_stuff: S. Channel s of the logits is stuff label s, channel S stands for all things.
+        num_stuff: S. Channel s of the logits is stuff label s, channel S stands for all things; of an auxiliary head,
+            channel s is class s and channel S the background.
         norm: "group" (reference) or "batch".
     """
 

@@ -66,6 +66,7 @@ class SOLOv2(nn.Module):
         super().__init__()
         self.backbone, self.fpn, self.head, self.mask_feature_head = backbone, fpn, head, mask_feature_head
         self.semantic_head = semantic_head
+        self.auxiliary_head: SemanticHead | None = None  # of an auxiliary loss; see `solov2.build.add_auxiliary_head`
         self.class_names, self.stuff_names = list(class_names), list(stuff_names)
         self.category_ids = list(range(1, len(self.class_names) + 1))
         after = range(len(class_names) + 1, len(class_names) + len(stuff_names) + 1)
@@ -92,7 +93,7 @@ class SOLOv2(nn.Module):
         return self.head.grid_sizes
 
     def forward(self, images: Tensor) -> dict[str, Any]:
-        """Raw outputs, the same in training and evaluation mode.
+        """Raw outputs, the same in training and evaluation mode, except for an auxiliary head, used in training only.
 
         Args:
             images: float [B, 3, H, W], normalized and zero-padded; H and W multiples of 32.
@@ -100,7 +101,8 @@ class SOLOv2(nn.Module):
         Returns:
             category_logits: list of [B, C, S, S] (before the sigmoid); kernels: list of [B, E, S, S];
             mask_features: [B, E, H / 4, W / 4]; with a semantic head also semantic_logits: [B, S + 1, H / 4, W / 4],
-            one channel per stuff class and the last one for all things.
+            one channel per stuff class and the last one for all things. With an auxiliary head, in training mode, they
+            are [B, C + 1, H / 4, W / 4], one channel per class and the last one for the background.
 
         Raises:
             InputError: images of another shape, or H or W not a multiple of 32.
@@ -120,14 +122,17 @@ class SOLOv2(nn.Module):
         with span("mask features"):
             mask_features = self.mask_feature_head(pyramid[:4])
         raw = {"category_logits": category_logits, "kernels": kernels, "mask_features": mask_features}
-        if self.semantic_head is not None:
+        semantic_head = self.semantic_head
+        if self.training and self.auxiliary_head is not None:
+            semantic_head = self.auxiliary_head
+        if semantic_head is not None:
             with span("semantic"):
-                raw["semantic_logits"] = self.semantic_head(pyramid[:4])
+                raw["semantic_logits"] = semantic_head(pyramid[:4])
         return raw
 
     def recompute_activations(self, recompute: bool) -> None:
         """Whether backbone and the branches after the pyramid keep few activations, and compute them again."""
-        for part in (self.backbone, self.mask_feature_head, self.semantic_head):
+        for part in (self.backbone, self.mask_feature_head, self.semantic_head, self.auxiliary_head):
             if part is not None:
                 part.recompute = recompute
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from solov2.models.optimize import inference_copy
 from solov2.models.solov2 import SOLOv2
 
 
@@ -122,19 +122,20 @@ class WeightAverage:
     in every step, which makes the host wait.
 
     Args:
-        model: the model to average; `module`, a copy of it, holds the averages.
+        model: the model to average; `module`, a copy for inference, holds the averages.
         decay: between 0 and 1.
     """
 
     def __init__(self, model: SOLOv2, decay: float) -> None:
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = inference_copy(model)
         self.updates = 0
         self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Update the average with the weights after a step, without waiting for the device."""
-        averages, values = (list(itertools.chain(m.parameters(), m.buffers())) for m in (self.module, model))
+        kept, trained = (dict(itertools.chain(m.named_parameters(), m.named_buffers())) for m in (self.module, model))
+        averages, values = list(kept.values()), [trained[name] for name in kept]  # all but an auxiliary head
         floating = [average.is_floating_point() for average in averages]
         if self.updates:
             self._average(
