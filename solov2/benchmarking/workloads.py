@@ -18,7 +18,7 @@ from solov2.benchmarking.measure import Workload, measure, seconds_of
 from solov2.benchmarking.peak import convolution_peak
 from solov2.benchmarking.report import format_header, format_part
 from solov2.benchmarking.synthetic import calibrate, synthetic_raw, synthetic_sample
-from solov2.build import build_assigner, build_criterion, build_model, prepare_for_training
+from solov2.build import add_auxiliary_head, build_assigner, build_criterion, build_model, prepare_for_training
 from solov2.compute import Compute
 from solov2.config import override_config
 from solov2.data.build import locate_data, training_dataset, training_loader, with_classes
@@ -128,9 +128,11 @@ def measure_training(workload: Workload) -> Parts:
         InputError: non-finite loss in this precision.
     """
     config, recipe, compute = workload.config, workload.config.train, workload.compute
-    model = prepare_for_training(_model(workload), config, compute).train()
+    model = add_auxiliary_head(_model(workload), config)
+    model = prepare_for_training(model, config, compute).train()
     network, scaler, losses = wrap(model, compute.device), compute.scaler(), dict[str, Tensor]()
-    criterion = build_criterion(config.model, mask_weight=recipe.mask_weight, semantic_weight=recipe.semantic_weight)
+    semantic_weight = recipe.semantic_auxiliary or recipe.semantic_weight
+    criterion = build_criterion(config.model, mask_weight=recipe.mask_weight, semantic_weight=semantic_weight)
     optimizer = build_optimizer(
         model,
         name=recipe.optimizer,
@@ -140,8 +142,9 @@ def measure_training(workload: Workload) -> Parts:
         decay_norms=recipe.decay_norms,
     )
     kind = (workload.instances, workload.size, config.model.num_classes, torch.Generator().manual_seed(SEED))
-    semantic = {"semantic": torch.zeros(workload.size, dtype=torch.uint8)} if config.model.num_stuff else {}
-    samples = [synthetic_sample(*kind) | semantic for _ in range(workload.batch_size)]
+    more = {"semantic": torch.zeros(workload.size, dtype=torch.uint8)} if config.model.num_stuff else {}
+    more |= {"ignored": torch.zeros(0, *workload.size, dtype=torch.uint8)} if recipe.semantic_auxiliary else {}
+    samples = [synthetic_sample(*kind) | more for _ in range(workload.batch_size)]
     batch = Collate(build_assigner(config.model))(samples)
     if compute.device.type != "cpu":
         batch = tree_map_only(Tensor, Tensor.pin_memory, batch)

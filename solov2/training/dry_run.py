@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from solov2.build import build_assigner, build_compute, build_criterion, construct
+from solov2.build import add_auxiliary_head, build_assigner, build_compute, build_criterion, construct
 from solov2.compute import select_precision
 from solov2.config import Config, DataConfig, ModelConfig, TrainConfig
 from solov2.data.build import missing_path, require_data, training_dataset, training_loader, with_classes
@@ -49,7 +49,7 @@ def describe(config: Config, *, device: torch.device, processes: int, splits: Se
     dataset = training_dataset(config) if missing_data(config, ("train",)) is None else None
     if dataset is not None:
         config = with_classes(config, dataset)
-    model = empty_model(config.model)
+    model = add_auxiliary_head(empty_model(config.model), config)
     images = batches = None
     if dataset is not None:
         images, batches = len(dataset), len(_loader(config, dataset, processes)[1])
@@ -230,11 +230,12 @@ def saved_activation_bytes(config: Config, size: tuple[int, int], device: torch.
     """
     train = config.train
     with device:
-        model = construct(config.model, default_class_names(config.model.num_classes)).train()
+        model = construct(config.model, default_class_names(config.model.num_classes))
+        model = add_auxiliary_head(model, config).train()
         model.recompute_activations(train.recompute_activations)
         pixels = torch.zeros(train.batch_size, 3, *size, dtype=torch.uint8)
         sizes = torch.tensor([size] * train.batch_size)
-        targets = synthetic_targets(config.model, train.batch_size, size)
+        targets = synthetic_targets(config.model, train.batch_size, size, auxiliary=train.semantic_auxiliary > 0)
     own = {storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, Tensor] = {}  # keeps the tensors alive, because the id of a freed storage is reused
 
@@ -252,17 +253,21 @@ def saved_activation_bytes(config: Config, size: tuple[int, int], device: torch.
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def synthetic_targets(config: ModelConfig, images: int, size: tuple[int, int]) -> dict[str, object]:
+def synthetic_targets(
+    config: ModelConfig, images: int, size: tuple[int, int], *, auxiliary: bool = False
+) -> dict[str, object]:
     """Targets (see solov2/targets.py) with realistic shapes but meaningless values, on the current device.
 
-    Every image has `INSTANCES_PER_IMAGE` instances with `CELLS_PER_INSTANCE` positive cells each.
+    Every image has `INSTANCES_PER_IMAGE` instances with `CELLS_PER_INSTANCE` positive cells each, and a semantic map if
+    the model is panoptic or trained with the auxiliary loss.
     """
     cells = sum(side * side for side in config.grid_sizes)
     instances = images * INSTANCES_PER_IMAGE
     positives_per_image = INSTANCES_PER_IMAGE * CELLS_PER_INSTANCE
     positives = torch.arange(images * positives_per_image)
     quarter = (size[0] // 4, size[1] // 4)
-    semantic = {"semantic": torch.zeros(images, *quarter, dtype=torch.uint8)} if config.num_stuff else {}
+    has_map = config.num_stuff > 0 or auxiliary
+    semantic = {"semantic": torch.zeros(images, *quarter, dtype=torch.uint8)} if has_map else {}
     return {
         "category": torch.full((images, cells), config.num_classes),
         "positives": torch.stack(

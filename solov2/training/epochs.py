@@ -100,7 +100,8 @@ def train_epochs(
 ) -> dict[str, Any] | None:
     """Run all remaining steps and evaluations; returns the summary of the last evaluation, None if there was none."""
     train = run.config.train
-    criterion = build_criterion(run.config.model, mask_weight=train.mask_weight, semantic_weight=train.semantic_weight)
+    semantic_weight = train.semantic_auxiliary or train.semantic_weight
+    criterion = build_criterion(run.config.model, mask_weight=train.mask_weight, semantic_weight=semantic_weight)
     model = wrap(run.model, run.compute.device)
     guard = NonFiniteGuard(run.folder, skip=train.nonfinite == "skip", file_name=run.dataset.file_name)
     summary: dict[str, Any] | None = None

@@ -72,16 +72,21 @@ class Plan:
 
 
 def announcement(config: Config, plan: Plan, *, parameters: int, images: int | None, compute: Compute) -> list[str]:
-    """The first two lines of a run; `images` is None and the steps per epoch are 0 if the dataset is unknown."""
+    """The first lines of a run; `images` is None and the steps per epoch are 0 if the dataset is unknown."""
     train, processes = config.train, plan.processes
     steps = count(plan.steps_per_epoch, "step") if plan.steps_per_epoch else "an unknown number of steps"
     known_images = "an unknown number of training images" if images is None else count(images, "training image")
+    auxiliary = (
+        f"auxiliary semantic loss of weight {train.semantic_auxiliary:g}; its head starts from random weights unless "
+        "the run is resumed, and trained models are without it"
+    )
     return [
         f"{config.name}: {parameters:,} parameters, {known_images}, {count(processes, 'process', 'processes')} on "
         f"{compute.device.type}, {compute.precision}",
         f"{count(train.epochs, 'epoch')} of {steps}, {count(plan.global_batch, 'image')} per step ({train.batch_size} "
         f"per process x {processes} x {train.accumulate} accumulated); learning rate {train.learning_rate:g} for "
         f"{count(train.reference_batch_size, 'image')}, scaled to {plan.learning_rate:g}",
+        *([auxiliary] if train.semantic_auxiliary else []),
     ]
 
 

@@ -15,7 +15,7 @@ from solov2.training.folder import check_ranks_agree, remove_partial_files, step
 from solov2.training.optim import check_optimizer_state
 from solov2.training.randomness import set_random_state
 from solov2.training.run import Run
-from solov2.weights import load_weights
+from solov2.weights import auxiliary_tensors, load_weights
 
 
 def resume(run: Run, checkpoint: Checkpoint) -> None:
@@ -62,7 +62,8 @@ def check_resumable(config: Config, checkpoint: Checkpoint) -> TrainingState:
     """Check that a run with this configuration can resume from the checkpoint, and return its training state.
 
     Raises:
-        InputError: the checkpoint is not from a training run, has another optimizer, or lies past the end of the run.
+        InputError: the checkpoint is not from a training run, has another optimizer or other losses, or lies past the
+            end of the run.
     """
     source, train, state = checkpoint.source, config.train, checkpoint.training
     if state is None:
@@ -72,6 +73,13 @@ def check_resumable(config: Config, checkpoint: Checkpoint) -> TrainingState:
         raise InputError(
             f"{source} was trained with {optimizer}, and {train.optimizer} cannot use its state; resume with "
             f"--optimizer {optimizer}, or start from its weights with --weights"
+        )
+    if bool(auxiliary_tensors(state.weights)) != bool(train.semantic_auxiliary):
+        trained, now = ("without", "one") if train.semantic_auxiliary else ("with", "none")
+        raise InputError(
+            f"{source} was trained {trained} an auxiliary semantic loss, and train.semantic_auxiliary "
+            f"{train.semantic_auxiliary:g} asks for {now}; resume with the setting it was trained with, or start from "
+            "its weights with --weights"
         )
     if state.position > (train.epochs, 0):
         steps = f" and {count(state.step, 'step')}" if state.step else ""

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from solov2 import distributed
-from solov2.build import build_assigner, build_compute, build_model, construct, prepare_for_training
+from solov2.build import (
+    add_auxiliary_head,
+    build_assigner,
+    build_compute,
+    build_model,
+    construct,
+    prepare_for_training,
+)
 from solov2.checkpoint import Checkpoint
 from solov2.compute import Compute, select_device
 from solov2.config import DEFAULT_MODEL, Config, load_config, override_config
@@ -224,7 +231,8 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
             if now != before:
                 LOG.info("%s, from %s (the configuration has %d)", count(now, *what), dataset.annotation_file, before)
     torch.manual_seed(config.train.seed)
-    model = prepare_for_training(_initial_model(config, dataset, job), config, compute)
+    model = add_auxiliary_head(_initial_model(config, dataset, job), config)
+    model = prepare_for_training(model, config, compute)
     optimizer = build_optimizer(
         model,
         name=config.train.optimizer,
