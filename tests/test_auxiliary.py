@@ -114,7 +114,6 @@ def test_masks_drawn_in_parts_give_the_same_target(count: int, monkeypatch: pyte
             alone = labels[here[0]] if here else 254
             wanted[i, j] = VOID if len(here) > 1 or crowds[:, 4 * i + 2, 4 * j + 2].any() else alone
     assign = TargetAssigner([8], [(1, 64)], num_classes=254)
-    monkeypatch.setattr("solov2.ops.masks.CHUNK_BYTES", 1)
     monkeypatch.setattr(EncodedMasks.chunks, "__defaults__", (3 * 46 * 50,))
     for masks, regions in ((planes, crowds), (planes.bool(), crowds), (encoded, ignored)):
         truth = {"boxes": boxes, "labels": labels, "masks": masks, "ignored": regions}

@@ -155,7 +155,8 @@ RUNS = {
     "solov2 check-data mine/train.json --images mine/images --json report.json --fix mine/repaired.json": "--overwrite",
     "python train.py quickstart_panoptic": f"{HERE} --epochs 1 --set data.shapes_train=16 --set data.shapes_val=2",
     "python eval.py --weights runs/quickstart_panoptic/best.pth --per-class": HERE,
-    "solov2 predict data/panoptic_shapes/val2017 --weights runs/quickstart_panoptic/best.pth --panoptic --output found": CPU,
+    "solov2 predict data/panoptic_shapes/val2017 --weights runs/quickstart_panoptic/best.pth --panoptic "
+    "--output found": CPU,
 }
 # Why the others do not run here, by how they begin.
 NOT_RUN = {

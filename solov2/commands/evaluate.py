@@ -204,8 +204,9 @@ def _evaluate(
     )
 
     def write(image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
-        for image_id, result in zip(image_ids, results, strict=True) if writer else ():
-            writer.add(image_id, names[image_id], result)
+        if writer is not None:
+            for image_id, result in zip(image_ids, results, strict=True):
+                writer.add(image_id, names[image_id], result)
 
     batch = args.batch_size
     loader = validation_loader(config, dataset, device=device, batch_size=batch, assigner=subject.assigner)
