@@ -138,13 +138,15 @@ def _dry_run(args: argparse.Namespace, job: dict[str, Any], overrides: dict[str,
     from solov2.training.dry_run import describe
     from solov2.training.train import prepare_job, splits_of
 
-    config = prepare_job(args.model, **job, overrides=overrides, writes=False).config
+    prepared = prepare_job(args.model, **job, overrides=overrides, writes=False)
+    config, weights = prepared.config, (prepared.initial_weights or prepared.resume_from) is not None
     if args.nproc is not None:
         distributed.launched_processes(args.nproc)
     device = select_device(args.device)
     with distributed.process_group(device):
         if distributed.is_main():
             processes = args.nproc or distributed.world_size()
-            for section in describe(config, device=device, processes=processes, splits=splits_of(config)):
+            splits = splits_of(config)
+            for section in describe(config, device=device, processes=processes, splits=splits, weights=weights):
                 show(*section, "")
     return 0

@@ -19,10 +19,11 @@ from solov2.data.build import missing_path, require_data, training_dataset, trai
 from solov2.data.categories import default_class_names
 from solov2.data.image_dataset import ImageDataset
 from solov2.data.loader import TrainBatchSampler
+from solov2.data_check.quick import quick_check
 from solov2.errors import InputError, count
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.resize import padded_size, resized_size
-from solov2.training.plan import Plan, announcement, config_text
+from solov2.training.plan import Plan, announcement, config_text, hopeless_settings
 
 NUM_BATCHES = 4  # read from the first epoch
 TYPICAL_SIZE = (480, 640)  # (height, width) of most COCO images, in pixels
@@ -33,7 +34,9 @@ STATE_TENSORS = {"sgd": 1, "adamw": 2}  # that the optimizer keeps per trainable
 Rate = tuple[str, str, float]  # step, epoch, learning rate
 
 
-def describe(config: Config, *, device: torch.device, processes: int, splits: Sequence[str]) -> Iterator[list[str]]:
+def describe(
+    config: Config, *, device: torch.device, processes: int, splits: Sequence[str], weights: bool
+) -> Iterator[list[str]]:
     """Yield the sections of the report as lists of lines, each as soon as it is ready.
 
     Args:
@@ -41,6 +44,7 @@ def describe(config: Config, *, device: torch.device, processes: int, splits: Se
         device: the device to train on.
         processes: number of processes that would train together; the report is that of rank 0.
         splits: "train", and "val" if the run would evaluate.
+        weights: whether the run would start from the weights of a file.
 
     Raises:
         InputError: the dataset exists but is broken or too small for one step, or the model settings are invalid.
@@ -60,6 +64,10 @@ def describe(config: Config, *, device: torch.device, processes: int, splits: Se
     yield rate_lines(config.train, plan)
     yield typical_size_lines(config.data) if dataset is None else batch_lines(config, dataset, processes)
     yield memory_lines(config, model, device)
+    warnings = hopeless_settings(config, plan, weights=weights)
+    warnings += [] if dataset is None else quick_check(dataset, config)
+    if warnings:
+        yield [f"warning: {text}" for text in warnings]
 
 
 def missing_data(config: Config, splits: Sequence[str]) -> str | None:

@@ -90,6 +90,37 @@ def announcement(config: Config, plan: Plan, *, parameters: int, images: int | N
     ]
 
 
+def hopeless_settings(config: Config, plan: Plan, *, weights: bool) -> list[str]:
+    """Warnings about settings with which a run hardly learns; empty for every published recipe.
+
+    Args:
+        config: of the run.
+        plan: the same recipe, applied to a dataset; without one, the warm-up is not judged.
+        weights: whether the run starts from the weights of a file, its backbone included.
+    """
+    messages = []
+    if config.train.pretrained_backbone == "none" and not weights:
+        cure = "or start from trained weights with train.pretrained_backbone or --weights"
+        stages, norms = config.model.frozen_stages, config.model.frozen_batch_norm
+        if stages:
+            messages.append(
+                f"model.frozen_stages is {stages} but the backbone is random: its frozen layers never learn; set "
+                f"model.frozen_stages to 0, {cure}"
+            )
+        if norms:
+            messages.append(
+                "model.frozen_batch_norm is true but the backbone is random: its batch norms keep their initial "
+                f"statistics, which normalize nothing; set model.frozen_batch_norm to false, {cure}"
+            )
+    if 0 < plan.total_steps < 2 * config.train.warmup_steps:
+        messages.append(
+            f"the warm-up of {count(config.train.warmup_steps, 'step')} (train.warmup_steps) is longer than half of "
+            f"the {count(plan.total_steps, 'optimizer step')} of the run; lower train.warmup_steps to about "
+            f"{plan.total_steps // 10}, or raise train.epochs"
+        )
+    return messages
+
+
 def config_text(config: Config) -> str:
     """The configuration as YAML, as it is saved in the run folder."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False)

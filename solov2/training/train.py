@@ -52,7 +52,7 @@ from solov2.training.folder import check_folder, check_ranks_agree, is_restart, 
 from solov2.training.guard import DELAY
 from solov2.training.logger import RunLogger, format_seconds, tensorboard_writer
 from solov2.training.optim import WeightAverage, build_optimizer
-from solov2.training.plan import Plan, announcement, config_text
+from solov2.training.plan import Plan, announcement, config_text, hopeless_settings
 from solov2.training.randomness import determinism
 from solov2.training.resume import check_resumable
 from solov2.training.resume import resume as resume_run
@@ -263,6 +263,9 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
             logger=logger,
         )
         _announce(run)
+        weights = checkpoint is not None or job.initial_weights is not None
+        for text in hopeless_settings(config, plan, weights=weights):
+            logger.warn(text)
         for text in quick_check(dataset, config) if distributed.is_main() else ():
             logger.warn(text)
         scarce = shared_memory_warning(*_batches_in_flight(config))
