@@ -88,7 +88,8 @@ COMMANDS_INTRODUCTION = """\
 
 A flag means the same in every command. `-` as the file of `--json` or `--results` is the screen; text for people then
 goes to standard error. Figures in JSON are fractions. Exit codes: 0 done; 1 failed, or errors found by check-data; 2 a
-mistake in what was asked for, told in one sentence; 75 stopped by a signal, with a checkpoint; 130 after Ctrl-C.
+mistake in what was asked for, told in one sentence; 75 stopped by a signal or `--max-hours`, with a checkpoint; 130
+after Ctrl-C.
 
 `pip install 'solov2[completion]'` and `solov2 --print-completion bash` (or zsh, tcsh) make a completion script for a
 shell.

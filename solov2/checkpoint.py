@@ -47,6 +47,7 @@ class TrainingState:
     global_batch: int  # images per optimizer step
     annotations_sha256: str  # of the training set
     random_states: list[dict[str, Tensor]]  # one per process
+    stale: int = 0  # evaluations since the best one; older files do not have it
     updates: int | None = None  # steps in the weight average; None without averaging
     conditions: dict[str, str] = field(default_factory=dict)  # machine and data, to tell what changed at a resume
 
@@ -203,6 +204,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "model": _is_weights,
     "averaged": _is_weights,
     "updates": _is_count,
+    "stale": _is_count,
     "traits": _is_plain_dict,
     "class_names": lambda value: _is_list(value, str),
     "category_ids": lambda value: _is_list(value, int),

@@ -247,6 +247,11 @@ class TrainConfig(Settings):
     evaluate_every: int = setting(
         1, "epochs between evaluations, plus one after the last epoch; 0: no evaluation", minimum=0
     )
+    early_stopping: int = setting(
+        0,
+        "end the run after this many evaluations in a row without a better mask AP (panoptic models: PQ); 0: never",
+        minimum=0,
+    )
     checkpoint_every: int = setting(1, "epochs between checkpoints", minimum=1)
     checkpoint_steps: int = setting(1000, "optimizer steps between checkpoints inside an epoch; 0: none", minimum=0)
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep; the best one is always kept", minimum=1)
@@ -279,3 +284,5 @@ class TrainConfig(Settings):
         """Yield (setting, what it must be) for values that are valid on their own but not together."""
         if any(first >= second for first, second in zip(self.step_epochs, self.step_epochs[1:])):
             yield "step_epochs", "a list of ascending integers"
+        if self.early_stopping and not self.evaluate_every:
+            yield "early_stopping", "0 without evaluations (evaluate_every 0)"

@@ -72,7 +72,7 @@ def test_failed_save_leaves_the_old_file(tmp_path):
         ("category_ids", [True]), ("config", {"train": 3}), ("config", {"train": {"epochs": torch.ones(1)}}),
         ("traits", {"modulated": torch.ones(1)}), ("conditions", {"threads": 3}), ("averaged", [torch.ones(1)]),
         ("epoch", "3"), ("epoch", True), ("epoch", -1), ("epoch", 10**30), ("step", 1.5), ("global_batch", 0),
-        ("best", None), ("best", float("nan")), ("annotations_sha256", 3), ("updates", -1),
+        ("best", None), ("best", float("nan")), ("annotations_sha256", 3), ("updates", -1), ("stale", -1),
         ("scaler", {"scale": 2.0}), ("scaler", [1]),
         ("optimizer", {}), ("optimizer", {"state": {}, "param_groups": [3]}),
         ("optimizer", {"state": {0: {"step": "x"}}, "param_groups": []}),

@@ -19,6 +19,7 @@ from solov2 import distributed
 from solov2.build import build_criterion
 from solov2.compute import select_device
 from solov2.errors import InputError
+from solov2.training.signals import TIME_UP
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -52,6 +53,7 @@ def test_two_processes_equal_averaged_gradients(repo_root, tmp_path):
     assert first["gathered"] == second["gathered"] == [0, 1]
     assert first["gathered_by_main"] == [0, 1] and second["gathered_by_main"] == []
     assert first["broadcast"] == second["broadcast"] == "from 0"
+    assert first["status"] == second["status"] == TIME_UP  # although only the clock of rank 0 is past the deadline
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name  # parameters by DDP, buffers by the broadcast
     running = [name for name in first["buffers_before"] if "running_mean" in name]

@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 user error, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
-        written, 130 after Ctrl-C (KeyboardInterrupt if `argv` was given).
+        The exit code: 0 done, 1 failed, 2 user error, 75 stopped by SIGTERM, SIGUSR1, SIGHUP or --max-hours with a
+        checkpoint written, 130 after Ctrl-C (KeyboardInterrupt if `argv` was given).
     """
     return run_command("train", build_parser, _run, argv, save_memory=SAVE_TRAINING_MEMORY)
 
@@ -78,6 +78,12 @@ def build_parser(typed: str = "solov2 train") -> Parser:
         action="store_const",
         const=True,
         help=f"bit-identical results for the same seed, number of processes and device, or an error ({default})",
+    )
+    parser.add_argument(
+        "--max-hours",
+        type=float,
+        metavar="X",
+        help="stop with a checkpoint and exit code 75 X hours after this start, for --resume (default: no limit)",
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     parser.add_argument(
@@ -124,7 +130,14 @@ def _run(args: argparse.Namespace) -> int:
             require_data(config, splits=splits_of(config))
         distributed.relaunch(args.nproc, [*own_command("train"), *distributed.without_nproc(args.words)], args.device)
     try:
-        train(args.model, **job, device=args.device, tensorboard=args.tensorboard, **overrides)
+        train(
+            args.model,
+            **job,
+            device=args.device,
+            tensorboard=args.tensorboard,
+            max_hours=args.max_hours,
+            **overrides,
+        )
     except Stopped as stopped:
         if distributed.launched_rank() == 0:
             show(str(stopped), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from solov2.compute import Compute
 from solov2.data.image_dataset import ImageDataset
 from solov2.data.loader import TrainBatchSampler
 from solov2.data.watch import watched
-from solov2.errors import SAVE_TRAINING_MEMORY, OutOfMemory, RunFailed
+from solov2.errors import SAVE_TRAINING_MEMORY, OutOfMemory, RunFailed, count
 from solov2.evaluation.summary import headline
 from solov2.losses import SOLOv2Criterion
 from solov2.training.guard import NonFiniteGuard, first_nonfinite, stuck_mask_loss
@@ -96,9 +97,24 @@ def train_one_epoch(
 
 
 def train_epochs(
-    run: Run, loader: DataLoader, sampler: TrainBatchSampler, validation: ImageDataset | None
+    run: Run,
+    loader: DataLoader,
+    sampler: TrainBatchSampler,
+    validation: ImageDataset | None,
+    *,
+    deadline: float = math.inf,
 ) -> dict[str, Any] | None:
-    """Run all remaining steps and evaluations; returns the summary of the last evaluation, None if there was none."""
+    """Run all remaining steps and evaluations; returns the summary of the last evaluation, None if there was none.
+
+    Args:
+        run: where the run stands.
+        loader, sampler: of the training set.
+        validation: None if the run does not evaluate.
+        deadline: no step starts after this time of `time.monotonic`.
+
+    Raises:
+        Stopped: a signal arrived, or the deadline passed.
+    """
     train = run.config.train
     semantic_weight = train.semantic_auxiliary or train.semantic_weight
     criterion = build_criterion(run.config.model, mask_weight=train.mask_weight, semantic_weight=semantic_weight)
@@ -106,7 +122,7 @@ def train_epochs(
     guard = NonFiniteGuard(run.folder, skip=train.nonfinite == "skip", file_name=run.dataset.file_name)
     summary: dict[str, Any] | None = None
     means: dict[str, float | None] = {}  # of the last trained epoch
-    with StopSignal(train.stall_seconds, run.folder) as stop, stop.report_unresponsive_ranks():
+    with StopSignal(train.stall_seconds, run.folder, deadline=deadline) as stop, stop.report_unresponsive_ranks():
         while True:
             unevaluated = run.evaluated < run.epoch or run.epoch == train.epochs
             evaluation = ""
@@ -114,7 +130,7 @@ def train_epochs(
                 summary = evaluate_run(run, validation, stop)
                 evaluation = headline(summary)
             run.logger.show_epoch(run.epoch, train.epochs, means, evaluation)
-            if run.epoch == train.epochs:
+            if run.epoch == train.epochs or (evaluation and _stops_early(run)):
                 return summary
             sampler.set_epoch(run.epoch, first_batch=run.step * train.accumulate)
             run.logger.start_epoch(run.epoch + 1, run.plan.steps_per_epoch, done=run.step)
@@ -190,6 +206,14 @@ def _is_due(run: Run, every: int) -> bool:
     return run.epoch == run.config.train.epochs or (run.epoch > 0 and run.epoch % every == 0)
 
 
+def _stops_early(run: Run) -> bool:
+    """Whether the evaluation that was just done is one too many without a better figure, and say so."""
+    if not 0 < run.config.train.early_stopping <= run.stale:
+        return False
+    run.logger.print(f"{count(run.stale, 'evaluation')} without a better one: the run ends (train.early_stopping)")
+    return True
+
+
 def _is_save_step(run: Run) -> bool:
     every = run.config.train.checkpoint_steps
     return every > 0 and run.global_step % every == 0
@@ -202,7 +226,7 @@ def _ready_on_all_ranks(run: Run, loader: DataLoader, stop: StopSignal) -> Itera
     a worker has died. They save that step together and end the run.
 
     Raises:
-        Stopped: a rank received a signal.
+        Stopped: a rank received a signal, or its deadline passed.
         InputError, OSError, RunFailed: this rank has no batch.
         RunFailed: another rank has none; the message says which and why.
     """

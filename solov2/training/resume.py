@@ -44,7 +44,7 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     _restore_average(run, checkpoint, state)
     run.epoch, run.step, run.evaluated = state.epoch, state.step, state.evaluated
     if Path(source).parent.resolve() == run.folder.resolve():  # best.pth of another folder is not copied
-        run.best = state.best
+        run.best, run.stale = state.best, state.stale
     if state.global_batch != run.plan.global_batch:
         where = "; the epoch continues at about the same image" if run.step else ""
         run.logger.warn(

@@ -48,6 +48,7 @@ class Run:
     step: int = 0  # completed optimizer steps of the next epoch
     evaluated: int = 0  # completed epochs at the last evaluation
     best: float = -1.0  # mask AP or PQ of the best evaluation so far, -1 before the first
+    stale: int = 0  # evaluations since the best one
     mask_loss_checked: bool = False  # whether the check after the warm-up is done
 
     @property
@@ -94,6 +95,7 @@ class Run:
                 step=self.step,
                 evaluated=self.evaluated,
                 best=self.best,
+                stale=self.stale,
                 global_batch=self.plan.global_batch,
                 annotations_sha256=self.annotations_sha256,
                 conditions=self.conditions,

@@ -1,4 +1,4 @@
-"""Signals that stop a run: all ranks agree on the step after which they save a checkpoint and stop."""
+"""Signals and a time limit that stop a run: all ranks agree on the step after which they save a checkpoint and stop."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from solov2.errors import RunFailed
 from solov2.training.folder import latest_checkpoint
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-STOPPED = 75  # exit code after any other signal (EX_TEMPFAIL in sysexits.h: try again later)
+STOPPED = 75  # exit code after any other signal or at the time limit (EX_TEMPFAIL in sysexits.h: try again later)
 RESPONSE_SECONDS = 5  # before a rank is reported as unresponsive
 BEAT_SECONDS = 1  # between two looks at the clock
-RANK_FAILED = 1000  # returned by `StopSignal.poll` instead of a signal
+TIME_UP, RANK_FAILED = 500, 1000  # returned by `StopSignal.poll` instead of a signal, of which each is smaller
 SIGNALS = tuple(  # Windows has only two of them
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)
 )
@@ -40,7 +40,7 @@ DISCONNECTED = (  # parts of the errors of gloo and nccl after another rank has 
 
 
 class Stopped(RunFailed):
-    """A signal stopped the run, and its last step is saved; `code` is the exit code."""
+    """A signal or the time limit stopped the run, and its last step is saved; `code` is the exit code."""
 
     def __init__(self, number: int, folder: Path) -> None:
         self.code = INTERRUPTED if number == signal.SIGINT else STOPPED
@@ -48,8 +48,11 @@ class Stopped(RunFailed):
 
 
 def stop_message(number: int, folder: Path) -> str:
-    """The last line of a run that a signal stopped: which signal, and how to resume."""
-    reason = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    """The last line of a run that stopped: by which signal (or `TIME_UP`), and how to resume."""
+    if number == TIME_UP:
+        reason = "stopped at the time limit (--max-hours)"
+    else:
+        reason = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     return f"{reason}; " + (
         f"continue with: --resume --output {folder}" if latest_checkpoint(folder) else "no checkpoint yet"
     )
@@ -65,11 +68,12 @@ class StopSignal:
     Args:
         timeout: seconds to wait for another rank before it is an error.
         folder: run folder, for the message of `Stopped`.
+        deadline: time of `time.monotonic` after which `poll` returns `TIME_UP`.
     """
 
-    def __init__(self, timeout: float, folder: Path) -> None:
+    def __init__(self, timeout: float, folder: Path, *, deadline: float = math.inf) -> None:
         self.received = 0
-        self.timeout, self.folder = timeout, folder
+        self.timeout, self.folder, self.deadline = timeout, folder, deadline
         self._group: Any = None
         if distributed.world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
@@ -106,7 +110,7 @@ class StopSignal:
             self.check()
             yield batch
         number = self.poll()
-        if number:
+        if 0 < number < TIME_UP:  # at the time limit, an evaluation that is complete counts; the next step is not taken
             raise Stopped(number, self.folder)
 
     @contextlib.contextmanager
@@ -144,12 +148,15 @@ class StopSignal:
             suspension.ended.set()
 
     def poll(self, *, failed: bool = False) -> int:
-        """Number of a signal that any rank has received, or `RANK_FAILED` if any rank has `failed`; 0 for none.
+        """Number of a signal that any rank has received, `TIME_UP` if the deadline has passed on any, or `RANK_FAILED`
+        if any has `failed`; 0 for none.
 
         The hosts wait for each other but not for their devices, which still compute the step just queued. Unresponsive
         ranks must be found here: if another step were queued first, the host could block on a full queue.
         """
         status = RANK_FAILED if failed else int(self.received)
+        if not status and time.monotonic() >= self.deadline:
+            status = TIME_UP
         if self._group is None:
             return status
         flag = torch.tensor(status)

@@ -41,7 +41,7 @@ from solov2.data.build import (
 from solov2.data.image_dataset import ImageDataset
 from solov2.data.watch import kill_children, shared_memory_warning
 from solov2.data_check.quick import quick_check
-from solov2.errors import count
+from solov2.errors import InputError, count
 from solov2.evaluation.summary import flatten
 from solov2.models.solov2 import SOLOv2
 from solov2.outputs import check_cleared_folder, replace_file
@@ -100,6 +100,7 @@ def train(
     device: str | None = None,
     overwrite: bool = False,
     tensorboard: bool = False,
+    max_hours: float | None = None,
     **overrides: Any,
 ) -> TrainResult:
     """Train and evaluate a SOLOv2 model. Under torchrun, every process calls this and they train together.
@@ -121,6 +122,8 @@ def train(
         device: e.g. "cpu"; default: the accelerator of this process, if there is one.
         overwrite: replace the contents of the run folder.
         tensorboard: also write event files (needs the extra `tensorboard`).
+        max_hours: stop with a checkpoint before the first step that would start this many hours after the call; a
+            resumed run has its own limit. An evaluation is completed. Default: no limit.
         overrides: fields of any section of the configuration, e.g. epochs=24, batch_size=4, num_classes=3.
 
     Returns:
@@ -129,8 +132,11 @@ def train(
     Raises:
         InputError: an invalid argument or broken data; where possible, before anything is written.
         RunFailed: a loss is not finite, or a process hangs or dies. Its subclass `solov2.training.signals.Stopped`: a
-            signal stopped the run, with a checkpoint written.
+            signal or `max_hours` stopped the run, with a checkpoint written.
     """
+    if max_hours is not None and not 0 < max_hours < math.inf:
+        raise InputError(f"max_hours (--max-hours) must be a number of hours above 0, got {max_hours}")
+    deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
     if tensorboard:
         tensorboard_writer()  # report its absence before a run folder is cleared
     job = prepare_job(
@@ -149,7 +155,8 @@ def train(
             distributed.process_group(chosen, timeout=job.config.train.stall_seconds),
             determinism(job.config.train.deterministic),
         ):
-            return _run_job(job, build_compute(job.config, chosen), tensorboard=tensorboard)
+            compute = build_compute(job.config, chosen)
+            return _run_job(job, compute, tensorboard=tensorboard, deadline=deadline)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(stop_message(signal.SIGINT, job.folder)) from error
     finally:
@@ -215,7 +222,7 @@ def _load(name_or_config: str | Path | Config) -> Config:
     return name_or_config if isinstance(name_or_config, Config) else load_config(name_or_config)
 
 
-def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
+def _run_job(job: Job, compute: Compute, *, tensorboard: bool, deadline: float) -> TrainResult:
     started = time.perf_counter()
     checkpoint = job.resume_from
     check_ranks_agree(None if checkpoint is None else Path(checkpoint.source).name, job.folder)
@@ -275,7 +282,7 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool) -> TrainResult:
             resume_run(run, checkpoint)
         job.initial_weights = job.resume_from = checkpoint = None  # free the memory of the weights and moments
         _write_config(run)
-        summary = train_epochs(run, loader, sampler, validation)
+        summary = train_epochs(run, loader, sampler, validation, deadline=deadline)
         seconds = time.perf_counter() - started + sum(logger.earlier_seconds)
         starts = 1 + len(logger.earlier_seconds)
         over = f" over {starts} starts" if starts > 1 else ""

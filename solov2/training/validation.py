@@ -73,8 +73,9 @@ def evaluate_run(run: Run, validation: ImageDataset, stop: StopSignal) -> dict[s
     limits = {name: summary[name] for name in ("max_detections",) if name in summary}
     step = run.epoch * run.plan.steps_per_epoch
     run.logger.write("evaluation", step, epoch=run.epoch, **limits, **flatten(summary))
+    run.stale += 1
     if main_figure(summary) > run.best:
-        run.best = main_figure(summary)
+        run.best, run.stale = main_figure(summary), 0
         run.save_best()
     return summary
 

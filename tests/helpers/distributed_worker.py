@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from solov2.compute import Compute  # noqa: E402
 from solov2.training.epochs import train_one_epoch  # noqa: E402
 from solov2.training.guard import NonFiniteGuard  # noqa: E402
 from solov2.training.run import wrap  # noqa: E402
+from solov2.training.signals import StopSignal  # noqa: E402
 
 STEPS = 20
 RATE = 0.02
@@ -58,6 +60,7 @@ def main(folder: str) -> None:
                 "buffers_before": before,
                 "gathered": distributed.all_gather_objects(rank),
                 "gathered_by_main": distributed.gather_objects(rank),
+                "status": StopSignal(60, Path(folder), deadline=math.inf if rank else 0.0).poll(),
                 "broadcast": distributed.broadcast_object(f"from {rank}"),
             },
             Path(folder) / f"rank{rank}.pth",
