@@ -113,7 +113,7 @@ def train_epochs(
         deadline: no step starts after this time of `time.monotonic`.
 
     Raises:
-        Stopped: a signal arrived, or the deadline passed.
+        Stopped: a signal arrived, the deadline passed, or a callback requested it.
     """
     train = run.config.train
     semantic_weight = train.semantic_auxiliary or train.semantic_weight
@@ -122,7 +122,11 @@ def train_epochs(
     guard = NonFiniteGuard(run.folder, skip=train.nonfinite == "skip", file_name=run.dataset.file_name)
     summary: dict[str, Any] | None = None
     means: dict[str, float | None] = {}  # of the last trained epoch
-    with StopSignal(train.stall_seconds, run.folder, deadline=deadline) as stop, stop.report_unresponsive_ranks():
+    callbacks = run.logger.callbacks
+    with (
+        StopSignal(train.stall_seconds, run.folder, deadline=deadline, callbacks=callbacks) as stop,
+        stop.report_unresponsive_ranks(),
+    ):
         while True:
             unevaluated = run.evaluated < run.epoch or run.epoch == train.epochs
             evaluation = ""
@@ -226,7 +230,7 @@ def _ready_on_all_ranks(run: Run, loader: DataLoader, stop: StopSignal) -> Itera
     a worker has died. They save that step together and end the run.
 
     Raises:
-        Stopped: a rank received a signal, or its deadline passed.
+        Stopped: a rank received a signal, its deadline passed, or a callback requested it.
         InputError, OSError, RunFailed: this rank has no batch.
         RunFailed: another rank has none; the message says which and why.
     """

@@ -7,19 +7,18 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from solov2.errors import InputError, printable
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from solov2.errors import printable
+from solov2.training.callbacks import Callback, Callbacks
 
 LOG = logging.getLogger(__name__)
 LOSSES = ("loss", "loss_category", "loss_mask")  # of every model; others may follow
@@ -85,20 +84,18 @@ class EpochMeter:
 
 
 class RunLogger:
-    """Writes `log.jsonl` and, optionally, TensorBoard events, and shows progress. Does nothing unless `main`.
+    """Writes `log.jsonl`, hands its rows to callbacks, and shows progress. Does nothing unless `main`.
 
-    Until `close`, warnings of the logger `solov2` are also written to `log.jsonl`.
+    Until `close`, warnings of the logger `solov2` are also written to `log.jsonl`. As a context manager, it writes a
+    last row of kind "end".
 
     Args:
         folder: run folder; must exist.
         main: whether this process writes and prints.
-        tensorboard: also write event files (needs the extra `tensorboard`).
-
-    Raises:
-        InputError: `tensorboard` is set but not installed; the message names the extra.
+        callbacks: receive each row that is written.
     """
 
-    def __init__(self, folder: str | Path, *, main: bool, tensorboard: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, main: bool, callbacks: Sequence[Callback] = ()) -> None:
         self.main = main
         path = Path(folder) / "log.jsonl"
         self.earlier_seconds = start_durations(path) if main else []
@@ -107,9 +104,15 @@ class RunLogger:
         logging.getLogger("solov2").addHandler(self._warnings)
         self._bar: tqdm | None = None
         self._epoch: EpochMeter | None = None
-        self._events = None
-        if main and tensorboard:
-            self._events = tensorboard_writer()(str(folder))
+        self.callbacks = Callbacks(callbacks if main else ())
+        self._lock = threading.RLock()  # callbacks warn in their own thread
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self.write("end", error=None if error is None else str(error) or type(error).__name__)
+        self.close()
 
     def print(self, text: str) -> None:
         """Print a line, or the lines of a table, on stdout."""
@@ -125,16 +128,14 @@ class RunLogger:
             LOG.warning(text, extra={"step": step})
 
     def write(self, kind: str, step: int | None = None, **values: Any) -> None:
-        """Append {"kind", "time", "step", **values} to log.jsonl; with a step, numbers also go to TensorBoard."""
+        """Append {"kind", "time", "step", **values} to log.jsonl, and hand it to the callbacks."""
         if self._file is None:
             return
         row = {"kind": kind, "time": round(time.time(), 3)} | ({} if step is None else {"step": step}) | values
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._events is not None and step is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+        with self._lock:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            self.callbacks(row)
 
     def start_epoch(self, epoch: int, steps: int, *, done: int = 0) -> None:
         """Start an epoch (1-based) with `done` of its `steps` completed, and on a terminal its progress bar."""
@@ -214,11 +215,10 @@ class RunLogger:
     def close(self) -> None:
         """Close all files."""
         self._close_bar()
+        self.callbacks.close()
         logging.getLogger("solov2").removeHandler(self._warnings)
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
 
 
 class _WarningRows(logging.Handler):
@@ -230,19 +230,6 @@ class _WarningRows(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.logger.write("warning", getattr(record, "step", None), text=record.getMessage())
-
-
-def tensorboard_writer() -> type[SummaryWriter]:
-    """The class that writes event files.
-
-    Raises:
-        InputError: TensorBoard is not installed; the message names the extra.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("TensorBoard is not installed: pip install 'solov2[tensorboard]'") from error
-    return SummaryWriter
 
 
 def start_durations(path: Path) -> list[float]:

@@ -1,4 +1,4 @@
-"""Signals and a time limit that stop a run: all ranks agree on the step after which they save a checkpoint and stop."""
+"""Signals, a time limit and callbacks that stop a run: all ranks agree on the step after which they save and stop."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ import torch.distributed as dist
 
 from solov2 import distributed
 from solov2.errors import RunFailed
+from solov2.training.callbacks import Callbacks
 from solov2.training.folder import latest_checkpoint
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-STOPPED = 75  # exit code after any other signal or at the time limit (EX_TEMPFAIL in sysexits.h: try again later)
+STOPPED = 75  # exit code after any other reason (EX_TEMPFAIL in sysexits.h: try again later)
 RESPONSE_SECONDS = 5  # before a rank is reported as unresponsive
 BEAT_SECONDS = 1  # between two looks at the clock
-TIME_UP, RANK_FAILED = 500, 1000  # returned by `StopSignal.poll` instead of a signal, of which each is smaller
+ASKED, TIME_UP, RANK_FAILED = 500, 501, 1000  # returned by `StopSignal.poll`, like signals, whose numbers are smaller
 SIGNALS = tuple(  # Windows has only two of them
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)
 )
@@ -40,7 +41,7 @@ DISCONNECTED = (  # parts of the errors of gloo and nccl after another rank has 
 
 
 class Stopped(RunFailed):
-    """A signal or the time limit stopped the run, and its last step is saved; `code` is the exit code."""
+    """A signal, the time limit or a callback stopped the run, and its last step is saved; `code` is the exit code."""
 
     def __init__(self, number: int, folder: Path) -> None:
         self.code = INTERRUPTED if number == signal.SIGINT else STOPPED
@@ -48,11 +49,13 @@ class Stopped(RunFailed):
 
 
 def stop_message(number: int, folder: Path) -> str:
-    """The last line of a run that stopped: by which signal (or `TIME_UP`), and how to resume."""
-    if number == TIME_UP:
-        reason = "stopped at the time limit (--max-hours)"
-    else:
-        reason = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    """The last line of a run that stopped: by which signal, or `ASKED` or `TIME_UP`, and how to resume."""
+    known = {
+        signal.SIGINT: "interrupted",
+        TIME_UP: "stopped at the time limit (--max-hours)",
+        ASKED: "stopped by a callback",
+    }
+    reason = known.get(number) or f"stopped by {signal.Signals(number).name}"
     return f"{reason}; " + (
         f"continue with: --resume --output {folder}" if latest_checkpoint(folder) else "no checkpoint yet"
     )
@@ -69,11 +72,14 @@ class StopSignal:
         timeout: seconds to wait for another rank before it is an error.
         folder: run folder, for the message of `Stopped`.
         deadline: time of `time.monotonic` after which `poll` returns `TIME_UP`.
+        callbacks: of this rank; `poll` returns `ASKED` once one has requested a stop.
     """
 
-    def __init__(self, timeout: float, folder: Path, *, deadline: float = math.inf) -> None:
+    def __init__(
+        self, timeout: float, folder: Path, *, deadline: float = math.inf, callbacks: Callbacks | None = None
+    ) -> None:
         self.received = 0
-        self.timeout, self.folder, self.deadline = timeout, folder, deadline
+        self.timeout, self.folder, self.deadline, self.callbacks = timeout, folder, deadline, callbacks
         self._group: Any = None
         if distributed.world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
@@ -110,7 +116,7 @@ class StopSignal:
             self.check()
             yield batch
         number = self.poll()
-        if 0 < number < TIME_UP:  # at the time limit, an evaluation that is complete counts; the next step is not taken
+        if 0 < number < ASKED:  # for other reasons, the evaluation is completed, but the next step is not taken
             raise Stopped(number, self.folder)
 
     @contextlib.contextmanager
@@ -148,8 +154,8 @@ class StopSignal:
             suspension.ended.set()
 
     def poll(self, *, failed: bool = False) -> int:
-        """Number of a signal that any rank has received, `TIME_UP` if the deadline has passed on any, or `RANK_FAILED`
-        if any has `failed`; 0 for none.
+        """Why to stop: the number of a signal that any rank has received, `ASKED`, `TIME_UP` if the deadline has passed
+        on any, or `RANK_FAILED` if any has `failed`; 0 to continue.
 
         The hosts wait for each other but not for their devices, which still compute the step just queued. Unresponsive
         ranks must be found here: if another step were queued first, the host could block on a full queue.
@@ -157,6 +163,8 @@ class StopSignal:
         status = RANK_FAILED if failed else int(self.received)
         if not status and time.monotonic() >= self.deadline:
             status = TIME_UP
+        if not status and self.callbacks is not None and self.callbacks.stop_requested:
+            status = ASKED
         if self._group is None:
             return status
         flag = torch.tensor(status)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
 import multiprocessing
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,13 @@ from solov2.errors import InputError, count
 from solov2.evaluation.summary import flatten
 from solov2.models.solov2 import SOLOv2
 from solov2.outputs import check_cleared_folder, replace_file
+from solov2.training.callbacks import Callback, TensorBoard, check_callbacks, tensorboard_writer
 from solov2.training.dry_run import max_padded_size
 from solov2.training.environment import conditions, environment, file_sha256
 from solov2.training.epochs import train_epochs
 from solov2.training.folder import check_folder, check_ranks_agree, is_restart, latest_checkpoint, run_folder
 from solov2.training.guard import DELAY
-from solov2.training.logger import RunLogger, format_seconds, tensorboard_writer
+from solov2.training.logger import RunLogger, format_seconds
 from solov2.training.optim import WeightAverage, build_optimizer
 from solov2.training.plan import Plan, announcement, config_text, hopeless_settings
 from solov2.training.randomness import determinism
@@ -101,6 +101,7 @@ def train(
     overwrite: bool = False,
     tensorboard: bool = False,
     max_hours: float | None = None,
+    callbacks: Sequence[Callback] = (),
     **overrides: Any,
 ) -> TrainResult:
     """Train and evaluate a SOLOv2 model. Under torchrun, every process calls this and they train together.
@@ -124,6 +125,8 @@ def train(
         tensorboard: also write event files (needs the extra `tensorboard`).
         max_hours: stop with a checkpoint before the first step that would start this many hours after the call; a
             resumed run has its own limit. An evaluation is completed. Default: no limit.
+        callbacks: functions that receive the rows of log.jsonl as soon as they are written, in a thread of process 0;
+            one that returns True stops the run with a checkpoint. See `solov2.training.callbacks`.
         overrides: fields of any section of the configuration, e.g. epochs=24, batch_size=4, num_classes=3.
 
     Returns:
@@ -132,11 +135,12 @@ def train(
     Raises:
         InputError: an invalid argument or broken data; where possible, before anything is written.
         RunFailed: a loss is not finite, or a process hangs or dies. Its subclass `solov2.training.signals.Stopped`: a
-            signal or `max_hours` stopped the run, with a checkpoint written.
+            signal, `max_hours` or a callback stopped the run, with a checkpoint written.
     """
     if max_hours is not None and not 0 < max_hours < math.inf:
         raise InputError(f"max_hours (--max-hours) must be a number of hours above 0, got {max_hours}")
     deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+    check_callbacks(callbacks)
     if tensorboard:
         tensorboard_writer()  # report its absence before a run folder is cleared
     job = prepare_job(
@@ -148,6 +152,8 @@ def train(
         overwrite=overwrite,
         overrides=overrides,
     )
+    if tensorboard:
+        callbacks = [*callbacks, TensorBoard(job.folder)]
     chosen = select_device(device)
     earlier_children = set(multiprocessing.active_children())
     try:
@@ -156,7 +162,7 @@ def train(
             determinism(job.config.train.deterministic),
         ):
             compute = build_compute(job.config, chosen)
-            return _run_job(job, compute, tensorboard=tensorboard, deadline=deadline)
+            return _run_job(job, compute, callbacks=callbacks, deadline=deadline)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(stop_message(signal.SIGINT, job.folder)) from error
     finally:
@@ -222,7 +228,7 @@ def _load(name_or_config: str | Path | Config) -> Config:
     return name_or_config if isinstance(name_or_config, Config) else load_config(name_or_config)
 
 
-def _run_job(job: Job, compute: Compute, *, tensorboard: bool, deadline: float) -> TrainResult:
+def _run_job(job: Job, compute: Compute, *, callbacks: Sequence[Callback], deadline: float) -> TrainResult:
     started = time.perf_counter()
     checkpoint = job.resume_from
     check_ranks_agree(None if checkpoint is None else Path(checkpoint.source).name, job.folder)
@@ -253,7 +259,7 @@ def _run_job(job: Job, compute: Compute, *, tensorboard: bool, deadline: float) 
     plan = Plan.of(config.train, images=len(dataset), batches=len(sampler), processes=processes)
     with (
         run_folder(job.folder, clear=job.clear_folder),
-        contextlib.closing(RunLogger(job.folder, main=distributed.is_main(), tensorboard=tensorboard)) as logger,
+        RunLogger(job.folder, main=distributed.is_main(), callbacks=callbacks) as logger,
     ):
         run = Run(
             config=config,
