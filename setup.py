@@ -26,6 +26,7 @@ FAST = ["faster-coco-eval>=1.8", "opencv-python-headless>=4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # for .onnx; .pt2 needs nothing more
 DOCS = ["mkdocs-material>=9.5"]
+TIMM = ["timm>=1.0"]
 COMPLETION = ["shtab>=1.7"]
 SUPERVISION = ["supervision>=0.25"]
 # setuptools builds the wheel that tests/test_packaging.py inspects
@@ -87,7 +88,8 @@ setup(
         "tensorboard": TENSORBOARD,
         "export": EXPORT,
         "completion": COMPLETION,
-        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *SUPERVISION],
+        "timm": TIMM,
+        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *SUPERVISION],
     },
     entry_points={
         "console_scripts": [

@@ -241,7 +241,9 @@ class TrainConfig(Settings):
         "auto", "tensor layout; auto: channels_last, except where that is slower on a CPU"
     )
     pretrained_backbone: str = setting(
-        "imagenet", "imagenet (torchvision's IMAGENET1K_V1), none, or the path of a weights file"
+        "imagenet",
+        "weights that the backbone starts from: imagenet (torchvision's IMAGENET1K_V1), imagenet_v2 (IMAGENET1K_V2 of "
+        "resnet50 and resnet101), timm:NAME (a model of timm; extra timm), none, or the path of a weights file",
     )
     seed: int = setting(0, "seed of all random choices in a run", minimum=0, maximum=2**63 - 1)
     evaluate_every: int = setting(

@@ -1,4 +1,4 @@
-"""Weights: published and ImageNet files, reading checkpoints of every family, and strict loading."""
+"""Weights: published files, reading checkpoints of every family, and strict loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from solov2.checkpoint import FORMAT, Checkpoint, check_finite, load_file, write_file
@@ -20,13 +19,6 @@ from solov2.errors import InputError, count, printable
 from solov2.outputs import check_outputs
 
 LOG = logging.getLogger(__name__)
-IMAGENET_WEIGHTS = {
-    "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
-    "resnet34": torchvision.models.ResNet34_Weights.IMAGENET1K_V1,
-    "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
-    "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
-    "resnext101_64x4d": torchvision.models.ResNeXt101_64X4D_Weights.IMAGENET1K_V1,
-}
 
 
 class PublishedFile(NamedTuple):
@@ -282,39 +274,6 @@ def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], sour
             if names
         ]
         raise InputError(f"{source} does not fit this model: {'; '.join(parts)}")
-
-
-def load_pretrained_backbone(backbone: nn.Module, name: str, source: str) -> None:
-    """Load ImageNet weights into a backbone.
-
-    Args:
-        backbone: a `ResNet` of the published width.
-        name: its architecture.
-        source: "imagenet" (torchvision's IMAGENET1K_V1, as in the reference, downloaded into torch's hub cache and
-            verified by its hash), "none", or the path of a torchvision state dict.
-
-    Raises:
-        InputError: no such weights, failed download or unusable file; the message says what to do.
-    """
-    if source == "none":
-        return
-    if source == "imagenet":
-        if name not in IMAGENET_WEIGHTS:
-            raise InputError(f"no ImageNet weights exist for {name}; set train.pretrained_backbone to none or a file")
-        enum = IMAGENET_WEIGHTS[name]
-        try:
-            state = enum.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            raise InputError(
-                f"ImageNet weights could not be downloaded from {enum.url} ({_reason(error)}); put that file into "
-                f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or set train.pretrained_backbone to a file or to "
-                "none to start from random weights"
-            ) from error
-    else:
-        state = unwrap(load_file(source))
-        check_finite(state, source)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    load_weights(backbone, state, str(source))
 
 
 def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, overwrite: bool = False) -> str:

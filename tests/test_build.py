@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import urllib.error
 
 import pytest
 import torch
-import torchvision
 from helpers.tiny_models import save_content
 from helpers.tiny_runs import tiny_config
 
@@ -15,8 +13,6 @@ from solov2.build import build_compute, build_model, construct, prepare_for_trai
 from solov2.checkpoint import load_file
 from solov2.data.categories import COCO_CLASSES
 from solov2.errors import InputError
-from solov2.models.resnet import ResNet
-from solov2.weights import IMAGENET_WEIGHTS, load_pretrained_backbone
 
 
 @pytest.fixture
@@ -101,37 +97,6 @@ def test_names_and_overrides():
         build_model()
     model = build_model("quickstart", num_classes=80, device="cpu")
     assert model.class_names == list(COCO_CLASSES) and len(COCO_CLASSES) == 80
-
-
-def test_pretrained_backbone_from_a_torchvision_file(tmp_path):
-    torch.manual_seed(0)
-    reference = torchvision.models.resnet18()
-    torch.save(reference.state_dict(), tmp_path / "resnet18.pth")
-    backbone = ResNet("resnet18")
-    load_pretrained_backbone(backbone, "resnet18", str(tmp_path / "resnet18.pth"))
-    x = torch.rand(1, 3, 64, 64)
-    reference.eval()
-    with torch.no_grad():
-        expected = reference.layer2(
-            reference.layer1(reference.maxpool(reference.relu(reference.bn1(reference.conv1(x)))))
-        )
-        torch.testing.assert_close(backbone.eval()(x)[1], expected)
-    with pytest.raises(InputError, match="does not fit"):
-        load_pretrained_backbone(ResNet("resnet34"), "resnet34", str(tmp_path / "resnet18.pth"))
-
-
-def test_offline_error_of_the_pretrained_backbone_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def refuse(*_args, **_options):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(InputError) as error:
-        load_pretrained_backbone(ResNet("resnet18"), "resnet18", "imagenet")
-    for part in (IMAGENET_WEIGHTS["resnet18"].url, str(tmp_path), "no network", "none"):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_batch_norm_is_not_trained_on_a_single_value():

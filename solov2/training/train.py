@@ -44,6 +44,7 @@ from solov2.errors import InputError, count
 from solov2.evaluation.summary import flatten
 from solov2.models.solov2 import SOLOv2
 from solov2.outputs import check_cleared_folder, replace_file
+from solov2.training.backbone import load_pretrained_backbone
 from solov2.training.callbacks import Callback, TensorBoard, check_callbacks, tensorboard_writer
 from solov2.training.dry_run import max_padded_size
 from solov2.training.environment import conditions, environment, file_sha256
@@ -59,7 +60,7 @@ from solov2.training.resume import resume as resume_run
 from solov2.training.run import Run
 from solov2.training.signals import stop_message
 from solov2.training.validation import open_validation, show_summary
-from solov2.weights import apply_weight_metadata, find_checkpoint, load_pretrained_backbone
+from solov2.weights import apply_weight_metadata, find_checkpoint
 
 LOG = logging.getLogger(__name__)
 
