@@ -21,13 +21,14 @@ COMMANDS = {
     "predict": "segment images and draw the results",
     "benchmark": "measure images per second, by stage",
     "check-data": "check a dataset and write a repaired copy",
+    "import": "read annotations of other tools and write them in COCO's format",
     "export": "write a model as one graph (.pt2, .onnx)",
     "convert": "rewrite a checkpoint with the names of another family",
     "models": "list the models, their parameters and their published AP",
 }
-MODULES = {"eval": "evaluate"}  # commands whose module has another name
+MODULES = {"eval": "evaluate", "import": "import_data"}  # commands whose module has another name
 # metavars that a shell completes with paths
-PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "GT.json", "IN", "OUT", "PRED.json", "SOURCE")
+PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "FILE.json", "GT.json", "IN", "OUT", "PRED.json", "SOURCE")
 SHELLS = ("bash", "zsh", "tcsh")
 
 

@@ -1,6 +1,6 @@
 """Recognize annotations of other tools and formats, so that a message can say what a file or folder is.
 
-They are not read: only COCO's instance format is.
+Training reads COCO's formats only; `solov2 import` converts others.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ PACKED = {b"\x1f\x8b": "compressed (gzip)", b"PK\x03\x04": "a ZIP archive", b"BZ
 MAX_FILES = 20_000  # of a folder that are looked at
 MAX_OPENED = 50  # JSON files of a folder whose beginning is read
 HEAD_BYTES = 2**16
+IMPORT = "convert it with solov2 import"
 _COCO_LIST = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
 
 
@@ -30,7 +31,7 @@ def describe_bytes(data: bytes) -> str | None:
         if data.startswith(magic):
             return f"is {what}; unpack it first"
     if data.lstrip()[:1] == b"<":
-        return "is XML, as in Pascal VOC, and not JSON; convert the annotations to COCO's format first"
+        return "is XML, as in Pascal VOC and CVAT, not JSON; solov2 import converts CVAT's, and Pascal VOC's mask PNGs"
     return None
 
 
@@ -39,12 +40,14 @@ def describe_json(content: Any) -> str | None:
     first = content[0] if isinstance(content, list) and content else None
     if isinstance(first, dict) and {"image_id", "score"} <= first.keys():
         return "holds results (a list of predictions), not annotations"
+    if isinstance(first, dict) and {"data", "annotations"} <= first.keys():
+        return f"is an export of Label Studio; {IMPORT}"
     if not isinstance(content, dict):
         return None
     if "shapes" in content and "imagePath" in content:
-        return "is a labelme file of one image; convert the labelme files to one file in COCO's format first"
+        return f"is a labelme file of one image; {IMPORT}"
     if any(key.startswith("_via_") for key in content):
-        return "is a project of the VGG Image Annotator; export it in COCO's format"
+        return f"is a project of the VGG Image Annotator; {IMPORT}"
     if content.get("type") == "FeatureCollection":
         return "is GeoJSON; convert it to COCO's format first"
     annotations = content.get("annotations")
@@ -90,14 +93,11 @@ def describe_folder(root: Path) -> str:
         )
     for tool, found in (
         ("labelme", kinds["labelme"]),
-        ("Pascal VOC", by_suffix[".xml"]),
+        ("Pascal VOC or CVAT", by_suffix[".xml"]),
         ("YOLO", [name for name in by_suffix[".txt"] if images and "labels" in Path(name).parts[:-1]]),
     ):
         if found:
-            return (
-                f"{root} holds annotations in the format of {tool} (such as {found[0]}); convert them to COCO's format "
-                "first"
-            )
+            return f"{root} holds annotations in the format of {tool} (such as {found[0]}); {IMPORT}"
     if archives:
         return f"{root} holds archives ({', '.join(archives[:3])}); unpack them there"
     if images:

@@ -1,0 +1,117 @@
+"""Which format a file or folder has, by its content, and the one way to read any of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from solov2.data.annotations import parse_json
+from solov2.data.recognize import describe_bytes, describe_folder, describe_json
+from solov2.errors import InputError
+from solov2.formats import coco, cvat, label_studio, labelme, masks, via, yolo
+from solov2.formats.annotated import Reading
+
+READERS = {
+    "coco": coco.read,
+    "labelme": labelme.read,
+    "yolo": yolo.read,
+    "voc": masks.read_voc,
+    "cityscapes": masks.read_cityscapes,
+    "masks": masks.read_numbered,
+    "cvat": cvat.read,
+    "label-studio": label_studio.read,
+    "via": via.read,
+}
+FOLDERS = ("coco", "labelme", "yolo", "voc", "cityscapes", "masks", "cvat")  # formats of which a folder can be read
+FILES = ("coco", "labelme", "yolo", "cvat", "label-studio", "via")
+JSON_FORMATS = {
+    "labelme": labelme.is_labelme,
+    "via": via.is_via,
+    "label-studio": label_studio.is_label_studio,
+    "coco": coco.is_coco,
+}
+MAX_LOOKED_AT = 50  # JSON files of a folder
+
+
+def read(source: Path, images: Path | None = None, name: str | None = None) -> Reading:
+    """Read annotations.
+
+    Args:
+        source: a file or folder.
+        images: folder of the images; None: where the format expects them.
+        name: of the format, a key of `READERS`; None recognizes it.
+
+    Raises:
+        InputError: the format is unknown or has no masks, or a file is malformed; the message names file and entry.
+    """
+    if not source.exists():
+        raise InputError(f"{source} does not exist")
+    name = name or recognize(source)
+    if name not in (FOLDERS if source.is_dir() else FILES):
+        kind, other = ("folder", "file") if source.is_dir() else ("file", "folder")
+        raise InputError(f"{source} is a {kind}, but {name} is read from a {other}; name that")
+    reading = READERS[name](source, images)
+    if not any(image.instances for image in reading.images):
+        found = f": {'; '.join(reading.losses.lines())}" if reading.losses.counts else ""
+        raise InputError(f"{source} (read as {name}) has no mask{found}")
+    return reading
+
+
+def recognize(source: Path) -> str:
+    """The name of the format of a file or folder, a key of `READERS`.
+
+    Raises:
+        InputError: it is unknown, or known to have no masks; the message says what it is and what to do.
+    """
+    name = _of_folder(source) if source.is_dir() else _of_file(source)
+    if name is None:
+        names = ", ".join(READERS)
+        hint = f"{describe_folder(source)}; " if source.is_dir() else f"{source} is of no known format; "
+        raise InputError(f"{hint}name its format with --format ({names})")
+    return name
+
+
+def _of_file(path: Path) -> str | None:
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return "yolo"
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return "cvat" if cvat.parse(path).find("image") is not None or b"<annotations>" in head else _refuse_xml(path)
+    content = parse_json(path)
+    for name, is_format in JSON_FORMATS.items():
+        if is_format(content):
+            return name
+    what = describe_json(content) or describe_bytes(head)
+    if what is not None:
+        raise InputError(f"{path} {what}")
+    return None
+
+
+def _refuse_xml(path: Path) -> str:
+    raise InputError(f"{path} is XML of Pascal VOC, which has boxes; its masks are in SegmentationObject/")
+
+
+def _of_folder(folder: Path) -> str | None:
+    if (folder / "SegmentationObject").is_dir():
+        return "voc"
+    if (folder / cvat.FILE_NAME).is_file():
+        return "cvat"
+    if (folder / "classes.txt").is_file() and (folder / "masks").is_dir():
+        return "masks"
+    if yolo.find_table(folder) is not None:
+        return "yolo"
+    if next(folder.rglob(f"*{masks.CITYSCAPES_ENDING}"), None) is not None:
+        return "cityscapes"
+    if any(found.is_dir() for pattern in ("labels", "*/labels") for found in folder.glob(pattern)):
+        return "yolo"  # without the names of the classes, which reading it says
+    for path in sorted(folder.rglob("*.json"))[:MAX_LOOKED_AT]:
+        content = parse_json(path)
+        name = next((name for name in ("labelme", "coco") if JSON_FORMATS[name](content)), None)
+        if name is not None:
+            return name
+        other = next((name for name, is_format in JSON_FORMATS.items() if is_format(content)), None)
+        if other is not None:
+            raise InputError(
+                f"{path} is of the format {other}: name that file, and the folder of the images as --images"
+            )
+    return None
