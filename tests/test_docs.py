@@ -21,6 +21,8 @@ from solov2.config import load_config, override_config
 from solov2.convert import to_mmdet
 from solov2.data.panoptic_shapes import generate_panoptic_shapes
 from solov2.data.shapes import generate_shapes
+from solov2.formats import labelme
+from solov2.formats.recognize import read
 from solov2.weights import weight_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +137,7 @@ RUNS = {
     "solov2 export solov2_light_r50_fpn_3x --weights FILE --size 448 768 --output light.pt2": "--overwrite",
     "solov2 export --weights runs/mine/best.pth --size 448 768 --output mine.onnx": "--overwrite",
     "solov2 models": "",
+    "solov2 import mine/labelme --output mine/all.json --val-split 0.2": "--overwrite",
     'solov2 train solov2_r50_fpn_1x --set train.epochs=6 --set "data.train_scales=[640]"': "--dry-run",
     "solov2 train mine.yaml": f"{HERE} --output runs/yaml {FEW}",
     "python eval.py --weights runs/quickstart/best.pth --results results.json": HERE,
@@ -221,6 +224,10 @@ def prepare_files(folder: Path) -> None:
     shutil.copy(coco / "annotations/instances_train2017.json", mine / "train.json")
     shutil.copy(coco / "annotations/instances_train2017.json", mine / "val.json")
     photos = sorted((mine / "images").iterdir())
+    reading = read(mine / "train.json", mine / "images")
+    labelme.write(reading.images, reading.root, mine / "labelme")
+    for photo in photos:
+        shutil.copy(photo, mine / "labelme")
     shutil.copytree(coco / "val2017", folder / "folder")
     shutil.copy(photos[0], folder / "street.jpg")
     (folder / "mine.yaml").write_text("base: quickstart\ndata: {root: data/coco, shapes: false}\n")
