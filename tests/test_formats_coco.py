@@ -86,6 +86,8 @@ def test_odd_notations(tmp_path: Path) -> None:
         ({"annotations": [{"id": 7, "image_id": 1}]}, "annotation 7.*`category_id`"),
         ({"annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": [["x"] * 6]}]}, "annotation 7"),
         ({"annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": {"counts": 1}}]}, "annotation 7"),
+        ({"annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": [SQUARE, 1]}]}, "annotation 7"),
+        ({"annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": [{}]}]}, "annotation 7"),
         ({"annotations": [1]}, "entry 1 of `annotations`"),
         ({"categories": []}, "annotation 1.*category 1"),
         ({"categories": [{"id": 1}]}, "category 1 has no text `name`"),

@@ -90,7 +90,7 @@ def test_several_annotations_and_drafts(folder: Path) -> None:
     assert boxes(reading) == {"images/a.png": [FOUND]} and reading.losses.counts.total() == 1
 
 
-@pytest.mark.parametrize("data", [None, "x", [1, 2], [300], encode_brush(box_mask(0, 0, 9, 9))[:-9], [0] * 60])
+@pytest.mark.parametrize("data", [None, "x", 10**13, [1, 2], [300], encode_brush(box_mask(0, 0, 9, 9))[:-9], [0] * 60])
 def test_broken_brushes(data: Any) -> None:
     with pytest.raises(InputError, match="a.json: the brush"):
         decode_brush(data, (HEIGHT, WIDTH), "a.json")

@@ -10,7 +10,7 @@ from helpers.format_files import HEIGHT, WIDTH, box_mask, boxes, rle, save_image
 from PIL import Image
 
 from solov2.errors import InputError
-from solov2.formats import masks
+from solov2.formats import labelme, masks, yolo
 from solov2.formats.annotated import AnnotatedImage, AnnotatedInstance, Losses
 from solov2.formats.recognize import read, recognize
 
@@ -128,6 +128,26 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert found == {("b", False, 900 - 100 - 36), ("b", False, 100), ("a", False, 36), ("a", True, 25)}
     again = masks.numbers_of(images[0], ["a", "b"], Losses())
     assert {int(x) for x in np.unique(again)} == {0, 1000, 1002, 2001, 2002}
+
+
+def test_noise_takes_one_pass(tmp_path: Path) -> None:
+    """A photograph in place of a mask: thousands of numbers."""
+    save_images(tmp_path, "images/a.png", size=(300, 300))
+    save(tmp_path / "masks/a.png", np.arange(90_000).reshape(300, 300) % 4_000, "I;16")
+    write(tmp_path / "classes.txt", "cell\n")
+    assert len(read(tmp_path).images[0].instances) == 3_999
+
+
+def test_a_name_that_leads_out_is_not_written(tmp_path: Path) -> None:
+    for name in ("../a.jpg", "/a.jpg"):
+        image = AnnotatedImage(name, 4, 4)
+        with pytest.raises(InputError, match="outside"):
+            masks.write([image], ["a"], tmp_path / "out")
+        with pytest.raises(InputError, match="outside"):
+            yolo.write([image], ["a"], tmp_path / "out")
+        with pytest.raises(InputError, match="outside"):
+            labelme.write([image], tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_many_instances_and_broken_names(tmp_path: Path) -> None:

@@ -124,10 +124,9 @@ def _summary(reading: Reading, contents: dict[str, dict[str, Any]]) -> list[str]
 def _size(content: dict[str, Any]) -> str:
     empty = len(content["images"]) - len({annotation["image_id"] for annotation in content["annotations"]})
     crowds = sum(annotation["iscrowd"] for annotation in content["annotations"])
-    parts = [count(len(content["images"]), "image"), count(len(content["annotations"]), "instance")]
-    return ", ".join(
-        [*parts, *([f"{empty:,} of the images without any"] if empty else []), f"{count(crowds, 'crowd')}"]
-    )
+    bare = f" ({empty:,} without an instance)" if empty else ""
+    regions = f" ({count(crowds, 'crowd')} among them)" if crowds else ""
+    return f"{count(len(content['images']), 'image')}{bare}, {count(len(content['annotations']), 'instance')}{regions}"
 
 
 def _next_steps(reading: Reading, paths: dict[str, Path]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pycocotools.mask as coco_mask
 
-from solov2.data.annotations import find_problems
+from solov2.data.annotations import find_problems, is_outside
 from solov2.errors import InputError
 from solov2.ops.masks import check_segmentation, segmentation_to_rle
 
@@ -90,6 +90,8 @@ def add_instance(
         InputError: its numbers are no segmentation of this image; the message starts with `where`.
     """
     if isinstance(segmentation, list):
+        if not all(isinstance(polygon, list) for polygon in segmentation):
+            raise InputError(f"{where}: the segmentation must be a list of polygons or an RLE with size and counts")
         short = [polygon for polygon in segmentation if len(polygon) < 6]
         losses.add("polygons with fewer than three points, left out", where, len(short))
         segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
@@ -178,6 +180,13 @@ def _for_json(segmentation: Segmentation) -> Segmentation:
 def used_classes(images: Iterable[AnnotatedImage]) -> list[str]:
     """The names of the classes that occur, sorted: for formats without a list of classes."""
     return sorted({instance.class_name for image in images for instance in image.instances})
+
+
+def output_path(folder: Path, image: AnnotatedImage, suffix: str) -> Path:
+    """The file for an image below a folder. Raises InputError if its name leads out of the folder."""
+    if is_outside(image.file_name):
+        raise InputError(f"the file name {image.file_name} is outside the folder of the images")
+    return (folder / image.file_name).with_suffix(suffix)
 
 
 def short_name(path: Path, root: Path) -> str:

@@ -81,8 +81,10 @@ def class_names(names: Any, where: str) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8. Raises InputError if it is none."""
+    """The lines of a text file in UTF-8. Raises InputError if it is none, or missing."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise InputError(f"{path} is not text in UTF-8") from error

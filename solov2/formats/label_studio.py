@@ -152,6 +152,8 @@ def decode_brush(data: Any, size: tuple[int, int], where: str) -> np.ndarray:
     """
     total = size[0] * size[1] * 4
     try:
+        if not isinstance(data, list):
+            raise ValueError("they must be a list")
         bits = _Bits(bytes(data))
         if bits.next(32) != total:
             raise ValueError(f"it is not of {size[1]} x {size[0]} pixels")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from solov2.data.annotations import parse_json
+from solov2.data.annotations import is_file, parse_json
 from solov2.errors import InputError
 from solov2.formats import fields
 from solov2.formats.annotated import (
@@ -27,6 +27,7 @@ from solov2.formats.annotated import (
     Segmentation,
     add_instance,
     merged,
+    output_path,
     short_name,
     used_classes,
 )
@@ -83,7 +84,7 @@ def _image(
     where = short_name(path, place)
     found = folder.find(beside, name)
     if found is None:
-        if (path.parent / name).is_file():
+        if is_file(path.parent / name):
             raise InputError(f"{path} is about {name}, which is outside {folder.root}; name its folder with --images")
         within = " (it is inside the JSON file, as imageData; save it first)" if content.get("imageData") else ""
         losses.add(MISSING, f"{name} of {where}{within}")
@@ -199,7 +200,7 @@ def write(
         InputError: a file exists, or two images would have the same one.
     """
     losses, images = Losses(), list(images)
-    paths = [(folder / image.file_name).with_suffix(".json") for image in images]
+    paths = [output_path(folder, image, ".json") for image in images]
     check_outputs([(flag, path) for path in paths], overwrite=overwrite)
     for image, path in zip(images, paths):
         relative = os.path.relpath((root / image.file_name).absolute(), path.parent.absolute())

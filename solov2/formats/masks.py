@@ -25,6 +25,7 @@ from solov2.formats.annotated import (
     Segmentation,
     add_instance,
     compressed,
+    output_path,
     short_name,
 )
 from solov2.formats.fields import class_names, read_lines
@@ -188,15 +189,15 @@ def _read_numbers(path: Path, image: AnnotatedImage, *, palette: bool = False) -
 
 def _instances(numbers: np.ndarray, path: Path) -> Iterator[tuple[int, Segmentation, str]]:
     """(number, RLE, where) of every number but 0."""
-    values, inverse = np.unique(numbers, return_inverse=True)
-    inverse = inverse.reshape(numbers.shape)
-    for place, value in enumerate(values.tolist()):
+    order = np.argsort(numbers, axis=None, kind="stable")  # one pass, however many numbers there are
+    values, starts = np.unique(numbers.ravel()[order], return_index=True)
+    for value, places in zip(values.tolist(), np.split(order, starts[1:])):
         if value:
-            mask = inverse == place
-            used_rows, used_columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            top, left = int(used_rows[0]), int(used_columns[0])
-            window = mask[top : used_rows[-1] + 1, left : used_columns[-1] + 1]
-            rle, _ = rle_from_columns(window.T, (top, left), numbers.shape)
+            rows, columns = np.divmod(places, numbers.shape[1])
+            top, left = int(rows.min()), int(columns.min())
+            window = np.zeros((int(columns.max()) - left + 1, int(rows.max()) - top + 1), dtype=bool)
+            window[columns - left, rows - top] = True
+            rle, _ = rle_from_columns(window, (top, left), (numbers.shape[0], numbers.shape[1]))
             yield value, rle, f"{path}, number {value}"
 
 
@@ -253,7 +254,7 @@ def write(
     broken = next((name for name in names if len(name.splitlines()) != 1), None)
     if broken is not None:
         raise InputError(f"the class name {broken!r} cannot be a line of {table}")
-    paths = [(folder / "masks" / image.file_name).with_suffix(".png") for image in images]
+    paths = [output_path(folder / "masks", image, ".png") for image in images]
     check_outputs([(flag, path) for path in (table, *paths)], overwrite=overwrite)
     table.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(table) as file:

@@ -15,7 +15,7 @@ import yaml
 
 from solov2.data.annotations import is_file, is_outside
 from solov2.errors import InputError, count
-from solov2.formats.annotated import AnnotatedImage, Losses, Reading, add_instance, short_name
+from solov2.formats.annotated import AnnotatedImage, Losses, Reading, add_instance, output_path, short_name
 from solov2.formats.fields import class_names, read_lines
 from solov2.formats.image_folder import ImageFolder
 from solov2.formats.outlines import as_one_polygon
@@ -210,7 +210,7 @@ def write(
     losses, lists = Losses(), dict[str, list[str]]()
     texts: dict[Path, str] = {}
     for image in images:
-        path = (folder / "labels" / image.file_name).with_suffix(".txt")
+        path = output_path(folder / "labels", image, ".txt")
         if path in texts:
             raise InputError(f"two images of the name {image.file_name}, but for its extension, cannot be written")
         texts[path] = "".join(f"{line}\n" for line in lines(image, names, losses))
