@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from solov2.checkpoint import Checkpoint
 from solov2.compute import HALF_TYPES, Compute, select_precision
@@ -31,6 +31,7 @@ from solov2.models.optimize import use_winograd
 from solov2.models.resnet import ResNet
 from solov2.models.semantic import SemanticHead
 from solov2.models.solov2 import SOLOv2
+from solov2.suggestions import did_you_mean
 from solov2.targets import TargetAssigner
 from solov2.weights import (
     CATEGORY_LAYER,
@@ -125,6 +126,34 @@ def build_model(
         if stuff_ids is not None and stuff_names is None and len(stuff_ids) == len(stuff):
             model.stuff_category_ids = list(stuff_ids)
     return model.to(device or "cpu").eval()
+
+
+def restrict_classes(model: SOLOv2, class_names: Sequence[str], source: str) -> None:
+    """Let a model find some of its classes only, in the order of its labels: the others leave its last layer.
+
+    Args:
+        model: changed in place; its scores stay as they are.
+        class_names: of the classes to keep.
+        source: what the model comes from, for the message.
+
+    Raises:
+        InputError: the model is panoptic, or has no class of such a name.
+    """
+    if model.semantic_head is not None:
+        raise InputError("--classes has no panoptic form yet; leave it out")
+    for name in class_names:
+        if name not in model.class_names:
+            raise InputError(
+                f"{source} has no class '{name}'{did_you_mean(name, model.class_names)}; its classes are "
+                f"{shorten(model.class_names)}"
+            )
+    labels = [label for label, name in enumerate(model.class_names) if name in class_names]
+    layer = model.head.category_predictor
+    assert layer.bias is not None
+    layer.weight, layer.bias = (nn.Parameter(values.detach()[labels]) for values in (layer.weight, layer.bias))
+    layer.out_channels = len(labels)
+    model.class_names = [model.class_names[label] for label in labels]
+    model.category_ids = [model.category_ids[label] for label in labels]
 
 
 def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpoint: Checkpoint) -> None:

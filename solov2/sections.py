@@ -150,6 +150,9 @@ class DataConfig(Settings):
         minimum=1,
         maximum=5,
     )
+    classes: tuple[str, ...] = setting(
+        (), "names of the classes to train and evaluate; the others are treated as if they were not annotated; []: all"
+    )
     keep_empty: bool = setting(False, "also train on images without instances; panoptic models: without any segment")
     min_image_size: int = setting(32, "images with a shorter edge, in pixels, are left out of training", minimum=0)
     crowd: Literal["ignore", "instance"] = setting(

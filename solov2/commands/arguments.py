@@ -130,6 +130,11 @@ def add_setting(parser: argparse.ArgumentParser, flag: str, *aliases: str, defau
     parser.add_argument(flag, *aliases, help=f"{RULES[name].doc} (default: {default})", **options)
 
 
+def _names(text: str) -> list[str]:
+    """The names in a list that is separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 SHARED: dict[str, dict[str, Any]] = {
     "--config": {"dest": "model", "metavar": "MODEL", "help": "model name or YAML file"},
     "--weights": {"metavar": "FILE", "help": "checkpoint of any family; official: the model's published weights"},
@@ -137,6 +142,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "--precision": {"choices": choices("precision"), "help": "precision of the network"},
     "--batch-size": {"type": value_of("batch_size"), "metavar": "N", "help": "images per batch in each process"},
     "--workers": {"type": value_of("workers"), "metavar": "N", "help": "DataLoader workers"},
+    "--classes": {
+        "type": _names,
+        "metavar": "A,B",
+        "help": "only these classes, by name; others are treated as if they were not annotated (default: all)",
+    },
     "--nproc": {
         "type": at_least(1),
         "metavar": "N",

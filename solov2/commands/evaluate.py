@@ -70,6 +70,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
     add_shared_arguments(
         parser,
         "--weights",
+        "--classes",
         "--json",
         "--results",
         *RUN_FLAGS,
@@ -141,7 +142,7 @@ class _Subject:
 
 def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | None, compute: Compute) -> _Subject:
     """The model, or the oracle, with the data, checked."""
-    from solov2.build import build_assigner, build_model
+    from solov2.build import build_assigner, build_model, restrict_classes
     from solov2.data.build import oracle_dataset, validation_dataset, with_classes
     from solov2.data.coco import CocoInstances
     from solov2.evaluation.coco import limit_warning
@@ -166,6 +167,8 @@ def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | 
         dataset = validation_dataset(config, args.split)
         changes = model_settings(parse_overrides(args.set))
         model = build_model(config if args.model else None, weights=checkpoint, device=compute.device, **changes)
+        if config.data.classes:
+            restrict_classes(model, config.data.classes, checkpoint.source)
         ids, stuff_ids = _category_ids(model, checkpoint, dataset)
         settings = model.settings
         compute.place(model)
@@ -257,7 +260,7 @@ def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> C
     from solov2.build import resolve_config
     from solov2.data.build import locate_data
 
-    overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers"})
+    overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers", "classes": "data.classes"})
     if args.data_root is not None:  # evaluate what is there: a mistyped folder must not be filled with generated shapes
         overrides = {"data.shapes": False, **overrides}
     config = resolve_config(args.model, checkpoint, overrides)
@@ -272,13 +275,14 @@ def _category_ids(
     """
     from solov2.data.class_matching import can_match, check_categories, match_names
 
+    stored = checkpoint.class_names and [name for name in checkpoint.class_names if name in model.class_names]
     groups = (
-        (model.class_names, checkpoint.class_names, dataset.class_names, dataset.category_ids, "classes"),
+        (model.class_names, stored, dataset.class_names, dataset.category_ids, "classes"),
         (model.stuff_names, checkpoint.stuff_names, dataset.stuff_names, dataset.stuff_category_ids, "stuff classes"),
     )
     known, ids = [], list[list[int | None]]()
-    for names, stored, found, category_ids, what in groups:
-        if names == stored and can_match(names, found):
+    for names, known_names, found, category_ids, what in groups:
+        if names == known_names and can_match(names, found):
             known.append(names)
             ids.append([None if i is None else category_ids[i] for i in match_names(names, found)])
         elif len(names) == len(found):

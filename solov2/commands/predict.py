@@ -71,6 +71,7 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         parser,
         "--config",
         "--weights",
+        "--classes",
         "--results",
         "--score-threshold",
         "--max-instances",
@@ -92,7 +93,7 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from solov2.build import build_model, resolve_config
+    from solov2.build import build_model, resolve_config, restrict_classes
     from solov2.compute import reuse_freed_memory, select_device
     from solov2.weights import find_checkpoint
 
@@ -121,6 +122,8 @@ def _run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     changes = model_settings(overrides) | given(args, LIMITS)
     model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
+    if args.classes:
+        restrict_classes(model, args.classes, str(args.weights))
     return _predict_all(model, jobs, args, config.data.max_image_pixels)
 
 

@@ -41,6 +41,7 @@ FLAGS = {
     "evaluate_every": "train.evaluate_every",
     "deterministic": "train.deterministic",
     "workers": "data.workers",
+    "classes": "data.classes",
 }
 
 
@@ -94,6 +95,7 @@ def build_parser(typed: str = "solov2 train") -> Parser:
     add_shared_arguments(
         parser,
         "--weights",
+        "--classes",
         *RUN_FLAGS,
         notes={
             "--weights": "default: an ImageNet backbone",

@@ -231,8 +231,12 @@ def _open(
         "decode_masks": False,
     }
     if config.model.num_stuff:
+        if data.classes:
+            raise InputError(
+                "data.classes (--classes) has no panoptic form yet; leave it out, or set model.num_stuff to 0"
+            )
         return CocoPanoptic(annotations, images, segments=segments_of(data, split), **options)
-    return CocoInstances(annotations, images, ignored=ignored, **options)
+    return CocoInstances(annotations, images, classes=data.classes, ignored=ignored, **options)
 
 
 def training_loader(

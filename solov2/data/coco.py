@@ -15,6 +15,7 @@ import io
 import logging
 import marshal
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from solov2.data.annotations import (
     reason_unusable,
     segmentation_fault,
 )
+from solov2.data.class_matching import shorten
 from solov2.data.image_dataset import Box, ImageDataset
 from solov2.errors import InputError, count
 from solov2.ops.encoded_masks import EncodedMasks
 from solov2.ops.images import MAX_PIXELS
 from solov2.ops.masks import segmentations_to_masks
+from solov2.suggestions import did_you_mean
 
 LOG = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class CocoInstances(ImageDataset):
         skip_broken_images: instead of an image that cannot be read, return the next readable sample and warn.
         max_pixels: maximum width x height of an image; larger ones are rejected.
         decode_masks: False gives `EncodedMasks`: in a crowded image, full-size masks can take gigabytes.
+        classes: names of the categories to keep; annotations of others are left out. None or empty: all.
         ignored: in training, samples also have the masks of the crowds, which an auxiliary semantic loss leaves out.
 
     Attributes:
@@ -81,6 +85,7 @@ class CocoInstances(ImageDataset):
         skip_broken_images: bool = False,
         max_pixels: int = MAX_PIXELS,
         decode_masks: bool = True,
+        classes: Sequence[str] | None = None,
         ignored: bool = False,
     ) -> None:
         super().__init__(
@@ -92,7 +97,8 @@ class CocoInstances(ImageDataset):
             decode_masks=decode_masks,
         )
         self._crowd, self._ignored = crowd, ignored and training
-        content = read_annotations(self.annotation_file, crowd=crowd, max_pixels=max_pixels)
+        self._classes = tuple(classes or ())
+        content = self._read()
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.class_names = [category["name"] for category in categories]
@@ -119,11 +125,29 @@ class CocoInstances(ImageDataset):
         self._packed, self._offsets = b"".join(packed), np.cumsum([0, *map(len, packed)])
         self._coco = None if training else _build_index(content)
 
+    def _read(self) -> dict[str, Any]:
+        """The content of the annotation file, checked, with the chosen classes only."""
+        content = read_annotations(self.annotation_file, crowd=self._crowd, max_pixels=self.max_pixels)
+        if not self._classes:
+            return content
+        known = [category["name"] for category in content["categories"]]
+        for name in self._classes:
+            if name not in known:
+                raise InputError(
+                    f"{self.annotation_file} has no class '{name}'{did_you_mean(name, known)}; its classes are "
+                    f"{shorten(known)}"
+                )
+        categories = [category for category in content["categories"] if category["name"] in self._classes]
+        # Unknown ids stay, to be reported.
+        left_out = {category["id"] for category in content["categories"]} - {category["id"] for category in categories}
+        annotations = [x for x in content["annotations"] if x["category_id"] not in left_out]
+        return {**content, "categories": categories, "annotations": annotations}
+
     @property
     def coco(self) -> COCO:
         """pycocotools' index of the annotation file, for evaluation; in training, first use reads the file again."""
         if self._coco is None:
-            content = read_annotations(self.annotation_file, crowd=self._crowd, max_pixels=self.max_pixels)
+            content = self._read()
             sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]}
             known = set(self.category_ids)
             for annotation in content["annotations"]:  # training checked its instances only
