@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from solov2 import distributed
 from solov2.checkpoint import Checkpoint
 from solov2.compute import HALF_TYPES, Compute, select_precision
 from solov2.config import Config, ModelConfig, changed_settings, load_config, override_config, replace_model
@@ -26,6 +27,7 @@ from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
 from solov2.models.fpn import FPN
 from solov2.models.head import SOLOv2Head
+from solov2.models.layers import synchronize_batch_norms
 from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.optimize import use_winograd
 from solov2.models.resnet import ResNet
@@ -385,7 +387,8 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
 
     Raises:
         InputError: a batch norm would be trained on a single value per channel, the 1 x 1 map of one small image, or
-            its activations would be computed twice; or there is no compiler.
+            its activations would be computed twice; there is no compiler; or batch norms would be synchronized on a
+            CPU.
     """
     trains_batch_norm = not config.model.frozen_batch_norm or config.model.head_norm == "batch"
     scale = min(config.data.train_scales)
@@ -399,6 +402,14 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
             "train.recompute_activations would update the running statistics of batch norms twice: set "
             "model.frozen_batch_norm to true and model.head_norm to group, or recompute nothing"
         )
+    if config.train.sync_batch_norm and distributed.world_size() > 1:
+        if compute.device.type == "cpu":
+            raise InputError(
+                "torch has no synchronized batch norm for a CPU: set train.sync_batch_norm to false or --device to an "
+                "accelerator"
+            )
+        if not synchronize_batch_norms(model.train()):
+            LOG.warning("train.sync_batch_norm changes nothing: no batch norm of this model is trained")
     model.recompute_activations(config.train.recompute_activations)
     if _uses_winograd(config, compute.device, compute.precision):
         use_winograd(model)

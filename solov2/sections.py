@@ -214,6 +214,11 @@ class TrainConfig(Settings):
     )
     warmup_steps: int = setting(500, "optimizer steps of linear learning rate warm-up", minimum=0)
     warmup_start: float = setting(0.001, "fraction of the learning rate in the first step", minimum=0, maximum=1)
+    backbone_rates: tuple[float, float, float, float, float] = setting(
+        (1.0, 1.0, 1.0, 1.0, 1.0),
+        "factors of the learning rate of the backbone's stem and of its layer1 to layer4",
+        minimum=0,
+    )
     clip_norm: float = setting(35.0, "maximum L2 norm of all gradients together; 0: no clipping", minimum=0)
     mask_weight: float = setting(3.0, "weight of the mask loss", minimum=0)
     semantic_weight: float = setting(0.5, "weight of the semantic loss of panoptic models", minimum=0)
@@ -222,6 +227,11 @@ class TrainConfig(Settings):
         "weight of an auxiliary semantic loss of instance models, whose branch has model.semantic_channels and exists "
         "in training only; 0: none",
         minimum=0,
+    )
+    sync_batch_norm: bool = setting(
+        False,
+        "trained batch norms take their statistics from the images of all processes, instead of each from its own; "
+        "needs an accelerator",
     )
     precision: Literal["float32", "tf32", "bf16", "fp16", "auto"] = setting(
         "tf32",

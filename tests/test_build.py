@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -11,8 +12,11 @@ from helpers.tiny_runs import tiny_config
 
 from solov2.build import build_compute, build_model, construct, prepare_for_training
 from solov2.checkpoint import load_file
-from solov2.data.categories import COCO_CLASSES
+from solov2.data.categories import COCO_CLASSES, default_class_names
 from solov2.errors import InputError
+from solov2.models.layers import synchronize_batch_norms
+
+FROZEN = ("backbone.bn1", "backbone.layer1.", "backbone.layer2.")
 
 
 @pytest.fixture
@@ -115,3 +119,30 @@ def test_batch_norm_is_not_trained_on_a_single_value():
         else:
             with pytest.raises(InputError, match=r"data.train_scales \(32\)"):
                 prepare_for_training(model, config, build_compute(config, cpu))
+
+
+def test_only_trained_batch_norms_are_synchronized() -> None:
+    config = tiny_config("model.frozen_stages=2")
+    torch.manual_seed(0)
+    model = construct(config.model, default_class_names(4)).train()
+    plain, x = copy.deepcopy(model), torch.rand(2, 3, 64, 64)
+    count = synchronize_batch_norms(model)
+    kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    synced = {name for name, kind in kinds.items() if issubclass(kind, torch.nn.SyncBatchNorm)}
+    assert len(synced) == count and synced | {n for n in kinds if n.startswith(FROZEN)} == set(kinds)
+    assert not any(name.startswith(FROZEN) for name in synced) and any(name.startswith("head.") for name in synced)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    one, two = model(x), plain(x)  # one process: the same function
+    assert all(torch.equal(first, second) for first, second in zip(one["kernels"], two["kernels"], strict=True))
+    model.train()  # frozen norms stay so, synchronized ones train
+    assert not model.backbone.bn1.training and model.backbone.layer3[0].bn1.training
+    assert copy.deepcopy(model).eval()(x)["mask_features"].isfinite().all()
+
+
+def test_batch_norms_are_not_synchronized_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cpu = tiny_config("train.sync_batch_norm=true"), torch.device("cpu")
+    model = construct(config.model, default_class_names(4))
+    prepare_for_training(model, config, build_compute(config, cpu))  # alone, there is nothing to synchronize
+    monkeypatch.setattr("solov2.distributed.world_size", lambda: 2)
+    with pytest.raises(InputError, match=r"train\.sync_batch_norm"):
+        prepare_for_training(model, config, build_compute(config, cpu))

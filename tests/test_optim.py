@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from helpers.tiny_runs import tiny_config
 from helpers.training_parity import SCHEDULES, stored_schedule
 from torch import nn
 
+import solov2
 from solov2.build import build_model
+from solov2.checkpoint import load_file
 from solov2.config import load_config
+from solov2.errors import InputError
 from solov2.training.optim import (
     WeightAverage,
     build_optimizer,
@@ -98,6 +103,65 @@ def test_groups_contain_every_trainable_parameter_once() -> None:
         assert set(members) == trainable and len(members) == len(trainable)
         assert groups[0]["weight_decay"] == 0.01
     assert groups[1]["weight_decay"] == 0 and all(parameter.ndim == 1 for parameter in groups[1]["params"])
+
+
+def test_factors_of_the_backbone() -> None:
+    """Each parameter once; the first group is that of the network's rate; default factors change no group."""
+    model = build_model(tiny_config("model.frozen_stages=1"), weights=None)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trainable = {names[id(p)] for p in model.parameters() if p.requires_grad}
+    assert not any(name.startswith("backbone.layer1") for name in trainable)
+    for decay_norms in (True, False):
+        common = {"weight_decay": 0.01, "decay_norms": decay_norms}
+        plain = parameter_groups(model, **common)
+        ones = parameter_groups(model, **common, backbone_rates=(1.0,) * 5)
+        assert [group.keys() for group in plain] == [{"params": 0, "weight_decay": 0}.keys()] * len(plain)
+        assert [[id(p) for p in group["params"]] for group in plain] == [
+            [id(p) for p in group["params"]] for group in ones
+        ]
+        assert [group.keys() for group in ones] == [group.keys() for group in plain]
+        found: dict[str, float] = {}
+        groups = parameter_groups(model, **common, backbone_rates=(0.1, 0.2, 0.5, 1.0, 0.5))
+        assert "rate_factor" not in groups[0] and groups[0]["weight_decay"] == 0.01
+        for group in groups:
+            for parameter in group["params"]:
+                assert names[id(parameter)] not in found
+                found[names[id(parameter)]] = group.get("rate_factor", 1.0)
+                assert group["weight_decay"] == (0.01 if decay_norms or parameter.ndim > 1 else 0)
+        assert found.keys() == trainable
+        wanted = {"layer2": 0.5, "layer3": 1.0, "layer4": 0.5}
+        for name, factor in found.items():
+            part, rest = name.split(".")[:2]
+            assert factor == (wanted[rest] if part == "backbone" else 1.0), name
+
+
+def test_steps_follow_the_factors(tmp_path: Path) -> None:
+    """A factor of 0 keeps a stage as it is; the logged rate is the network's; a resumed run keeps the factors."""
+    settings = {
+        "epochs": 1,
+        "workers": 0,
+        "evaluate_every": 0,
+        "weight_decay": 0.0,
+        "backbone_rates": (0, 0.5, 1, 1, 0),
+    }
+    more = {"data": tmp_path / "data", "output": tmp_path / "run", "device": "cpu"}
+    config = tiny_config()
+    torch.manual_seed(config.train.seed)
+    start = build_model(config, weights=None).state_dict()
+    solov2.train(config, **more, **settings)
+    content = load_file(tmp_path / "run" / "last.pth")
+    rates = {group.get("rate_factor", 1.0): group["lr"] for group in content["optimizer"]["param_groups"]}
+    assert rates[0.0] == 0 and rates[0.5] == pytest.approx(0.5 * rates[1.0]) and rates[1.0] > 0
+    moved = {name for name, value in content["model"].items() if not torch.equal(value, start[name])}
+    assert not {f"backbone.{name}" for name in ("conv1.weight", "layer4.0.conv1.weight")} & moved
+    assert {f"backbone.layer{number}.0.conv1.weight" for number in (1, 2, 3)} <= moved
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows if row["kind"] == "train"][-1] == rates[1.0]
+    solov2.train(config, **more, **settings | {"epochs": 2}, resume=True)
+    content = load_file(tmp_path / "run" / "last.pth")
+    assert torch.equal(content["model"]["backbone.layer4.0.conv1.weight"], start["backbone.layer4.0.conv1.weight"])
+    with pytest.raises(InputError, match="optimizer state"):
+        solov2.train(config, **more, **settings | {"epochs": 3, "backbone_rates": (1,) * 5}, resume=True)
 
 
 def test_sgd_step_by_hand() -> None:

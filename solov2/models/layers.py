@@ -101,6 +101,23 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"norm must be 'group' or 'batch', got {kind!r}")
 
 
+class SyncBatchNorm2d(nn.SyncBatchNorm, nn.BatchNorm2d):
+    """A batch norm whose statistics in training are those of all processes; for the rest of the code a BatchNorm2d."""
+
+    process_group: Any = None  # all processes
+
+
+def synchronize_batch_norms(model: nn.Module) -> int:
+    """Turn the batch norms in training mode into `SyncBatchNorm2d`, in place; returns how many they are.
+
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would also convert those with fixed statistics.
+    """
+    trained = [module for module in model.modules() if type(module) is nn.BatchNorm2d and module.training]
+    for norm in trained:
+        norm.__class__ = SyncBatchNorm2d  # the same parameters and buffers, wherever they are referred to
+    return len(trained)
+
+
 class ConvNormReLU(nn.Sequential):
     """Bias-free convolution, norm, ReLU: a step of a tower or of the mask branch. [B, C, H, W] -> [B, C', H, W]."""
 

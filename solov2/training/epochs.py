@@ -77,7 +77,7 @@ def train_one_epoch(
     for i, batches in enumerate(grouped(loader, plan.train.accumulate), first_step):
         step = epoch * plan.steps_per_epoch + i
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step) * group.get("rate_factor", 1.0)
         losses, status = take_step(
             model, criterion, batches, optimizer, scaler, compute, clip_norm=plan.train.clip_norm
         )

@@ -15,26 +15,58 @@ from solov2.models.optimize import inference_copy
 from solov2.models.solov2 import SOLOv2
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norms: bool) -> list[dict[str, object]]:
-    """Group the trainable parameters; without `decay_norms`, vectors (norms, biases) get no weight decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if decay_norms:
-        return [{"params": trainable, "weight_decay": weight_decay}]
-    return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, decay_norms: bool, backbone_rates: Sequence[float] = ()
+) -> list[dict[str, object]]:
+    """Group the trainable parameters; without `decay_norms`, vectors (norms, biases) get no weight decay.
+
+    Args:
+        model: SOLOv2, or any module without `backbone_rates`.
+        weight_decay: coefficient.
+        decay_norms: whether it also applies to vectors.
+        backbone_rates: factors of the learning rate for the stem and layer1 to layer4 of the backbone; default: 1.
+            Groups with another factor than 1 have it as "rate_factor", and follow those of all other parameters.
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, object]] = []
+    for factor in dict.fromkeys((1.0, *backbone_rates)):
+        members = [p for name, p in trainable if not backbone_rates or _rate_factor(name, backbone_rates) == factor]
+        parts = [(members, weight_decay)]
+        if not decay_norms:
+            parts = [([p for p in members if p.ndim > 1], weight_decay), ([p for p in members if p.ndim <= 1], 0.0)]
+        extra = {} if factor == 1 else {"rate_factor": factor}
+        groups += [{"params": params, "weight_decay": decay, **extra} for params, decay in parts if params or not extra]
+    return groups
+
+
+def _rate_factor(name: str, backbone_rates: Sequence[float]) -> float:
+    """The factor of a parameter, by its name: backbone.layer3.0.conv1.weight has the fourth, backbone.bn1.bias the
+    first.
+    """
+    part, _, rest = name.partition(".")
+    if part != "backbone":
+        return 1.0
+    return backbone_rates[int(rest[len("layer")])] if rest.startswith("layer") else backbone_rates[0]
 
 
 def build_optimizer(
-    model: nn.Module, *, name: str, learning_rate: float, momentum: float, weight_decay: float, decay_norms: bool
+    model: nn.Module,
+    *,
+    name: str,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    decay_norms: bool,
+    backbone_rates: Sequence[float] = (),
 ) -> torch.optim.Optimizer:
     """SGD with momentum ("sgd", the reference) or AdamW ("adamw") over the trainable parameters.
+
+    See `parameter_groups`; whoever sets learning rates multiplies them by the "rate_factor" of a group.
 
     Raises:
         ValueError: unknown name.
     """
-    groups = parameter_groups(model, weight_decay=weight_decay, decay_norms=decay_norms)
+    groups = parameter_groups(model, weight_decay=weight_decay, decay_norms=decay_norms, backbone_rates=backbone_rates)
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=True)
         if momentum:

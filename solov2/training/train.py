@@ -254,6 +254,7 @@ def _run_job(job: Job, compute: Compute, *, callbacks: Sequence[Callback], deadl
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
         decay_norms=config.train.decay_norms,
+        backbone_rates=config.train.backbone_rates,
     )
     loader, sampler = training_loader(config, dataset, build_assigner(config.model), device=compute.device)
     processes = distributed.world_size()
