@@ -35,8 +35,8 @@ def test_files_of_a_finished_run(run):
     assert {"config.yaml", "log.jsonl", "last.pth", "predictions.png"} <= set(os.listdir(folder))
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     epoch = [*["train"] * 4, "epoch"]
-    assert [row["kind"] for row in rows] == ["start", *epoch, *epoch, "evaluation"]
-    assert [(row["epoch"], row["step"]) for row in rows[-2:]] == [(2, 8), (2, 8)]
+    assert [row["kind"] for row in rows] == ["start", *epoch, *epoch, "evaluation", "end"]
+    assert [(row["epoch"], row["step"]) for row in rows[-3:-1]] == [(2, 8), (2, 8)]
     config = load_config(folder / "config.yaml")
     assert config.train.epochs == 2 and config.model.num_classes == 4
     content = load_file(folder / "last.pth")
@@ -79,7 +79,8 @@ def test_evaluation_of_the_checkpoint(run, tmp_path, capsys):
         == 0
     )
     content = json.loads(figures.read_text())
-    logged = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    [logged] = [row for row in rows if row["kind"] == "evaluation"]
     assert content["segm"]["AP"] == logged["segm_AP"] and content["bbox"]["AR100"] == logged["bbox_AR100"]
     assert set(content["per_class"]) == {"disc", "square", "triangle", "star"}
     assert isinstance(json.loads(results.read_text()), list)
