@@ -391,11 +391,12 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
             CPU.
     """
     trains_batch_norm = not config.model.frozen_batch_norm or config.model.head_norm == "batch"
-    scale = min(config.data.train_scales)
+    shrink = min(1, config.data.scale_jitter[0])
+    scale = int(shrink * min(config.data.train_scales))
     if trains_batch_norm and config.train.batch_size == 1 and scale <= 32:
         raise InputError(
             f"batch norm cannot be trained on one image whose last feature map is 1 x 1: raise data.train_scales "
-            f"({scale}) above 32 or train.batch_size (1)"
+            f"({scale}{', with data.scale_jitter' if shrink < 1 else ''}) above 32 or train.batch_size (1)"
         )
     if config.train.recompute_activations and trains_batch_norm:
         raise InputError(

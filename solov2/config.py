@@ -49,6 +49,9 @@ class Config:
     def _contradictions(self) -> Iterator[tuple[str, str, Any]]:
         """Yield (setting, what it must be, its value) where settings of two sections contradict each other."""
         model, weight = self.model, self.train.semantic_auxiliary
+        if self.data.copy_paste and model.num_stuff:
+            wanted = "0 for panoptic models, because instances are pasted into no semantic map"
+            yield "data.copy_paste", wanted, self.data.copy_paste
         if weight and model.num_stuff:
             yield "train.semantic_auxiliary", "0 for panoptic models, which have the semantic loss already", weight
         if weight and model.num_classes > MAX_AUXILIARY_CLASSES:

@@ -143,6 +143,30 @@ class DataConfig(Settings):
     dihedral: bool = setting(
         False, "also flip vertically and transpose at random, for images without a natural orientation"
     )
+    color_jitter: tuple[float, float, float, float] = setting(
+        (0, 0, 0, 0),
+        "maximum random change of brightness, contrast, saturation (each as a fraction) and hue (in turns, at most "
+        "0.5); 0: none",
+        minimum=0,
+        maximum=1,
+    )
+    crop_share: tuple[float, float] = setting(
+        (1, 1),
+        "[min, max] share of an image's area in a random crop of its shape, which is then scaled to the training size; "
+        "[1, 1]: no crop",
+        above=0,
+        maximum=1,
+    )
+    scale_jitter: tuple[float, float] = setting(
+        (1, 1),
+        "[min, max] random factor on the training size; above 1, what exceeds that size is cut off at random; [1, 1]: "
+        "none",
+        above=0,
+        maximum=100,
+    )
+    copy_paste: float = setting(
+        0, "probability of pasting instances of another image; not for panoptic models", minimum=0, maximum=1
+    )
     aspect_groups: int = setting(
         2,
         "groups of images by width / height that never share a batch; 2: landscape and portrait, as in the reference; "
@@ -187,6 +211,16 @@ class DataConfig(Settings):
         """Yield (setting, what it must be) for values that are valid on their own but not together."""
         if not self.train_scales:
             yield "train_scales", "a list of at least one short edge"
+        if self.color_jitter[3] > 0.5:
+            yield "color_jitter", "a list of 4 numbers, each from 0 to 1, the last at most 0.5"
+        for name in ("crop_share", "scale_jitter"):
+            if getattr(self, name)[0] > getattr(self, name)[1]:
+                yield name, "a list [min, max] with min at most max"
+
+    @property
+    def zoom(self) -> tuple[float, float]:
+        """The smallest and largest factor by which random crops and sizes enlarge instances."""
+        return self.scale_jitter[0] / self.crop_share[1] ** 0.5, self.scale_jitter[1] / self.crop_share[0] ** 0.5
 
 
 @dataclass(frozen=True)

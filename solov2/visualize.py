@@ -26,7 +26,6 @@ Mask = Tensor | np.ndarray | Mapping[str, Any]  # bool or uint8 [H, W], or an RL
 SHEET_BACKGROUND = (250, 250, 250)
 SHEET_TEXT = (30, 30, 30)
 CELL = 560  # side in pixels of the square that a picture on a contact sheet is fitted into
-TITLES = ("ground truth", "predictions")
 FILL = 0.45  # opacity of the color inside a mask
 BAND = 256  # rows of a mask that are painted together; few, so that they stay in the processor's cache
 
@@ -139,8 +138,10 @@ def instance_color(index: int) -> Color:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def contact_sheet(rows: Iterable[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Arrange (ground truth, predictions) pairs of pictures as the rows of one sheet.
+def contact_sheet(
+    rows: Iterable[tuple[Image.Image, Image.Image]], titles: tuple[str, str] = ("ground truth", "predictions")
+) -> Image.Image:
+    """Arrange pairs of pictures as the rows of one sheet, with a title above each column.
 
     Raises:
         InputError: `rows` is empty.
@@ -151,7 +152,7 @@ def contact_sheet(rows: Iterable[tuple[Image.Image, Image.Image]]) -> Image.Imag
     gap, top = CELL // 70, CELL // 16
     heights = [max(left.height, right.height) for left, right in fitted]
     sheet = Image.new("RGB", (2 * CELL + 3 * gap, top + sum(heights) + gap * len(fitted)), SHEET_BACKGROUND)
-    _draw_titles(sheet, (gap + CELL / 2, 2 * gap + 1.5 * CELL), top)
+    _draw_titles(sheet, titles, (gap + CELL / 2, 2 * gap + 1.5 * CELL), top)
     y = top
     for pair, height in zip(fitted, heights, strict=True):
         for column, picture in enumerate(pair):
@@ -310,7 +311,7 @@ def _fit(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _draw_titles(sheet: Image.Image, centers: tuple[float, float], height: int) -> None:
+def _draw_titles(sheet: Image.Image, titles: tuple[str, str], centers: tuple[float, float], height: int) -> None:
     draw, font = ImageDraw.Draw(sheet), load_font(None, round(0.6 * height))
-    for title, x in zip(TITLES, centers, strict=True):
+    for title, x in zip(titles, centers, strict=True):
         draw.text((x, height / 2), title, fill=SHEET_TEXT, font=font, anchor="mm")

@@ -258,6 +258,9 @@ def training_loader(
         max_size=data.train_long_edge,
         flip_probability=data.flip_probability,
         dihedral=data.dihedral,
+        color_jitter=data.color_jitter,
+        crop_share=data.crop_share,
+        scale_jitter=data.scale_jitter,
     )
     sampler = TrainBatchSampler(
         dataset.aspect_ratios,
@@ -268,7 +271,7 @@ def training_loader(
         aspect_groups=data.aspect_groups,
     )
     loader = build_loader(
-        TransformedDataset(dataset, transform, seed=train.seed),
+        TransformedDataset(dataset, transform, seed=train.seed, copy_paste=data.copy_paste),
         batch_sampler=sampler,
         collate=Collate(assigner),
         workers=worker_count(data.workers),

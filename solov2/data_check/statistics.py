@@ -180,7 +180,7 @@ def unseen_by_range(boxes: np.ndarray, image_sizes: np.ndarray, model: ModelConf
         boxes: float64 [N, 4] xyxy in pixels of the image.
         image_sizes: int64 [N, 2], (h, w) of the image of each box.
         model: its scale ranges are used.
-        data: its training sizes are used.
+        data: its training sizes are used, and how far random crops and sizes change them.
     """
     limits = np.tile(image_sizes[:, ::-1], 2)
     clipped = np.clip(boxes, 0, limits)
@@ -190,7 +190,7 @@ def unseen_by_range(boxes: np.ndarray, image_sizes: np.ndarray, model: ModelConf
         factors = np.minimum(data.train_long_edge / image_sizes.max(1), short / image_sizes.min(1))
         scales = np.sqrt(areas) * factors
         for low, high in model.scale_ranges:
-            covered |= (scales >= low) & (scales <= high)
+            covered |= (scales * data.zoom[1] >= low) & (scales * data.zoom[0] <= high)
     return ~covered
 
 

@@ -1,7 +1,7 @@
 """The masks of one image as COCO segmentations: hundreds of instances in a large image, without a plane for each.
 
-Nearest-neighbor resizing, flips and transposition only choose the source row and column of each pixel. The choice is
-remembered and applied when masks are drawn, straight at the final size and a few at a time.
+Nearest-neighbor resizing, crops, flips and transposition only choose the source row and column of each pixel. The
+choice is remembered and applied when masks are drawn, straight at the final size and a few at a time.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class EncodedMasks:
         """Resize to `size` (h, w), as `resize_masks` does."""
         first, second = (axis[source_indices(len(axis), target)] for axis, target in zip(self.axes, size))
         return replace(self, axes=(first, second))
+
+    def crop(self, rows: slice, columns: slice) -> EncodedMasks:
+        """The part of each mask in these rows and columns."""
+        return replace(self, axes=(self.axes[0][rows], self.axes[1][columns]))
 
     def flip(self, dims: Sequence[int]) -> EncodedMasks:
         """Reverse dimensions: 1 is top to bottom, 2 left to right."""

@@ -1,4 +1,4 @@
-"""The masks of one image where none overlap, as one map: resized, flipped and transposed at once, in little memory."""
+"""The masks of one image where none overlap, as one map: resized, cropped, flipped or transposed at once."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class MaskMap:
         """Resize to `size` (h, w), as `resize_masks` does."""
         rows, columns = (source_indices(n, m) for n, m in zip(self.values.shape, size))
         return replace(self, values=self.values.take(rows, axis=0).take(columns, axis=1))
+
+    def crop(self, rows: slice, columns: slice) -> MaskMap:
+        """The part of each mask in these rows and columns."""
+        return replace(self, values=self.values[rows, columns])
 
     def flip(self, dims: Sequence[int]) -> MaskMap:
         """Reverse dimensions: 1 is top to bottom, 2 left to right."""
