@@ -20,7 +20,8 @@ from solov2.commands.arguments import (
 from solov2.commands.exit import own_command, run_command
 from solov2.commands.screen import show
 from solov2.config import DEFAULT_MODEL, parse_overrides
-from solov2.errors import SAVE_TRAINING_MEMORY
+from solov2.errors import SAVE_TRAINING_MEMORY, InputError
+from solov2.outputs import check_outputs
 
 SETTINGS = (
     ("--epochs",),
@@ -92,6 +93,11 @@ def build_parser(typed: str = "solov2 train") -> Parser:
         action="store_true",
         help="print the resolved configuration, learning rates, batch sizes and memory of the run, and exit",
     )
+    parser.add_argument(
+        "--pictures",
+        metavar="FILE",
+        help="with --dry-run: draw the first training samples, augmented, beside their images (default: no)",
+    )
     add_shared_arguments(
         parser,
         "--weights",
@@ -102,7 +108,7 @@ def build_parser(typed: str = "solov2 train") -> Parser:
             "--precision": default,
             "--batch-size": default,
             "--workers": "per process; default: from the configuration",
-            "--overwrite": "the whole run folder; default: no",
+            "--overwrite": "the whole run folder, or the file of --pictures; default: no",
         },
     )
     add_data_arguments(parser)
@@ -125,6 +131,8 @@ def _run(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         return _dry_run(args, job, overrides)
+    if args.pictures is not None:
+        raise InputError("--pictures is for --dry-run; a run draws its predictions by itself")
     if args.nproc is not None and distributed.launched_processes(args.nproc) != args.nproc:
         # Report a mistake once, before the launch, and not in every process.
         config = prepare_job(args.model, **job, overrides=overrides).config
@@ -150,18 +158,29 @@ def _run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace, job: dict[str, Any], overrides: dict[str, Any]) -> int:
     from solov2 import distributed
     from solov2.compute import select_device
+    from solov2.data.build import split_paths
     from solov2.training.dry_run import describe
     from solov2.training.train import prepare_job, splits_of
 
     prepared = prepare_job(args.model, **job, overrides=overrides, writes=False)
     config, weights = prepared.config, (prepared.initial_weights or prepared.resume_from) is not None
+    annotations = [split_paths(config.data, split)[0] for split in splits_of(config)]
+    inputs = [args.model, args.weights, args.resume, *annotations]
+    check_outputs([("--pictures", args.pictures)], overwrite=args.overwrite, inputs=inputs)
     if args.nproc is not None:
         distributed.launched_processes(args.nproc)
     device = select_device(args.device)
     with distributed.process_group(device):
         if distributed.is_main():
             processes = args.nproc or distributed.world_size()
-            splits = splits_of(config)
-            for section in describe(config, device=device, processes=processes, splits=splits, weights=weights):
+            described = describe(
+                config,
+                device=device,
+                processes=processes,
+                splits=splits_of(config),
+                weights=weights,
+                pictures=args.pictures,
+            )
+            for section in described:
                 show(*section, "")
     return 0

@@ -74,9 +74,9 @@ def paste_sample(sample: dict[str, Any], source: dict[str, Any], corner: tuple[i
     for planes in _drawn(source["masks"]):
         whole = torch.zeros(len(planes), *size, dtype=torch.uint8)
         whole[:, rows, columns] = planes
-        cover |= whole.any(0)
+        cover |= whole.bool().any(0)
         pasted += encode_rle(whole)
-        used.append(planes.flatten(1).any(1))
+        used.append(planes.bool().flatten(1).any(1))
     if not cover.any():
         return sample
     behind, boxes, visible = _hide(sample["masks"], sample["boxes"], cover)

@@ -1,12 +1,13 @@
 """`train --dry-run`: report what a training run would do.
 
-Nothing is written, downloaded or generated, and no process is started.
+Nothing is downloaded or generated, no process is started, and only pictures are written, if they are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,12 @@ from solov2.data_check.quick import quick_check
 from solov2.errors import InputError, count
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.resize import padded_size, resized_size
+from solov2.outputs import check_outputs, write_picture
+from solov2.training.pictures import draw_samples
 from solov2.training.plan import Plan, announcement, config_text, hopeless_settings
 
 NUM_BATCHES = 4  # read from the first epoch
+NUM_PICTURES = 12  # training samples that are drawn
 TYPICAL_SIZE = (480, 640)  # (height, width) of most COCO images, in pixels
 INSTANCES_PER_IMAGE = 8  # assumed for the memory of the losses
 CELLS_PER_INSTANCE = 9  # positive cells, the maximum for one level
@@ -35,7 +39,13 @@ Rate = tuple[str, str, float]  # step, epoch, learning rate
 
 
 def describe(
-    config: Config, *, device: torch.device, processes: int, splits: Sequence[str], weights: bool
+    config: Config,
+    *,
+    device: torch.device,
+    processes: int,
+    splits: Sequence[str],
+    weights: bool,
+    pictures: str | Path | None = None,
 ) -> Iterator[list[str]]:
     """Yield the sections of the report as lists of lines, each as soon as it is ready.
 
@@ -45,14 +55,20 @@ def describe(
         processes: number of processes that would train together; the report is that of rank 0.
         splits: "train", and "val" if the run would evaluate.
         weights: whether the run would start from the weights of a file.
+        pictures: file for a picture of the first training samples, which may exist; None: no picture.
 
     Raises:
-        InputError: the dataset exists but is broken or too small for one step, or the model settings are invalid.
+        InputError: the dataset exists but is broken or too small for one step, or the model settings are invalid;
+            there is nothing to draw, or `pictures` is one of the images.
     """
     missing = missing_data(config, splits)
     dataset = training_dataset(config) if missing_data(config, ("train",)) is None else None
+    if dataset is None and pictures is not None:
+        raise InputError(f"--pictures {pictures} needs the training images, but there is {missing}")
     if dataset is not None:
         config = with_classes(config, dataset)
+        names = (folder / name for _, folder, names, _ in dataset.files() for name in names)
+        check_outputs([("--pictures", pictures)], overwrite=True, inputs=names if pictures else ())
     model = add_auxiliary_head(empty_model(config.model), config)
     images = batches = None
     if dataset is not None:
@@ -68,6 +84,11 @@ def describe(
     warnings += [] if dataset is None else quick_check(dataset, config)
     if warnings:
         yield [f"warning: {text}" for text in warnings]
+    if dataset is not None and pictures is not None:
+        alone = _without_workers(config)
+        sheet = draw_samples(alone, dataset, build_assigner(config.model), processes=processes, count=NUM_PICTURES)
+        write_picture(pictures, sheet)
+        yield [f"the first training samples are drawn in {pictures}"]
 
 
 def missing_data(config: Config, splits: Sequence[str]) -> str | None:
@@ -316,8 +337,11 @@ def _warmup_steps(train: TrainConfig) -> list[int]:
 
 def _loader(config: Config, dataset: ImageDataset, processes: int) -> tuple[DataLoader, TrainBatchSampler]:
     """Rank 0's loader and sampler in a run with this many processes; it loads without workers."""
-    config = replace(config, data=replace(config.data, workers=0))
-    return training_loader(config, dataset, build_assigner(config.model), processes=processes)
+    return training_loader(_without_workers(config), dataset, build_assigner(config.model), processes=processes)
+
+
+def _without_workers(config: Config) -> Config:
+    return replace(config, data=replace(config.data, workers=0))
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
