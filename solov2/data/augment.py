@@ -6,17 +6,19 @@ torchvision's `ColorJitter`; copy-paste, Ghiasi et al., arXiv 2012.07177.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from solov2.ops.encoded_masks import EncodedMasks
 from solov2.ops.mask_map import MaskMap
-from solov2.ops.masks import encode_rle, masks_to_boxes
+from solov2.ops.masks import masks_to_boxes, rle_from_columns
 
+Masks: TypeAlias = Tensor | EncodedMasks | MaskMap
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
@@ -68,26 +70,25 @@ def paste_sample(sample: dict[str, Any], source: dict[str, Any], corner: tuple[i
         A sample of the same size, whose masks are `EncodedMasks`; `sample` itself if no pixel is pasted.
     """
     size, (height, width) = tuple(sample["image"].shape[1:]), source["image"].shape[1:]
-    rows, columns = slice(corner[0], corner[0] + height), slice(corner[1], corner[1] + width)
-    cover = torch.zeros(size, dtype=torch.bool)
-    pasted, used = list[dict[str, Any]](), list[Tensor]()
-    for planes in _drawn(source["masks"]):
-        whole = torch.zeros(len(planes), *size, dtype=torch.uint8)
-        whole[:, rows, columns] = planes
-        cover |= whole.bool().any(0)
-        pasted += encode_rle(whole)
-        used.append(planes.bool().flatten(1).any(1))
-    if not cover.any():
+    cover = np.zeros(size, dtype=bool)
+    pasted, visible = list[dict[str, Any]](), list[bool]()
+    for mask, (top, left) in _windows(source["masks"]):
+        place = (top + corner[0], left + corner[1])
+        _part(cover, mask, place)[:] |= mask
+        pasted.append(rle_from_columns(mask.T, place, size)[0])
+        visible.append(bool(mask.any()))
+    if not any(visible):
         return sample
-    behind, boxes, visible = _hide(sample["masks"], sample["boxes"], cover)
+    behind, boxes, left_over = _hide(sample["masks"], sample["boxes"], cover)
+    kept = torch.tensor([*left_over, *visible])
+    shifted = source["boxes"] + torch.tensor([*corner[::-1], *corner[::-1]])
     ignored = {}
     if "ignored" in sample:
-        parts = sample["ignored"]
-        ignored["ignored"] = EncodedMasks.from_segmentations(_hide(parts, torch.zeros(len(parts), 4), cover)[0], size)
-    kept, shifted = torch.cat([visible, *used]), source["boxes"] + torch.tensor([*corner[::-1], *corner[::-1]])
+        rles, _, _ = _hide(sample["ignored"], torch.zeros(len(sample["ignored"]), 4), cover)
+        ignored["ignored"] = EncodedMasks.from_segmentations(rles, size)
     image = sample["image"].clone()
-    inside = image[:, rows, columns]
-    inside.copy_(torch.where(cover[rows, columns], source["image"], inside))
+    rows, columns = slice(corner[0], corner[0] + height), slice(corner[1], corner[1] + width)
+    np.copyto(image[:, rows, columns].numpy(), source["image"].numpy(), where=cover[rows, columns])
     return {
         **sample,
         **ignored,
@@ -98,24 +99,30 @@ def paste_sample(sample: dict[str, Any], source: dict[str, Any], corner: tuple[i
     }
 
 
-def _hide(
-    masks: Tensor | EncodedMasks | MaskMap, boxes: Tensor, cover: Tensor
-) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
-    """Masks without the pixels under `cover`, bool [h, w].
+def _hide(masks: Masks, boxes: Tensor, cover: np.ndarray) -> tuple[list[dict[str, Any]], Tensor, list[bool]]:
+    """N masks without the pixels under `cover`, bool [h, w].
 
     Returns:
-        N RLEs; boxes [N, 4], those of the visible part where something was hidden; bool [N], whether any pixel is left.
+        N RLEs; boxes [N, 4], those of the visible part where something was hidden; whether any pixel is left, N times.
     """
-    rles, tight, changed = list[dict[str, Any]](), [boxes[:0]], list[Tensor]()
-    for planes in _drawn(masks):
-        left = planes * ~cover
-        rles += encode_rle(left)
-        tight.append(masks_to_boxes(left))
-        changed.append((left != planes).flatten(1).any(1))
-    found = torch.cat(tight)
-    return rles, torch.where(torch.cat(changed)[:, None], found, boxes), found[:, 2] > 0
+    rles, boxes, left_over = list[dict[str, Any]](), boxes.clone(), list[bool]()
+    for (mask, corner), box in zip(_windows(masks), boxes, strict=True):
+        hidden = mask & _part(cover, mask, corner)
+        rle, tight = rle_from_columns((mask & ~hidden).T, corner, cover.shape)
+        if hidden.any():
+            box[:] = torch.tensor(tight)
+        rles.append(rle)
+        left_over.append(tight[2] > 0)
+    return rles, boxes, left_over
 
 
-def _drawn(masks: Tensor | EncodedMasks | MaskMap) -> Iterable[Tensor]:
-    """Masks as planes, uint8 [n, h, w], a few at a time."""
-    return (masks,) if isinstance(masks, Tensor) else (planes for planes, _ in masks.chunks())
+def _windows(masks: Masks) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+    """Each mask, bool, in a window outside of which it is 0, and the (top, left) of this window."""
+    for planes, extents in ((masks, masks_to_boxes(masks).long()),) if isinstance(masks, Tensor) else masks.chunks():
+        for plane, (x1, y1, x2, y2) in zip(planes.numpy().view(bool), extents.tolist(), strict=True):
+            yield plane[y1:y2, x1:x2], (y1, x1)
+
+
+def _part(cover: np.ndarray, mask: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
+    """The pixels of `cover` under a window of the shape of `mask` at a corner (top, left)."""
+    return cover[corner[0] : corner[0] + mask.shape[0], corner[1] : corner[1] + mask.shape[1]]
