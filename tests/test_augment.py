@@ -127,17 +127,12 @@ def test_each_strength_changes_what_it_names() -> None:
         assert not torch.equal(found, image)
 
 
-def test_colors_do_not_depend_on_the_number_of_threads() -> None:
-    """A worker has one thread, the training process has many."""
-    threads, image = torch.get_num_threads(), noise(3, 401, 503)
-    found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append([jitter_colors(image, (0.4, 0.4, 0.4, 0.1), draws(4, number)) for number in range(4)])
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+def test_the_mean_of_an_image_is_exact() -> None:
+    """Or else it depends on the number of threads, of which a worker has one and the training process many."""
+    for number in range(8):
+        half = noise(1, 601, 1003, seed=number).clamp(2, 254)
+        image = torch.cat([half, 256 - half.flip(2)], dim=1).repeat(3, 1, 1)  # torchvision's gray of level v is v - 1
+        assert (jitter_colors(image, (0, 1, 0, 0), (0, 0, 0, 0)) == 127).all()
 
 
 # ---- crops

@@ -44,7 +44,7 @@ def _adjust_contrast(image: Tensor, factor: float) -> Tensor:
     """torchvision's `adjust_contrast` with an exact mean: the sum of float32 depends on the number of threads."""
     gray = TF.rgb_to_grayscale(image)
     mean = int(gray.sum()) / gray.numel()
-    return image.mul(factor).add_((1 - factor) * mean).clamp_(0, 255).to(torch.uint8)
+    return image.mul(float(factor)).add_((1 - factor) * mean).clamp_(0, 255).to(torch.uint8)
 
 
 def random_window(size: tuple[int, int], limit: tuple[int, int], draws: Sequence[float]) -> Window:
