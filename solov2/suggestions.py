@@ -29,7 +29,7 @@ OTHER_NAMES = {
     "max_instances": "detections_per_image max_det max_dets max_per_img topk",
     "memory_format": "channels_last",
     "nms_sigma": "sigma",
-    "num_classes": "classes n_classes nc num_cls",
+    "num_classes": "n_classes nc num_cls",
     "optimizer": "opt optim",
     "pixel_mean": "image_mean mean",
     "pixel_std": "image_std std",

@@ -224,7 +224,8 @@ def test_bounds(name: str, entry: dataclasses.Field, kind: Any) -> None:
             words = [str(bound) for bound in limits.values() if bound is not None]
             refused(lambda given=given: set_to(name, given), name, *words, str(value))
     for value in good:
-        last = name == "model.input_scale" and value < 800  # its long edge must not be shorter than the short edge
+        # A long edge must not be shorter than the short edge, nor a maximum less than its minimum.
+        last = (name == "model.input_scale" and value < 800) or (name == "data.scale_jitter" and value > 1)
         given = with_number(entry.default, value, last=last)
         assert plain(set_to(name, given)) == plain(given)
 
