@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from solov2 import distributed
 from solov2.checkpoint import Checkpoint
+from solov2.class_rows import match_classes, match_stuff_classes
 from solov2.compute import HALF_TYPES, Compute, select_precision
 from solov2.config import Config, ModelConfig, changed_settings, load_config, override_config, replace_model
 from solov2.data.categories import (
@@ -22,7 +22,6 @@ from solov2.data.categories import (
     default_stuff_category_ids,
     default_stuff_names,
 )
-from solov2.data.class_matching import can_match, difference, match_names, shorten, similar_names
 from solov2.errors import InputError
 from solov2.losses import SOLOv2Criterion
 from solov2.models.fpn import FPN
@@ -33,7 +32,6 @@ from solov2.models.optimize import use_winograd
 from solov2.models.resnet import ResNet
 from solov2.models.semantic import SemanticHead
 from solov2.models.solov2 import SOLOv2
-from solov2.suggestions import did_you_mean
 from solov2.targets import TargetAssigner
 from solov2.weights import (
     CATEGORY_LAYER,
@@ -44,7 +42,6 @@ from solov2.weights import (
     check_fits,
     find_checkpoint,
     load_weights,
-    match_category_layer,
     semantic_tensors,
 )
 
@@ -116,9 +113,9 @@ def build_model(
     if checkpoint is not None:
         weights_by_name = checkpoint.weights
         if class_names is not None:
-            weights_by_name = _match_classes(model, weights_by_name, checkpoint)
+            weights_by_name = match_classes(model, weights_by_name, checkpoint)
         if stuff_names is not None:
-            weights_by_name = _match_stuff(model, weights_by_name, checkpoint)
+            weights_by_name = match_stuff_classes(model, weights_by_name, checkpoint)
         load_weights(model, weights_by_name, checkpoint.source)
         if name_or_config is not None and checkpoint.config is not None:
             _warn_config_mismatch(checkpoint, config, ignore={*TRAITS, *overrides, "num_classes", "num_stuff"})
@@ -128,34 +125,6 @@ def build_model(
         if stuff_ids is not None and stuff_names is None and len(stuff_ids) == len(stuff):
             model.stuff_category_ids = list(stuff_ids)
     return model.to(device or "cpu").eval()
-
-
-def restrict_classes(model: SOLOv2, class_names: Sequence[str], source: str) -> None:
-    """Let a model find some of its classes only, in the order of its labels: the others leave its last layer.
-
-    Args:
-        model: changed in place; its scores stay as they are.
-        class_names: of the classes to keep.
-        source: what the model comes from, for the message.
-
-    Raises:
-        InputError: the model is panoptic, or has no class of such a name.
-    """
-    if model.semantic_head is not None:
-        raise InputError("--classes has no panoptic form yet; leave it out")
-    for name in class_names:
-        if name not in model.class_names:
-            raise InputError(
-                f"{source} has no class '{name}'{did_you_mean(name, model.class_names)}; its classes are "
-                f"{shorten(model.class_names)}"
-            )
-    labels = [label for label, name in enumerate(model.class_names) if name in class_names]
-    layer = model.head.category_predictor
-    assert layer.bias is not None
-    layer.weight, layer.bias = (nn.Parameter(values.detach()[labels]) for values in (layer.weight, layer.bias))
-    layer.out_channels = len(labels)
-    model.class_names = [model.class_names[label] for label in labels]
-    model.category_ids = [model.category_ids[label] for label in labels]
 
 
 def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpoint: Checkpoint) -> None:
@@ -173,47 +142,6 @@ def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpo
         for state in (expected, checkpoint.weights)
     )
     check_fits(expected, stored, checkpoint.source)
-
-
-def _match_classes(model: SOLOv2, weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights, with the rows of the category layer moved to the model's classes of the same name."""
-    rows = _matching_rows(model.class_names, checkpoint.class_names, weights, checkpoint.source, CATEGORY_LAYER)
-    return weights if rows is None else match_category_layer(model, weights, rows)
-
-
-def _match_stuff(model: SOLOv2, weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights, with the rows of the stuff layer moved likewise; the row of the things stays the last."""
-    known = checkpoint.stuff_names
-    rows = _matching_rows(model.stuff_names, known, weights, checkpoint.source, STUFF_LAYER, others=1)
-    return weights if rows is None else match_category_layer(model, weights, [*rows, len(known or [])], STUFF_LAYER)
-
-
-def _matching_rows(
-    names: list[str],
-    known: list[str] | None,
-    weights: Mapping[str, Tensor],
-    source: str,
-    layer: str,
-    *,
-    others: int = 0,
-) -> list[int | None] | None:
-    """For each name its row in a layer of the weights, which has `others` more rows; None if names cannot tell."""
-    bias = weights.get(f"{layer}.bias")
-    if known is None or not can_match(known, names) or bias is None or len(bias) != len(known) + others:
-        return None
-    rows = match_names(names, known)
-    kept = [name for name, row in zip(names, rows, strict=True) if row is not None]
-    new = [name for name, row in zip(names, rows, strict=True) if row is None]
-    if new:
-        LOG.warning(
-            "%s: the %s layer is re-initialized for %s and kept for %s%s; all other weights are kept",
-            source,
-            "category" if layer == CATEGORY_LAYER else "stuff",
-            shorten(new),
-            shorten(kept) or "no class",
-            similar_names(new, difference(known, names)),
-        )
-    return rows
 
 
 def _model_config(given: str | Path | Config | ModelConfig | None, checkpoint: Checkpoint | None) -> ModelConfig:

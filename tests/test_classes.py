@@ -12,8 +12,9 @@ from helpers.tiny_panoptic import panoptic_arguments
 from helpers.tiny_runs import arguments, tiny_config
 
 import solov2
-from solov2.build import build_model, restrict_classes
+from solov2.build import build_model
 from solov2.checkpoint import Checkpoint
+from solov2.class_rows import restrict_classes
 from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.predict import main as predict_main
 from solov2.commands.train import main as train_main

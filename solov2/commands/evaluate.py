@@ -142,7 +142,8 @@ class _Subject:
 
 def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | None, compute: Compute) -> _Subject:
     """The model, or the oracle, with the data, checked."""
-    from solov2.build import build_assigner, build_model, restrict_classes
+    from solov2.build import build_assigner, build_model
+    from solov2.class_rows import restrict_classes
     from solov2.data.build import oracle_dataset, validation_dataset, with_classes
     from solov2.data.coco import CocoInstances
     from solov2.evaluation.coco import limit_warning

@@ -93,7 +93,8 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from solov2.build import build_model, resolve_config, restrict_classes
+    from solov2.build import build_model, resolve_config
+    from solov2.class_rows import restrict_classes
     from solov2.compute import reuse_freed_memory, select_device
     from solov2.weights import find_checkpoint
 
