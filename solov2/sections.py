@@ -162,7 +162,6 @@ class DataConfig(Settings):
         "[min, max] random factor on the training size; above 1, what exceeds that size is cut off at random; [1, 1]: "
         "none",
         above=0,
-        maximum=100,
     )
     copy_paste: float = setting(
         0, "probability of pasting instances of another image; not for panoptic models", minimum=0, maximum=1
