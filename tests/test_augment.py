@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -347,6 +348,21 @@ def test_batches_for_any_number_of_workers_and_a_resumed_epoch(changes: tuple[st
         there = batches(config, workers, 2)
         assert len(there) == 4 and all(map(same, alone, there)), workers
     assert not same(alone[0], batches(config, 0, 3)[0])
+
+
+def test_a_broken_source_of_pasted_instances(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    for skip in (False, True):
+        config = tiny_config(f"data.root={tmp_path / 'data'}", "data.copy_paste=1", f"data.skip_broken_images={skip}")
+        dataset = training_dataset(config)
+        broken = dataset.image_root / dataset.record(0).file_name
+        broken.write_bytes(b"")
+        samples = training_loader(config, dataset, build_assigner(config.model))[0].dataset
+        if skip:
+            assert len([samples[1, 0, position] for position in range(100)]) == 100 and broken.name in caplog.text
+        else:
+            with pytest.raises(InputError, match=broken.name):
+                _ = [samples[1, 0, position] for position in range(100)]
 
 
 def test_panoptic_maps_stay_on_their_masks(tmp_path: Path) -> None:
