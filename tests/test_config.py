@@ -27,6 +27,7 @@ PUBLISHED = {
     "solov2_r50_fpn_1x", "solov2_r50_fpn_3x", "solov2_r101_fpn_3x", "solov2_r101_dcn_fpn_3x", "solov2_x101_dcn_fpn_3x",
     "solov2_light_r18_fpn_3x", "solov2_light_r34_fpn_3x", "solov2_light_r50_fpn_3x", "solov2_light_r50_dcn_fpn_3x",
     "solov2_panoptic_r50_fpn_1x", "solov2_panoptic_r50_fpn_3x", "solov2_panoptic_r101_fpn_3x",
+    "solov2_r50_fpn_3x_plus", "solov2_light_r50_fpn_3x_plus",
 }  # fmt: skip
 
 

@@ -405,9 +405,8 @@ def test_command_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_published_weights_are_downloaded_into_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every published name is a model, a cached file is used, and the offline error says what to do."""
-    assert set(PUBLISHED_WEIGHTS) == {
-        name for name in list_models() if "quickstart" not in name and "panoptic" not in name
-    }
+    unpublished = {name for name in list_models() if any(part in name for part in ("quickstart", "panoptic", "plus"))}
+    assert set(PUBLISHED_WEIGHTS) == set(list_models()) - unpublished
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     name = "solov2_light_r34_fpn_3x"
 

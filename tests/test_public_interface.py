@@ -136,6 +136,8 @@ def test_model_names() -> None:
         "solov2_panoptic_r50_fpn_1x",
         "solov2_panoptic_r50_fpn_3x",
         "solov2_panoptic_r101_fpn_3x",
+        "solov2_r50_fpn_3x_plus",
+        "solov2_light_r50_fpn_3x_plus",
         "quickstart_panoptic",
     }
 

@@ -25,11 +25,17 @@ RECIPES = {
             "solov2_x101_dcn_fpn_3x",
             "solov2_panoptic_r50_fpn_3x",
             "solov2_panoptic_r101_fpn_3x",
+            "solov2_r50_fpn_3x_plus",
         ),
         (36, (27, 33), 1 / 3, FULL_SCALES, 1333, (1333, 800)),
     ),
     **dict.fromkeys(
-        ("solov2_light_r18_fpn_3x", "solov2_light_r34_fpn_3x", "solov2_light_r50_fpn_3x"),
+        (
+            "solov2_light_r18_fpn_3x",
+            "solov2_light_r34_fpn_3x",
+            "solov2_light_r50_fpn_3x",
+            "solov2_light_r50_fpn_3x_plus",
+        ),
         (36, (27, 33), 1 / 3, LIGHT_SCALES, 768, (768, 448)),
     ),
     "solov2_light_r50_dcn_fpn_3x": (36, (27, 33), 1 / 3, LIGHT_SCALES, 852, (852, 512)),
@@ -48,6 +54,9 @@ def test_recipes_are_the_published_ones() -> None:
         assert (train.reference_batch_size, train.clip_norm, train.mask_weight) == (16, 35, 3)
         assert train.decay_norms and data.flip_probability == 0.5 and not data.keep_empty
         assert config.model.frozen_stages == 1 and config.model.frozen_batch_norm
+        plus = name.endswith("_plus")
+        assert ((train.ema_decay, data.aspect_groups, data.crop_share) == (0.9999, 5, (0.3, 1))) == plus
+        assert (data.scale_jitter, data.copy_paste) == ((1, 1), 0) and any(data.color_jitter) == plus
         if "panoptic" in name:
             assert (config.model.num_stuff, config.model.semantic_channels, train.semantic_weight) == (53, 128, 0.5)
             assert config.model.panoptic_settings == PanopticSettings()

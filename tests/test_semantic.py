@@ -89,7 +89,7 @@ def test_float32_logits(name: str) -> None:
 
 
 def test_whole_network_is_the_references() -> None:
-    """R50-FPN with a semantic head: logits, and the label maps at the original sizes."""
+    """R50-FPN with a semantic head: logits, label maps, merged maps and segments at the original sizes."""
     stored, forward = STORED["model"], FORWARD["solov2_r50"]
     model = reference_model("solov2_r50", forward["overrides"])
     model.semantic_head = SemanticHead(256, 128, 53)
@@ -97,13 +97,31 @@ def test_whole_network_is_the_references() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == stored["parameters"] == 48_223_686
     assert len(model.state_dict()) == stored["entries"] == 409
     with torch.no_grad():
-        logits = model.double()(network_input(**forward["input"]).double())["semantic_logits"]
+        raw = model.double()(network_input(**forward["input"]).double())
+    logits = raw["semantic_logits"]
     assert_sampled(logits, MODEL_ARRAYS, "semantic_logits", 1e-9)
     for i, (meta, own) in enumerate(zip(stored["metas"], logits, strict=True)):
         height, width = meta["img_shape"]
         padded = F.interpolate(own[None], scale_factor=4, mode="bilinear")[..., :height, :width]
         labels = F.interpolate(padded, size=meta["ori_shape"], mode="bilinear")[0].argmax(0)
         assert np.array_equal(labels.numpy(), MODEL_ARRAYS[f"semantic_{i}"])
+    wanted = stored["images"]
+    sizes, original_sizes = ([meta[key] for meta in stored["metas"]] for key in ("img_shape", "ori_shape"))
+    assert {image["stuff_area_limit"] for image in wanted} == {300}
+    results = model.postprocess_panoptic(
+        raw,
+        sizes,
+        original_sizes,
+        panoptic_score_threshold=wanted[0]["score_threshold"],
+        panoptic_overlap_threshold=wanted[0]["overlap_threshold"],
+        stuff_area_limit=300,
+    )
+    for i, (image, result) in enumerate(zip(wanted, results, strict=True)):
+        assert len(result["scores"]) == image["instances"]
+        assert np.array_equal(result["panoptic_map"].numpy(), MODEL_ARRAYS[f"panoptic_{i}"])
+        names = {"id": "id", "isthing": "is_thing", "label": "label", "area": "area"}
+        found = [{theirs: segment[ours] for theirs, ours in names.items()} for segment in result["segments"]]
+        assert found == image["segments"]
 
 
 def test_stored_numbers_match_the_golden_files() -> None:
