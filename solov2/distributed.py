@@ -59,6 +59,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def launched_world_size() -> int:
+    """Number of processes, known before there is a process group; 1 without a launcher."""
+    return world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
 def restarted() -> bool:
     """Whether torchrun has restarted the workers after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from solov2.commands.arguments import (
@@ -19,7 +22,7 @@ from solov2.commands.arguments import (
 )
 from solov2.commands.exit import own_command, run_command
 from solov2.commands.screen import show
-from solov2.config import DEFAULT_MODEL, parse_overrides
+from solov2.config import DEFAULT_MODEL, override_config, parse_overrides
 from solov2.errors import SAVE_TRAINING_MEMORY, InputError
 from solov2.outputs import check_outputs
 
@@ -89,6 +92,13 @@ def build_parser(typed: str = "solov2 train") -> Parser:
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     parser.add_argument(
+        "--no-proposal",
+        dest="propose",
+        action="store_false",
+        help="keep the settings of the recipe for data in another layout or format than COCO's, too (default: those "
+        "that suit the data are proposed, printed, written to DIR.data beside the run folder, and used)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved configuration, learning rates, batch sizes and memory of the run, and exit",
@@ -128,6 +138,7 @@ def _run(args: argparse.Namespace) -> int:
         "output": args.output,
         "resume": False if args.resume is None else True if args.resume == "auto" else args.resume,
         "overwrite": args.overwrite,
+        "propose": args.propose,
     }
     if args.dry_run:
         return _dry_run(args, job, overrides)
@@ -135,9 +146,9 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("--pictures is for --dry-run; a run draws its predictions by itself")
     if args.nproc is not None and distributed.launched_processes(args.nproc) != args.nproc:
         # Report a mistake once, before the launch, and not in every process.
-        config = prepare_job(args.model, **job, overrides=overrides).config
-        if not config.data.shapes:
-            require_data(config, splits=splits_of(config))
+        prepared = prepare_job(args.model, **job, overrides=overrides, processes=args.nproc)
+        if not prepared.config.data.shapes and prepared.data_folder is None:  # what was found is there
+            require_data(prepared.config, splits=splits_of(prepared.config))
         distributed.relaunch(args.nproc, [*own_command("train"), *distributed.without_nproc(args.words)], args.device)
     try:
         train(
@@ -159,28 +170,34 @@ def _dry_run(args: argparse.Namespace, job: dict[str, Any], overrides: dict[str,
     from solov2 import distributed
     from solov2.compute import select_device
     from solov2.data.build import split_paths
+    from solov2.proposal.files import write_files
     from solov2.training.dry_run import describe
     from solov2.training.train import prepare_job, splits_of
 
-    prepared = prepare_job(args.model, **job, overrides=overrides, writes=False)
+    if args.nproc is not None:
+        distributed.launched_processes(args.nproc)
+    prepared = prepare_job(args.model, **job, overrides=overrides, processes=args.nproc, writes=False)
     config, weights = prepared.config, (prepared.initial_weights or prepared.resume_from) is not None
     annotations = [split_paths(config.data, split)[0] for split in splits_of(config)]
     inputs = [args.model, args.weights, args.resume, *annotations]
     check_outputs([("--pictures", args.pictures)], overwrite=args.overwrite, inputs=inputs)
-    if args.nproc is not None:
-        distributed.launched_processes(args.nproc)
     device = select_device(args.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device), tempfile.TemporaryDirectory() as aside:
         if distributed.is_main():
             processes = args.nproc or distributed.world_size()
+            splits = splits_of(config)
+            place = str(prepared.data_folder)
+            if prepared.data_folder is not None:  # the files that a run would write, where nobody finds them
+                show(*prepared.notes, "")
+                write_files(Path(aside), prepared.files)
+                paths = {key: getattr(config.data, key) for key in ("train_annotations", "val_annotations")}
+                place = os.path.abspath(place)
+                config = override_config(
+                    config, {f"data.{key}": path.replace(place, aside, 1) for key, path in paths.items()}
+                )
             described = describe(
-                config,
-                device=device,
-                processes=processes,
-                splits=splits_of(config),
-                weights=weights,
-                pictures=args.pictures,
+                config, device=device, processes=processes, splits=splits, weights=weights, pictures=args.pictures
             )
             for section in described:
-                show(*section, "")
+                show(*(line.replace(aside, place) for line in section), "")
     return 0

@@ -90,7 +90,7 @@ def _images(
 ) -> dict[str, AnnotatedImage | None]:
     """{id: image} of the images; None for those without a file."""
     found: dict[str, AnnotatedImage | None] = {}
-    split = split_of(short_name(path, place)) or _split_in_name(path.stem)
+    split = split_of_file(path, place)
     for number, entry in enumerate(fields.entries(content, "images", str(path)), start=1):
         where = f"{path}, image {number}"
         key, name = _key(entry, "id", where), fields.text(entry, "file_name", where)
@@ -104,9 +104,10 @@ def _images(
     return found
 
 
-def _split_in_name(stem: str) -> str | None:
-    words = re.split(r"[^a-z]+", stem.lower())
-    return next((SPLITS[word] for word in words if word in SPLITS), None)
+def split_of_file(path: Path, place: Path) -> str | None:
+    """The split that an annotation file is of, by its folders below `place` and by its name; None if they say none."""
+    words = re.split(r"[^a-z]+", path.stem.lower())
+    return split_of(short_name(path, place)) or next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
 def _read_annotations(

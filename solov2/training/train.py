@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ from solov2.errors import InputError, count
 from solov2.evaluation.summary import flatten
 from solov2.models.solov2 import SOLOv2
 from solov2.outputs import check_cleared_folder, replace_file
+from solov2.proposal.files import check_data_folder, data_folder, file_contents, write_files
+from solov2.proposal.find import FoundData, absolute_paths, class_names, find_data, folder_to_search
+from solov2.proposal.propose import data_facts, proposal_lines
+from solov2.proposal.propose import propose as propose_settings
 from solov2.training.backbone import load_pretrained_backbone
 from solov2.training.callbacks import Callback, TensorBoard, check_callbacks, tensorboard_writer
 from solov2.training.dry_run import max_padded_size
@@ -89,6 +93,9 @@ class Job:
     initial_weights: Checkpoint | None  # to fine-tune
     resume_from: Checkpoint | None
     clear_folder: bool = False
+    data_folder: Path | None = None  # for `files`
+    files: dict[str, str] = field(default_factory=dict)  # name -> content, of data in another layout
+    notes: list[str] = field(default_factory=list)  # what was found and is proposed
 
 
 def train(
@@ -100,6 +107,7 @@ def train(
     resume: bool | str | Path | None = False,
     device: str | None = None,
     overwrite: bool = False,
+    propose: bool = False,
     tensorboard: bool = False,
     max_hours: float | None = None,
     callbacks: Sequence[Callback] = (),
@@ -113,9 +121,10 @@ def train(
     Args:
         name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default:
             solov2_r50_fpn_1x, or with `resume` the configuration of the checkpoint.
-        data: a folder with annotations/, train2017/ and val2017/, or some of {"train_annotations", "train_images",
-            "val_annotations", "val_images"}, of panoptic data also "train_segments" and "val_segments", the folders of
-            the PNGs; default: from the configuration.
+        data: a folder with annotations/, train2017/ and val2017/; a folder in another layout or format, whose
+            annotations are found (`solov2.proposal.find`) and, if necessary, written to OUTPUT.data; or some of
+            {"train_annotations", "train_images", "val_annotations", "val_images"}, of panoptic data also
+            "train_segments" and "val_segments", the folders of the PNGs; default: from the configuration.
         weights: checkpoint of any family to start from, or "official" for the published one; default: an ImageNet
             backbone.
         output: run folder; default: runs/NAME.
@@ -123,6 +132,8 @@ def train(
             continues bit-identically.
         device: e.g. "cpu"; default: the accelerator of this process, if there is one.
         overwrite: replace the contents of the run folder.
+        propose: where `data` is a folder in another layout than COCO's, also change the settings that are not among
+            `overrides` to those that suit it, as the command does (`solov2.proposal.propose`).
         tensorboard: also write event files (needs the extra `tensorboard`).
         max_hours: stop with a checkpoint before the first step that would start this many hours after the call; a
             resumed run has its own limit. An evaluation is completed. Default: no limit.
@@ -152,6 +163,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         overrides=overrides,
+        propose=propose,
     )
     if tensorboard:
         callbacks = [*callbacks, TensorBoard(job.folder)]
@@ -179,12 +191,14 @@ def prepare_job(
     resume: bool | str | Path | None = False,
     overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    propose: bool = False,
+    processes: int | None = None,
     writes: bool = True,
 ) -> Job:
     """Check everything about a run that can be checked before data is read and processes are started.
 
     The arguments are those of `train`; `overrides` also accepts keys of the form "section.key". With `writes` False (a
-    dry run) the run folder is not checked.
+    dry run) the run folder is not checked. `processes` is the number that will train; default: those of the launch.
 
     Raises:
         InputError: the model name, a setting, the run folder, the weights or the checkpoint is invalid.
@@ -194,12 +208,16 @@ def prepare_job(
         return locate_data(override_config(config, overrides or {}), data, chosen=overrides or {})
 
     resume = False if resume is None else resume
-    config = override(_load(name_or_config or DEFAULT_MODEL))
+    recipe = _load(name_or_config or DEFAULT_MODEL)
+    config = override(recipe)
     folder = Path(output or f"runs/{config.name}")
     checkpoint = check_folder(folder, resume, overwrite) if writes or resume is not False else None
     if checkpoint is not None and name_or_config is None:
         stored = checkpoint.configuration()
         config = config if stored is None else override(stored)
+    search = folder_to_search(config, data)
+    if checkpoint is not None and search is not None and (stored := checkpoint.configuration()) is not None:
+        config, search = override_config(stored, overrides or {}), None  # the data and the proposal of its start
     if checkpoint is not None:
         check_resumable(config, checkpoint)
     initial = find_checkpoint(weights, config) if checkpoint is None else None
@@ -217,7 +235,43 @@ def prepare_job(
         if isinstance(name_or_config, (str, Path)) and Path(name_or_config).is_file():  # and not the name of a model
             inputs.append(Path(name_or_config))
         check_cleared_folder(folder, inputs)
-    return Job(config, folder, initial, checkpoint, clear)
+    job = Job(config, folder, initial, checkpoint, clear)
+    found = None if search is None else find_data(search)
+    if found is not None:
+        base = None if isinstance(name_or_config, Config) else name_or_config or DEFAULT_MODEL
+        _use_found(job, found, base if propose else None, recipe, propose, overrides or {}, processes, clear and writes)
+    return job
+
+
+def _use_found(
+    job: Job,
+    found: FoundData,
+    base: str | Path | None,
+    recipe: Config,
+    propose: bool,
+    overrides: Mapping[str, Any],
+    processes: int | None,
+    clears: bool,
+) -> None:
+    """Let a job train on data that was found, with the settings proposed for it."""
+    folder = data_folder(job.folder)
+    check_data_folder(folder)
+    if clears:
+        check_cleared_folder(job.folder, [*found.files.values(), *found.images.values()])
+    config = override_config(job.config, {f"data.{key}": path for key, path in absolute_paths(found, folder).items()})
+    job.notes = list(found.notes)
+    if propose:
+        processes = processes or distributed.launched_world_size()
+        facts = data_facts(found.contents, config)
+        source = None if job.initial_weights is None else job.initial_weights.source
+        config, changes = propose_settings(
+            recipe, config, facts, chosen=overrides, weights=source is not None, processes=processes
+        )
+        names = class_names(found)
+        job.notes += proposal_lines(config, changes, weights=source, classes=names, processes=processes)
+    job.config, job.data_folder = config, folder
+    written = {part: content for part, content in found.contents.items() if part not in found.files}
+    job.files = file_contents(written, base, recipe, config)
 
 
 def splits_of(config: Config) -> tuple[str, ...]:
@@ -233,6 +287,10 @@ def _run_job(job: Job, compute: Compute, *, callbacks: Sequence[Callback], deadl
     started = time.perf_counter()
     checkpoint = job.resume_from
     check_ranks_agree(None if checkpoint is None else Path(checkpoint.source).name, job.folder)
+    if job.data_folder is not None and distributed.is_main():
+        write_files(job.data_folder, job.files)
+        for line in [*job.notes, *(f"wrote {job.data_folder / name}" for name in job.files)]:
+            LOG.info("%s", line)
     prepare_data(job.config, splits=splits_of(job.config))
     dataset = training_dataset(job.config)
     validation = open_validation(job.config, dataset)
