@@ -139,6 +139,7 @@ RUNS = {
     "solov2 models": "",
     "solov2 import mine/labelme --output mine/all.json --val-split 0.2": "--overwrite",
     'solov2 train solov2_r50_fpn_1x --set train.epochs=6 --set "data.train_scales=[640]"': "--dry-run",
+    "solov2 train solov2_light_r18_fpn_3x --data mine/labelme": "--dry-run --device cpu",
     "solov2 train mine.yaml": f"{HERE} --output runs/yaml {FEW}",
     "python eval.py --weights runs/quickstart/best.pth --results results.json": HERE,
     "python benchmark.py --json now.json": TIMED,

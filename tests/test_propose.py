@@ -66,11 +66,10 @@ def test_tiny_instances_get_a_larger_input_and_other_ranges() -> None:
     assert config.model.scale_ranges[0][0] <= scale <= config.model.scale_ranges[0][1]
 
 
-def test_crowds_of_instances_raise_the_limits_and_refine_the_grids() -> None:
+def test_crowds_of_instances_raise_the_limits() -> None:
     config, changes = proposed(content(30, 30, per_image=250))
     assert config.data.max_detections == config.model.max_instances == 300
     assert changes["data.max_detections"].value == 300
-    assert config.model.grid_sizes[0] > CONFIG.model.grid_sizes[0]
 
 
 def test_a_batch_is_no_larger_than_the_dataset() -> None:
