@@ -203,13 +203,11 @@ def proposal_lines(
     """
     train = config.train
     images = train.batch_size * processes * train.accumulate
+    start = f"{train.pretrained_backbone} backbone" if _has_backbone(config) else "random weights"
     if weights is not None:
         start = weights
     elif config.name in PUBLISHED_WEIGHTS:
-        better = "--weights official (a download), or a file, reaches more in less time"
-        start = f"{train.pretrained_backbone} backbone; {better}"
-    else:
-        start = f"{train.pretrained_backbone} backbone" if _has_backbone(config) else "random weights"
+        start += "; --weights official (a download), or a file, reaches more in less time"
     rows = [(change.setting, str(_plain(change.value)), change.reason) for change in changes]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     return [
