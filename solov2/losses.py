@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from solov2.ops.panoptic import IGNORED
+
 DICE_EPSILON = 1e-3  # on each of the two squared sums, as in the reference
-IGNORED = 255  # label of void pixels in semantic maps
 COUNT_EPSILON = torch.finfo(torch.float32).eps  # mmdetection's guard against a zero divisor of the focal loss
 
 

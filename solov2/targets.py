@@ -6,19 +6,17 @@ SOLOv2 (Wang et al. 2020, section 2.1.4) keeps the label assignment of SOLO (arX
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from solov2.ops.encoded_masks import EncodedMasks
-from solov2.ops.mask_map import MaskMap
+from solov2.ops.mask_map import Masks
 from solov2.ops.masks import centers_of_mass
+from solov2.ops.panoptic import IGNORED
 from solov2.ops.resize import quarter_masks
 
-IGNORED = 255  # label of pixels that nobody has annotated
 BLOCK_CENTERS = slice(2, None, 4)  # of blocks of 4 pixels
-Masks: TypeAlias = Tensor | EncodedMasks | MaskMap
 
 
 class TargetAssigner:

@@ -17,7 +17,7 @@ from solov2.formats import labelme, yolo
 from solov2.formats.annotated import Reading
 from solov2.formats.recognize import read
 from solov2.proposal.find import FoundData, class_names, find_data, folder_to_search
-from solov2.training.train import prepare_job
+from solov2.training.job import prepare_job
 from tests.helpers.tiny_runs import SETTINGS
 
 

@@ -128,8 +128,9 @@ def build_parser(typed: str = "solov2 train") -> Parser:
 def _run(args: argparse.Namespace) -> int:
     from solov2 import distributed
     from solov2.data.build import require_data
+    from solov2.training.job import prepare_job, splits_of
     from solov2.training.signals import Stopped
-    from solov2.training.train import prepare_job, splits_of, train
+    from solov2.training.train import train
 
     overrides = parse_overrides(args.set) | given(args, FLAGS)
     job: dict[str, Any] = {
@@ -172,7 +173,7 @@ def _dry_run(args: argparse.Namespace, job: dict[str, Any], overrides: dict[str,
     from solov2.data.build import split_paths
     from solov2.proposal.files import write_files
     from solov2.training.dry_run import describe
-    from solov2.training.train import prepare_job, splits_of
+    from solov2.training.job import prepare_job, splits_of
 
     if args.nproc is not None:
         distributed.launched_processes(args.nproc)

@@ -7,7 +7,7 @@ torchvision's `ColorJitter`; copy-paste, Ghiasi et al., arXiv 2012.07177.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from solov2.ops.encoded_masks import EncodedMasks
-from solov2.ops.mask_map import MaskMap
+from solov2.ops.mask_map import Masks
 from solov2.ops.masks import masks_to_boxes, rle_from_columns
 
-Masks: TypeAlias = Tensor | EncodedMasks | MaskMap
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 

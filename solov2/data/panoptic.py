@@ -26,10 +26,9 @@ from solov2.data.panoptic_file import Segment, open_annotations
 from solov2.errors import InputError, count
 from solov2.ops.images import MAX_PIXELS
 from solov2.ops.mask_map import MaskMap
-from solov2.ops.panoptic import replace_ids
+from solov2.ops.panoptic import IGNORED, replace_ids
 
 LOG = logging.getLogger(__name__)
-VOID = 255  # in the semantic map
 
 
 class CocoPanoptic(ImageDataset):
@@ -166,7 +165,7 @@ class CocoPanoptic(ImageDataset):
             if self.training:
                 instances, ids = self._instances(segments), self.panoptic.read_map(record.image_id)
                 labels = {segment.id: self._semantic_labels[segment.category_id] for segment in segments}
-                sample["semantic"] = torch.from_numpy(replace_ids(ids, labels, other=VOID, dtype=np.uint8))
+                sample["semantic"] = torch.from_numpy(replace_ids(ids, labels, other=IGNORED, dtype=np.uint8))
             masks = MaskMap(np.array([segment.id for segment in instances], dtype=np.int64), ids)
             sample["masks"] = _draw(masks) if self.decode_masks else masks
         boxes = [_corners(segment.box) for segment in instances]

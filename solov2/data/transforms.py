@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from solov2.compute import span
 from solov2.data.augment import Window, jitter_colors, paste_sample, random_window
 from solov2.data.image_dataset import ImageDataset
-from solov2.ops.encoded_masks import EncodedMasks
-from solov2.ops.mask_map import MaskMap
+from solov2.ops.mask_map import Masks
 from solov2.ops.resize import resize_image, resize_map, resize_masks, resized_size
 
 Sample = dict[str, Any]
@@ -34,7 +33,7 @@ def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
     }
 
 
-def _resize_masks(masks: Tensor | EncodedMasks | MaskMap, size: tuple[int, int]) -> Tensor | EncodedMasks | MaskMap:
+def _resize_masks(masks: Masks, size: tuple[int, int]) -> Masks:
     return resize_masks(masks, size) if isinstance(masks, Tensor) else masks.resize(size)
 
 
@@ -98,7 +97,7 @@ def crop_sample(sample: Sample, window: Window) -> Sample:
     }
 
 
-def _crop_masks(masks: Tensor | EncodedMasks | MaskMap, rows: slice, columns: slice) -> Tensor | EncodedMasks | MaskMap:
+def _crop_masks(masks: Masks, rows: slice, columns: slice) -> Masks:
     return masks[:, rows, columns] if isinstance(masks, Tensor) else masks.crop(rows, columns)
 
 

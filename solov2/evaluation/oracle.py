@@ -11,8 +11,8 @@ from torch import Tensor
 
 from solov2.models.panoptic import postprocess_panoptic
 from solov2.models.postprocess import postprocess
+from solov2.ops.panoptic import IGNORED
 from solov2.settings import PanopticSettings, PostprocessSettings
-from solov2.targets import IGNORED
 
 LOGIT = 20.0  # sigmoid(20) is 1 in float32, so scores are 1 and masks equal the targets
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from solov2.ops.encoded_masks import EncodedMasks
 from solov2.ops.masks import CHUNK_BYTES, planes_at_once
 from solov2.ops.panoptic import measure_segments
 from solov2.ops.resize import source_indices
@@ -71,3 +73,7 @@ class MaskMap:
             for key, plane, (x1, y1, x2, y2) in zip(keys, planes, extents):
                 plane[y1:y2, x1:x2] = self.values[y1:y2, x1:x2] == key
             yield torch.from_numpy(planes), torch.tensor(extents, dtype=torch.int64).reshape(-1, 4)
+
+
+Masks: TypeAlias = Tensor | EncodedMasks | MaskMap
+"""N masks of one image: planes uint8 or bool [N, h, w], or what is only drawn at the size of the targets."""

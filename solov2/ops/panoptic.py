@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor, from_numpy
 
 MAX_SEGMENT_ID = 2**24 - 1  # three bytes
+IGNORED = 255  # label of pixels in a semantic map that nobody has annotated, or that do not count
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from solov2 import distributed
 from solov2.compute import Compute, span
 from solov2.errors import OutOfMemory, memory_shortage
-from solov2.losses import IGNORED, SOLOv2Criterion
+from solov2.losses import SOLOv2Criterion
+from solov2.ops.panoptic import IGNORED
 from solov2.training.guard import FAILED, OVERFLOWED
 
 Counts: TypeAlias = tuple[int | None, int | None]  # num_positives and num_labeled of `SOLOv2Criterion.forward`

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,9 @@ from solov2.build import (
 )
 from solov2.checkpoint import Checkpoint
 from solov2.compute import Compute, select_device
-from solov2.config import DEFAULT_MODEL, Config, load_config, override_config
+from solov2.config import Config
 from solov2.data.build import (
-    locate_data,
     prepare_data,
-    segments_of,
-    split_paths,
     training_dataset,
     training_loader,
     with_classes,
@@ -43,28 +40,24 @@ from solov2.data_check.quick import quick_check
 from solov2.errors import InputError, count
 from solov2.evaluation.summary import flatten
 from solov2.models.solov2 import SOLOv2
-from solov2.outputs import check_cleared_folder, replace_file
-from solov2.proposal.files import check_data_folder, data_folder, file_contents, write_files
-from solov2.proposal.find import FoundData, absolute_paths, class_names, find_data, folder_to_search
-from solov2.proposal.propose import data_facts, proposal_lines
-from solov2.proposal.propose import propose as propose_settings
+from solov2.outputs import replace_file
+from solov2.proposal.files import write_files
 from solov2.training.backbone import load_pretrained_backbone
 from solov2.training.callbacks import Callback, TensorBoard, check_callbacks, tensorboard_writer
 from solov2.training.dry_run import max_padded_size
 from solov2.training.environment import conditions, environment, file_sha256
 from solov2.training.epochs import train_epochs
-from solov2.training.folder import check_folder, check_ranks_agree, is_restart, latest_checkpoint, run_folder
+from solov2.training.folder import check_ranks_agree, latest_checkpoint, run_folder
 from solov2.training.guard import DELAY
+from solov2.training.job import Job, prepare_job, splits_of
 from solov2.training.logger import RunLogger, format_seconds
 from solov2.training.optim import WeightAverage, build_optimizer
 from solov2.training.plan import Plan, announcement, config_text, hopeless_settings
 from solov2.training.randomness import determinism
-from solov2.training.resume import check_resumable
 from solov2.training.resume import resume as resume_run
 from solov2.training.run import Run
 from solov2.training.signals import stop_message
 from solov2.training.validation import open_validation, show_summary
-from solov2.weights import apply_weight_metadata, find_checkpoint
 
 LOG = logging.getLogger(__name__)
 
@@ -82,20 +75,6 @@ class TrainResult:
     best: Path | None
     last: Path | None
     metrics: dict[str, float]
-
-
-@dataclass
-class Job:
-    """A run that has passed every check that needs neither data nor a device."""
-
-    config: Config
-    folder: Path
-    initial_weights: Checkpoint | None  # to fine-tune
-    resume_from: Checkpoint | None
-    clear_folder: bool = False
-    data_folder: Path | None = None  # for `files`
-    files: dict[str, str] = field(default_factory=dict)  # name -> content, of data in another layout
-    notes: list[str] = field(default_factory=list)  # what was found and is proposed
 
 
 def train(
@@ -180,107 +159,6 @@ def train(
         raise KeyboardInterrupt(stop_message(signal.SIGINT, job.folder)) from error
     finally:
         kill_children(exclude=earlier_children)
-
-
-def prepare_job(
-    name_or_config: str | Path | Config | None,
-    *,
-    data: str | Path | Mapping[str, str | Path] | None = None,
-    weights: str | Path | Checkpoint | None = None,
-    output: str | Path | None = None,
-    resume: bool | str | Path | None = False,
-    overwrite: bool = False,
-    overrides: Mapping[str, Any] | None = None,
-    propose: bool = False,
-    processes: int | None = None,
-    writes: bool = True,
-) -> Job:
-    """Check everything about a run that can be checked before data is read and processes are started.
-
-    The arguments are those of `train`; `overrides` also accepts keys of the form "section.key". With `writes` False (a
-    dry run) the run folder is not checked. `processes` is the number that will train; default: those of the launch.
-
-    Raises:
-        InputError: the model name, a setting, the run folder, the weights or the checkpoint is invalid.
-    """
-
-    def override(config: Config) -> Config:
-        return locate_data(override_config(config, overrides or {}), data, chosen=overrides or {})
-
-    resume = False if resume is None else resume
-    recipe = _load(name_or_config or DEFAULT_MODEL)
-    config = override(recipe)
-    folder = Path(output or f"runs/{config.name}")
-    checkpoint = check_folder(folder, resume, overwrite) if writes or resume is not False else None
-    if checkpoint is not None and name_or_config is None:
-        stored = checkpoint.configuration()
-        config = config if stored is None else override(stored)
-    search = folder_to_search(config, data)
-    if checkpoint is not None and search is not None and (stored := checkpoint.configuration()) is not None:
-        config, search = override_config(stored, overrides or {}), None  # the data and the proposal of its start
-    if checkpoint is not None:
-        check_resumable(config, checkpoint)
-    initial = find_checkpoint(weights, config) if checkpoint is None else None
-    source = checkpoint or initial  # a resumed run keeps the metadata of the weights it started from
-    if source is not None:
-        config = replace(config, model=apply_weight_metadata(config.model, source))
-    # --overwrite applies only to the first start of a launch, and never deletes the checkpoint to resume from.
-    inside = checkpoint is not None and Path(checkpoint.source).parent.resolve() == folder.resolve()
-    clear = overwrite and not inside and not is_restart(folder)
-    if clear and writes:
-        inputs = [path for split in splits_of(config) for path in split_paths(config.data, split)]
-        inputs += [path for split in splits_of(config) if (path := segments_of(config.data, split)) is not None]
-        if source is not None:
-            inputs.append(Path(source.source))
-        if isinstance(name_or_config, (str, Path)) and Path(name_or_config).is_file():  # and not the name of a model
-            inputs.append(Path(name_or_config))
-        check_cleared_folder(folder, inputs)
-    job = Job(config, folder, initial, checkpoint, clear)
-    found = None if search is None else find_data(search)
-    if found is not None:
-        base = None if isinstance(name_or_config, Config) else name_or_config or DEFAULT_MODEL
-        _use_found(job, found, base if propose else None, recipe, propose, overrides or {}, processes, clear and writes)
-    return job
-
-
-def _use_found(
-    job: Job,
-    found: FoundData,
-    base: str | Path | None,
-    recipe: Config,
-    propose: bool,
-    overrides: Mapping[str, Any],
-    processes: int | None,
-    clears: bool,
-) -> None:
-    """Let a job train on data that was found, with the settings proposed for it."""
-    folder = data_folder(job.folder)
-    check_data_folder(folder)
-    if clears:
-        check_cleared_folder(job.folder, [*found.files.values(), *found.images.values()])
-    config = override_config(job.config, {f"data.{key}": path for key, path in absolute_paths(found, folder).items()})
-    job.notes = list(found.notes)
-    if propose:
-        processes = processes or distributed.launched_world_size()
-        facts = data_facts(found.contents, config)
-        source = None if job.initial_weights is None else job.initial_weights.source
-        config, changes = propose_settings(
-            recipe, config, facts, chosen=overrides, weights=source is not None, processes=processes
-        )
-        names = class_names(found)
-        job.notes += proposal_lines(config, changes, weights=source, classes=names, processes=processes)
-    job.config, job.data_folder = config, folder
-    written = {part: content for part, content in found.contents.items() if part not in found.files}
-    job.files = file_contents(written, base, recipe, config)
-
-
-def splits_of(config: Config) -> tuple[str, ...]:
-    """The splits that a run reads: "train", and "val" if it evaluates."""
-    return ("train", "val") if config.train.evaluate_every else ("train",)
-
-
-def _load(name_or_config: str | Path | Config) -> Config:
-    return name_or_config if isinstance(name_or_config, Config) else load_config(name_or_config)
 
 
 def _run_job(job: Job, compute: Compute, *, callbacks: Sequence[Callback], deadline: float) -> TrainResult:
