@@ -158,6 +158,7 @@ RUNS = {
     f"python eval.py solov2_light_r18_fpn_3x --oracle {MINE}": "--device cpu --workers 0",
     "solov2 check-data mine/train.json --images mine/images --json report.json --fix mine/repaired.json": "--overwrite",
     "python train.py quickstart_panoptic": f"{HERE} --epochs 1 --set data.shapes_train=16 --set data.shapes_val=2",
+    "python eval.py quickstart_panoptic --oracle": f"{HERE} --set data.shapes=false",  # the run above made fewer
     "python eval.py --weights runs/quickstart_panoptic/best.pth --per-class": HERE,
     "solov2 predict data/panoptic_shapes/val2017 --weights runs/quickstart_panoptic/best.pth --panoptic "
     "--output found": CPU,
