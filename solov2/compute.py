@@ -183,13 +183,14 @@ class SideStream:
             yield
 
     def hand_over(self, results: Iterable[Tensor]) -> None:
-        """Let the current queue wait for this stream, whose `results` it will read."""
+        """Let the current queue wait for this stream, whose `results` it will read; those on the host are complete."""
         if self._stream is None:
             return
         current = torch.accelerator.current_stream(self._device)
         current.wait_stream(self._stream)
         for tensor in results:
-            tensor.record_stream(current)
+            if tensor.device.type != "cpu":
+                tensor.record_stream(current)
 
 
 def reuse_freed_memory() -> None:

@@ -87,7 +87,7 @@ def test_an_item_that_crashes_does_not_affect_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its process does not know the item and exits without a result; the result of an earlier call is not used."""
-    monkeypatch.setitem(gpu_check.ITEMS, "broken", (lambda device: {}, 60))
+    monkeypatch.setitem(gpu_check.ITEMS, "broken", (lambda device, rows: None, 60))
     (tmp_path / "broken.json").write_text('{"seconds": 1.0}')
     assert gpu_check.main(["--only", "broken", "environment", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
@@ -99,6 +99,7 @@ def test_an_item_that_crashes_does_not_affect_others(
 
 
 def test_an_item_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "START", 0)
     for item in ("parity", "step"):
         monkeypatch.setitem(gpu_check.ITEMS, item, (gpu_check.ITEMS[item][0], 0.01))
     assert gpu_check.main(["--only", "parity", "step", "--out", str(tmp_path), "--device", "cpu"]) == 1
@@ -109,7 +110,7 @@ def test_an_item_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pyt
 def test_an_exception_becomes_the_result_of_its_item(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(gpu_check.ITEMS, "broken", (lambda device: {"share": 1 / 0}, 60))
+    monkeypatch.setitem(gpu_check.ITEMS, "broken", (lambda device, rows: rows.update(share=1 / 0), 60))
     assert gpu_check.main(["--here", "broken", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert json.loads((tmp_path / "broken.json").read_text())["error"] == "ZeroDivisionError: division by zero"
     assert "Traceback" in capsys.readouterr().err
@@ -123,25 +124,35 @@ def test_a_step_that_does_not_fit_has_no_speed() -> None:
     assert row == {"images_per_second": None, "ms": None, "peak_mib": "more than there is"}
 
 
-def test_the_table_shows_an_earlier_call_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder, speed in (("now", 2.0), ("then", 1.0)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "training.json").write_text(json.dumps({"bf16, batch 2": {"ms": speed}}))
-    assert gpu_check._show_table(tmp_path / "now", ["training"], tmp_path / "then") == 0
+def test_rows_are_written_at_once(tmp_path: Path) -> None:
+    """So that an item that is stopped keeps what it has found."""
+    rows = gpu_check.Rows(tmp_path / "parity.json")
+    rows["a"] = 1
+    assert gpu_check._read(rows.path) == {"a": 1}
+    rows |= {"b": 2, "c": 3}
+    assert isinstance(rows, gpu_check.Rows) and gpu_check._read(rows.path) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_the_table_shows_an_earlier_call_beside(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_check._show("training", *({"bf16, batch 2": {"ms": speed}} for speed in (2.0, 1.0)))
     assert capsys.readouterr().out.split() == "training: bf16, batch 2 ms 2 before: ms 1".split()
 
 
-def test_inference_with_graphs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inference_with_graphs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """One more row, whose failure does not hide the others; on a CPU without graphs it fails."""
     torch.set_num_threads(1)  # as above
     monkeypatch.setattr(gpu_check, "has_graphs", lambda device: True)
     model = "solov2_r50_fpn_1x", (800, 1088)
-    rows = gpu_check._inference(gpu_check.CPU, *model, ["tf32"])
+    rows = gpu_check.Rows(tmp_path / "rows.json")
+    gpu_check._inference(gpu_check.CPU, rows, *model, ["tf32"])
     assert "InputError" in rows.pop("bf16, graphs, batch 1")["error"] and "Traceback" in capsys.readouterr().err
     assert gpu_check._failed({"graphs": {"error": "x"}}) and not gpu_check._failed(rows)
     assert len(rows) == 6 and all(row["images_per_second"] > 0 for name, row in rows.items() if "batch" in name)
     monkeypatch.setattr("solov2.models.solov2.use_graphs", lambda model, device: None)
-    row = gpu_check._inference(gpu_check.CPU, *model, [])["bf16, graphs, batch 1"]
+    gpu_check._inference(gpu_check.CPU, rows, *model, [])
+    row = rows["bf16, graphs, batch 1"]
     assert row["difference"] == 0 and row["network_ms"] < row["ms"] and row["instances"] == 100
 
 

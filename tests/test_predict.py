@@ -114,7 +114,8 @@ def test_folder_with_results(weights: Path, photos: Path, tmp_path: Path, capsys
 
 
 def test_results_equal_the_predictions_of_the_model(weights: Path, photos: Path, tmp_path: Path) -> None:
-    assert run(photos / "b.png", "--weights", weights, "--output", tmp_path, "--results", tmp_path / "found.json") == 0
+    arguments = ("--weights", weights, "--output", tmp_path, "--device", "cpu", "--results", tmp_path / "found.json")
+    assert run(photos / "b.png", *arguments) == 0
     entries = json.loads((tmp_path / "found.json").read_text())
     (result,) = build_model(weights=weights).predict([photos / "b.png"], score_threshold=0.3)
     assert [entry["score"] for entry in entries] == pytest.approx(result["scores"].tolist(), abs=1e-6)

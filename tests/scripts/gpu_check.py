@@ -3,9 +3,9 @@
     python tests/scripts/gpu_check.py [--only ITEM ...] [--out DIR] [--device NAME] [--compare DIR] [--peer DIR PYTHON]
 
 Every item runs in its own process and has its own time limit, so that a failure, a hang or a broken device context does
-not affect the others, and writes DIR/ITEM.json when it is done; a table of all results is printed at the end, with
---compare beside those of an earlier call. Without --only, the items that take a few minutes together run. On a CPU the
-same items run at small sizes.
+not affect the others. It writes each row to DIR/ITEM.json as soon as it is there, and the item's table is printed when
+it has ended, with --compare beside that of an earlier call. Without --only, the items that take a few minutes together
+run. On a CPU the same items run at small sizes.
 
 The item `reference` times mmdetection beside this library. DIR is a folder with its driver `peer.py`, which is not part
 of this repository, and PYTHON the interpreter of an environment with mmdetection 3.3; by default they are taken from
@@ -55,6 +55,7 @@ from helpers.parity import (  # noqa: E402
     stored_set,
 )
 from helpers.tiny_models import lively  # noqa: E402
+from helpers.tiny_panoptic import panoptic_config  # noqa: E402
 from helpers.tiny_runs import SETTINGS, random_batch, tiny_config  # noqa: E402
 from kill_runs import differences  # noqa: E402
 from on_device import compare_on_device  # noqa: E402
@@ -83,31 +84,45 @@ from solov2.training.step import take_step  # noqa: E402
 CPU = torch.device("cpu")
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 PEER = ("SOLOV2_PEER_DIR", "SOLOV2_PEER_PYTHON")
+START = 30  # seconds to import torch and to wake the device, beyond the limit of an item
 
 
-def check_environment(device: torch.device) -> dict[str, Any]:
+class Rows(dict[str, Any]):
+    """The results of an item so far, which are written to its file with every new row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self.path.write_text(json.dumps(self, indent=1) + "\n")
+
+    def __ior__(self, found: dict[str, Any]) -> Rows:  # type: ignore[override]  # nothing else is added here
+        for name, value in found.items():
+            self[name] = value
+        return self
+
+
+def check_environment(device: torch.device, rows: Rows) -> None:
     """Machine and versions."""
-    return {
-        **environment(device),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    rows |= environment(device)
+    rows["cuda"] = torch.version.cuda
+    rows["cudnn"] = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    rows["date"] = time.strftime("%Y-%m-%d")
 
 
-def check_ceilings(device: torch.device) -> dict[str, Any]:
+def check_ceilings(device: torch.device, rows: Rows) -> None:
     """What the device reaches at best: GB/s of a copy, TFLOP/s of matrix products and of 3x3 convolutions."""
     side = 256 if device.type == "cpu" else 8192
     source = torch.empty(side * side, device=device)
     target = torch.empty_like(source)
-    rows = {"copy, GB/s": 8 * source.numel() / _seconds(partial(target.copy_, source), device) / 1e9}
+    rows["copy, GB/s"] = 8 * source.numel() / _seconds(partial(target.copy_, source), device) / 1e9
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         square = torch.randn(side, side, device=device, dtype=dtype)
         rows[f"product {name}, TFLOP/s"] = 2 * side**3 / _seconds(partial(torch.mm, square, square), device) / 1e12
     for precision in PRECISIONS[:3]:
         best = convolution_peak(Compute(device, select_precision(precision, device)))["gflop_per_second"]
         rows[f"convolution {precision}, TFLOP/s"] = best / 1000
-    return rows
 
 
 def _seconds(step: Callable[[], Any], device: torch.device, count: int = 10) -> float:
@@ -118,16 +133,14 @@ def _seconds(step: Callable[[], Any], device: torch.device, count: int = 10) -> 
 # ---- the same results as on the CPU
 
 
-def check_parity(device: torch.device) -> dict[str, Any]:
+def check_parity(device: torch.device, rows: Rows) -> None:
     """Maximum differences from the CPU in float32, without TF32, for the stored reference cases in tests/data."""
     with Compute(device, "float32").arithmetic():
-        return {
-            **_network_parity(device),
-            "losses and their gradients": max(_loss_difference(case, device) for case in BATCHES.values()),
-            **_postprocess_parity(device),
-            "Matrix NMS": max(_nms_difference(name, device) for name in NMS_SETS),
-            "resized pixels": _resize_difference(device),
-        }
+        rows |= _network_parity(device)
+        rows["losses and their gradients"] = max(_loss_difference(case, device) for case in BATCHES.values())
+        rows |= _postprocess_parity(device)
+        rows["Matrix NMS"] = max(_nms_difference(name, device) for name in NMS_SETS)
+        rows["resized pixels"] = _resize_difference(device)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -223,9 +236,8 @@ class Training:
         )
 
 
-def check_step(device: torch.device) -> dict[str, Any]:
+def check_step(device: torch.device, rows: Rows) -> None:
     """Losses of real training steps with weight average and guard; raises if the host waits for the device."""
-    found: dict[str, Any] = {}
     for precision in ("float32", "bf16", "fp16"):
         training = Training(load_config("quickstart"), Compute(device, precision, torch.channels_last), 2, (192, 192))
         average, guard = WeightAverage(training.model, 0.9), NonFiniteGuard(Path(tempfile.gettempdir()))
@@ -238,23 +250,27 @@ def check_step(device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
         assert precision == "fp16" or guard.failure(now=True) is None, f"a step in {precision} was not finite"
-        found[precision] = {name: loss.item() for name, loss in losses.items()}
-    return {**found, "waits of a step": 0 if device.type == "cuda" else None, "waits of a prediction": _waits(device)}
+        rows[precision] = {name: loss.item() for name, loss in losses.items()}
+    rows["waits of a step"] = 0 if device.type == "cuda" else None
+    rows["waits of a prediction"] = _waits(device)
 
 
-def _waits(device: torch.device) -> dict[str, int] | None:
-    """How often the host waits for the device between an image and its RLEs, by module; None where unknown."""
+def _waits(device: torch.device, name: str = "solov2_r50_fpn_1x") -> dict[str, int] | None:
+    """How often the host waits for the device between an image and its RLEs, by module; None where unknown.
+
+    A panoptic model also makes its segments.
+    """
     if device.type != "cuda":
         return None
-    config, _, _ = _workload(device, (800, 1088), (1, 8))
-    model = lively(solov2.build_model(config, device=device))
+    model = lively(solov2.build_model(name, device=device))
     image = torch.randint(256, (3, 480, 640), dtype=torch.uint8)
-    model.predict(image, mask_format="rle")
+    predict = model.predict if model.semantic_head is None else model.predict_panoptic
+    predict(image, mask_format="rle")
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model.predict(image, mask_format="rle")
+            predict(image, mask_format="rle")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return _by_module(caught)
@@ -266,7 +282,7 @@ def _by_module(caught: Sequence[warnings.WarningMessage]) -> dict[str, int]:
     return {"all": len(modules), **Counter(modules)}
 
 
-def check_overflow(device: torch.device) -> dict[str, Any]:
+def check_overflow(device: torch.device, rows: Rows) -> None:
     """fp16 with a loss scale that overflows: the step is skipped, the scale falls, and the next steps succeed."""
     config, size, counts = _workload(device, (192, 192), (1, 2), name="quickstart")
     training = Training(config, Compute(device, "fp16", torch.channels_last), counts[-1], size)
@@ -280,10 +296,10 @@ def check_overflow(device: torch.device) -> dict[str, Any]:
         state = training.model.state_dict()
         assert all(torch.equal(before[name], state[name]) for name in before), "a skipped step changed the model"
     assert statuses[0] and not statuses[-1], f"steps {statuses} at scales {scales}"
-    return {"skipped": len(statuses) - 1, "scale": scales[-1]}
+    rows |= {"skipped": len(statuses) - 1, "scale": scales[-1]}
 
 
-def check_process_group(device: torch.device) -> dict[str, Any]:
+def check_process_group(device: torch.device, rows: Rows) -> None:
     """A real step inside a process group of one, with DistributedDataParallel around the model."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
@@ -303,10 +319,84 @@ def check_process_group(device: torch.device) -> dict[str, Any]:
         gathered, backend = distributed.gather_objects("here"), distributed.backend(device)
     apart = max(relative_difference(losses[1][name], losses[0][name]) for name in losses[0])
     assert gathered == ["here"] and apart < 1e-3, f"losses differ by {apart}"
-    return {"backend": backend, "relative difference of the losses": apart}
+    rows |= {"backend": backend, "relative difference of the losses": apart}
 
 
-def check_deterministic(device: torch.device) -> dict[str, Any]:
+def check_sync_batch_norm(device: torch.device, rows: Rows) -> None:
+    """Synchronized batch norms of two processes that share the device, against one process with both images."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_normalize_half, args=(str(device), folder), nprocs=2)
+        halves = [torch.load(f"{folder}/{rank}.pth", weights_only=True) for rank in range(2)]
+    network = _network_with_batch_norms(device)
+    with Compute(device, "float32").arithmetic():
+        raw = raw_tensors(network(_images_of_both(device)))
+        sum(tensor.square().mean() for tensor in raw).backward()
+    whole = {name: value.grad.cpu() for name, value in network.named_parameters() if value.grad is not None}
+    outputs = [torch.cat(pair) for pair in zip(*(half["raw"] for half in halves), strict=True)]
+    means = {name: (halves[0]["grad"][name] + halves[1]["grad"][name]) / 2 for name in whole}
+    largest = max(value.abs().max().item() for value in whole.values())
+    rows |= {
+        "raw outputs": max(map(relative_difference, outputs, raw)),
+        "weight gradients": max(difference(means[name], whole[name]) for name in whole) / largest,
+        "statistics": max(difference(halves[0]["buffers"][name], value) for name, value in network.named_buffers()),
+    }
+    assert max(rows.values()) < 1e-3, rows
+
+
+def _network_with_batch_norms(device: torch.device) -> SOLOv2:
+    config = tiny_config("model.frozen_batch_norm=false", "model.head_norm=batch", "train.sync_batch_norm=true")
+    torch.manual_seed(0)
+    model = construct(config.model, default_class_names(config.model.num_classes))
+    return prepare_for_training(model, config, Compute(device, "float32")).train()
+
+
+def _images_of_both(device: torch.device) -> Tensor:
+    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _normalize_half(rank: int, device: str, folder: str) -> None:
+    """One of two processes of a group on one device, which gloo allows and nccl does not."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    here = torch.device(device)
+    with Compute(here, "float32").arithmetic():
+        network = _network_with_batch_norms(here)
+        raw = raw_tensors(network(_images_of_both(here)[rank : rank + 1]))
+        sum(tensor.square().mean() for tensor in raw).backward()
+    result = {
+        "raw": [tensor.detach().cpu() for tensor in raw],
+        "grad": {name: value.grad.cpu() for name, value in network.named_parameters() if value.grad is not None},
+        "buffers": {name: value.cpu() for name, value in network.named_buffers()},
+    }
+    torch.save(result, f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def check_panoptic(device: torch.device, rows: Rows) -> None:
+    """Panoptic models: the same segments as on the CPU, waits of a prediction, and images per second."""
+    torch.manual_seed(0)
+    model = lively(solov2.build_model(panoptic_config()))
+    image = torch.randint(256, (3, 120, 150), dtype=torch.uint8)
+    results = []
+    for place in (CPU, device):
+        results += copy.deepcopy(model).to(place).predict_panoptic(image, precision="float32")
+    maps = [result["panoptic_map"].cpu() for result in results]
+    rows["pixels of another segment"] = (maps[0] != maps[1]).double().mean().item()
+    rows["segments"] = [len(result["segments"]) for result in results]
+    name = "solov2_panoptic_r50_fpn_1x"
+    rows["waits of a prediction"] = _waits(device, name)
+    config, size, counts = _workload(device, (800, 1088), (1, 8), name=name)
+    config = panoptic_config() if device.type == "cpu" else config
+    plain = lively(solov2.build_model(config, device=device)).to(memory_format=torch.channels_last)
+    for precision in ("tf32", "bf16"):
+        for kind in ("bool", "rle"):
+            compute = Compute(device, precision, torch.channels_last)
+            predictor = Predictor(plain, compute, mask_format=kind, panoptic=True)
+            for count in counts:
+                rows[f"{precision}, {kind}, batch {count}"] = _prediction_speed(predictor, _batch(count, size))
+
+
+def check_deterministic(device: torch.device, rows: Rows) -> None:
     """A deterministic run, once undisturbed and once stopped by SIGTERM and resumed: equal to the bit."""
     words = ["quickstart", *(word for setting in SETTINGS for word in ("--set", setting))]
     words += [
@@ -333,60 +423,65 @@ def check_deterministic(device: torch.device) -> dict[str, Any]:
         found = [load_file(folder / run / "last.pth") for run in ("whole", "cut")]
     different = differences(*found)
     assert process.returncode == STOPPED and not different, f"exit code {process.returncode}, different: {different}"
-    return {"exit code after SIGTERM": process.returncode, "different entries": len(different)}
+    rows |= {"exit code after SIGTERM": process.returncode, "different entries": len(different)}
 
 
 # ---- speed and memory
 
 
-def check_training(device: torch.device) -> dict[str, Any]:
+def check_training(device: torch.device, rows: Rows) -> None:
     """Images per second of queued training steps, and their peak memory."""
-    return _training(device, PRECISIONS, (2, 16))
+    _training(device, rows, PRECISIONS, (2, 16))
 
 
-def check_large_batches(device: torch.device) -> dict[str, Any]:
+def check_large_batches(device: torch.device, rows: Rows) -> None:
     """The same with large batches, and what the end of memory looks like."""
-    return _training(device, ("bf16",), (32, 64, 128))
+    _training(device, rows, ("bf16",), (32, 64, 128))
 
 
-def check_recomputing(device: torch.device) -> dict[str, Any]:
+def check_recomputing(device: torch.device, rows: Rows) -> None:
     """The same with activations that are computed again in the backward pass."""
     changes = ("train.recompute_activations=true", "model.frozen_batch_norm=true", "model.head_norm=group")
-    return _training(device, ("bf16",), (2, 16), *changes)
+    _training(device, rows, ("bf16",), (2, 16), *changes)
 
 
 def _training(
-    device: torch.device, precisions: Sequence[str], counts: tuple[int, ...], *changes: str
-) -> dict[str, Any]:
+    device: torch.device, rows: Rows, precisions: Sequence[str], counts: tuple[int, ...], *changes: str
+) -> None:
     config, size, counts = _workload(device, (800, 1344), counts, *changes)
-    rows: dict[str, Any] = {"model": config.name, "size": size}
+    rows |= {"model": config.name, "size": size}
     for precision in precisions:
         for count in counts:
             training = Training(config, Compute(device, precision, torch.channels_last), count, size)
             rows[f"{precision}, batch {count}"] = _speed(training.step, count, device)
-    return rows
 
 
-def check_inference(device: torch.device) -> dict[str, Any]:
+def check_inference(device: torch.device, rows: Rows) -> None:
     """Images per second from padded pixels to 480 x 640 masks, of R50; random weights find max_instances instances."""
-    return _inference(device, "solov2_r50_fpn_1x", (800, 1088), PRECISIONS[:3])
+    _inference(device, rows, "solov2_r50_fpn_1x", (800, 1088), PRECISIONS[:3])
 
 
-def check_light_inference(device: torch.device) -> dict[str, Any]:
+def check_light_inference(device: torch.device, rows: Rows) -> None:
     """The same of the light R50 at 448 x 768."""
-    return _inference(device, "solov2_light_r50_fpn_3x", (448, 768), ("tf32", "bf16"))
+    _inference(device, rows, "solov2_light_r50_fpn_3x", (448, 768), ("tf32", "bf16"))
 
 
-def check_compiled_inference(device: torch.device) -> dict[str, Any]:
+def check_compiled_inference(device: torch.device, rows: Rows) -> None:
     """The same of R50 with `optimize(compile=True)`."""
-    return _inference(device, "solov2_r50_fpn_1x", (800, 1088), ("bf16",), compile=True)
+    _inference(device, rows, "solov2_r50_fpn_1x", (800, 1088), ("bf16",), compile=True)
 
 
 def _inference(
-    device: torch.device, name: str, size: tuple[int, int], precisions: Sequence[str], *, compile: bool = False
-) -> dict[str, Any]:
+    device: torch.device,
+    rows: Rows,
+    name: str,
+    size: tuple[int, int],
+    precisions: Sequence[str],
+    *,
+    compile: bool = False,
+) -> None:
     config, size, counts = _workload(device, size, (1, 8), name=name)
-    rows: dict[str, Any] = {"model": config.name, "size": size}
+    rows |= {"model": config.name, "size": size}
     torch.manual_seed(0)
     plain = lively(solov2.build_model(config, device=device)).to(memory_format=torch.channels_last)
     for precision in precisions:
@@ -399,7 +494,6 @@ def _inference(
                 rows[f"{precision}, {kind}, batch {count}"] = _prediction_speed(predictor, _batch(count, size))
     if has_graphs(device) and not compile:  # last: after a graph that fails, the device may be of no more use
         rows["bf16, graphs, batch 1"] = _graphs_speed(plain, _batch(1, size), device)
-    return rows
 
 
 def _prediction_speed(predictor: Predictor, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -441,7 +535,7 @@ def _network(predictor: Predictor, batch: dict[str, Tensor]) -> None:
     predictor._launched.clear()
 
 
-def check_postprocess(device: torch.device) -> dict[str, Any]:
+def check_postprocess(device: torch.device, rows: Rows) -> None:
     """Matrix NMS and post-processing with 500 and 2,000 candidates, to two sizes, as masks and as RLEs."""
     config, size, _ = _workload(device, (800, 1344), (1, 1))
     counts = (20, 50) if device.type == "cpu" else (500, 2000)
@@ -449,7 +543,6 @@ def check_postprocess(device: torch.device) -> dict[str, Any]:
     model, generator = solov2.build_model(config, device=device).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         raw = model(torch.zeros(1, 3, *size, device=device))
-    rows: dict[str, Any] = {}
     for count in counts:
         masks = ellipses(count, *(side // 4 for side in size), generator).to(device) > 0
         labels, scores = torch.zeros(count, dtype=torch.int64), torch.linspace(0.9, 0.1, count)
@@ -461,10 +554,9 @@ def check_postprocess(device: torch.device) -> dict[str, Any]:
                 step = partial(model.postprocess, made, [size], [target], mask_format=kind, max_candidates=count)
                 name = f"post-processing, {count} candidates, to {target[0]} x {target[1]} as {kind}, ms"
                 rows[name] = 1000 * _seconds(step, device, 3)
-    return rows
 
 
-def check_profile(device: torch.device) -> dict[str, Any]:
+def check_profile(device: torch.device, rows: Rows) -> None:
     """Where the time of a training step goes: the most expensive kernels and the share in which the device is busy."""
     config, size, counts = _workload(device, (800, 1344), (2, 16))
     training = Training(config, Compute(device, "bf16", torch.channels_last), counts[-1], size)
@@ -478,21 +570,20 @@ def check_profile(device: torch.device) -> dict[str, Any]:
         synchronize(device)
         seconds = time.perf_counter() - started
     on_device = device.type != "cpu"
-    rows = {row.key: row.self_device_time_total if on_device else row.self_cpu_time_total for row in
-            profiler.key_averages() if not on_device or row.device_type != DeviceType.CPU}  # fmt: skip
-    total = sum(rows.values())
-    top = sorted(rows, key=lambda name: -rows[name])[:25]
-    return {"busy": total / 1e6 / seconds, **{name[:60]: rows[name] / max(total, 1e-9) for name in top}}
+    times = {row.key: row.self_device_time_total if on_device else row.self_cpu_time_total for row in
+             profiler.key_averages() if not on_device or row.device_type != DeviceType.CPU}  # fmt: skip
+    total = sum(times.values())
+    top = sorted(times, key=lambda name: -times[name])[:25]
+    rows |= {"busy": total / 1e6 / seconds, **{name[:60]: times[name] / max(total, 1e-9) for name in top}}
 
 
-def check_loader(device: torch.device) -> dict[str, Any]:
+def check_loader(device: torch.device, rows: Rows) -> None:
     """Images per second of the training loader on generated images, by number of workers."""
     counts = (1,) if device.type == "cpu" else (1, 2, 8, 16)
     changes = (*SETTINGS, "data.shapes_train=64") if device.type == "cpu" else (
         "data.shapes_size=640", "data.shapes_train=512", "data.train_scales=[800]", "data.train_long_edge=1333",
         "train.batch_size=16",
     )  # fmt: skip
-    rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for workers in counts:
             config = load_config("quickstart", [*changes, f"data.workers={workers}", f"data.root={folder}/shapes"])
@@ -506,7 +597,6 @@ def check_loader(device: torch.device) -> dict[str, Any]:
                     started, first = time.perf_counter(), number
             seconds = time.perf_counter() - started
             rows[f"{workers} workers, images/s"] = (len(sampler) - 1 - first) * config.train.batch_size / seconds
-    return rows
 
 
 def _predict(predictor: Predictor, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -544,18 +634,17 @@ def _speed(step: Callable[[], Any], images: int, device: torch.device) -> dict[s
     return {"images_per_second": images * count / seconds, "ms": 1000 * seconds / count, "peak_mib": peak}
 
 
-def check_reference(device: torch.device) -> dict[str, Any]:
+def check_reference(device: torch.device, rows: Rows) -> None:
     """Times of mmdetection and of this library, see tests/peer/on_device.py."""
     folder, python = (os.environ.get(name, "") for name in PEER)
     if not Path(folder, "peer.py").is_file() or shutil.which(python) is None:
-        return {"reference": "not timed: give --peer DIR PYTHON, see the top of gpu_check.py"}
-    if device.type == "cpu":
-        small = {"config": "solov2_light_r18", "size": (64, 96), "counts": (1, 2), "warm_ups": 1, "iterations": 1}
-        return compare_on_device(device, folder, python, **small)
-    return compare_on_device(device, folder, python)
+        rows["reference"] = "not timed: give --peer DIR PYTHON, see the top of gpu_check.py"
+        return
+    small = {"config": "solov2_light_r18", "size": (64, 96), "counts": (1, 2), "warm_ups": 1, "iterations": 1}
+    rows |= compare_on_device(device, folder, python, **(small if device.type == "cpu" else {}))
 
 
-def check_quickstart(device: torch.device) -> dict[str, Any]:
+def check_quickstart(device: torch.device, rows: Rows) -> None:
     """The quickstart end to end; on a CPU, two epochs at a small size."""
     tiny = [*SETTINGS, "train.epochs=2"]
     config = load_config("quickstart", tiny if device.type == "cpu" else ["data.workers=auto"])
@@ -563,12 +652,12 @@ def check_quickstart(device: torch.device) -> dict[str, Any]:
         started = time.perf_counter()
         result = solov2.train(config, data=f"{folder}/shapes", output=f"{folder}/run", device=str(device))
         seconds = time.perf_counter() - started
-    return {"seconds": seconds, **{name: result.metrics[name] for name in ("segm_AP", "segm_AP50", "bbox_AP")}}
+    rows |= {"seconds": seconds, **{name: result.metrics[name] for name in ("segm_AP", "segm_AP50", "bbox_AP")}}
 
 
 # ---- one process per item
 
-Check = Callable[[torch.device], dict[str, Any]]
+Check = Callable[[torch.device, Rows], None]
 ITEMS: dict[str, tuple[Check, float]] = {  # with their limit in seconds; in the order of what is needed most
     "environment": (check_environment, 30),
     "ceilings": (check_ceilings, 45),
@@ -584,6 +673,8 @@ ITEMS: dict[str, tuple[Check, float]] = {  # with their limit in seconds; in the
 OTHERS: dict[str, tuple[Check, float]] = {  # run by --only
     "overflow": (check_overflow, 60),
     "process_group": (check_process_group, 60),
+    "sync_batch_norm": (check_sync_batch_norm, 60),
+    "panoptic": (check_panoptic, 90),
     "deterministic": (check_deterministic, 180),
     "recomputing": (check_recomputing, 90),
     "large_batches": (check_large_batches, 120),
@@ -611,49 +702,46 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     environ = os.environ | dict(zip(PEER, args.peer or ()))
     for item in args.only:
-        (args.out / f"{item}.json").unlink(missing_ok=True)  # of an earlier call
+        path = args.out / f"{item}.json"
+        path.unlink(missing_ok=True)  # of an earlier call
         command = [sys.executable, __file__, "--here", item, "--out", str(args.out)]
         command += ["--device", args.device] if args.device else []
         try:
-            subprocess.run(command, timeout=every[item][1], check=False, env=environ)
+            subprocess.run(command, timeout=every[item][1] + START, check=False, env=environ)
         except subprocess.TimeoutExpired:
-            _write(args.out, item, {"error": f"took longer than {every[item][1]} seconds"})
-    return _show_table(args.out, args.only, args.compare)
+            rows = {**_read(path), "error": f"took longer than {every[item][1]} seconds"}
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+        _show(item, _read(path), _read(args.compare / path.name) if args.compare else {})
+    return int(any(_failed(_read(args.out / f"{item}.json")) for item in args.only))
 
 
 def _run_here(item: str, folder: Path, device: str | None) -> int:
-    started = time.perf_counter()
+    started, rows = time.perf_counter(), Rows(folder / f"{item}.json")
     try:
         check, _ = (ITEMS | OTHERS)[item]
-        found = check(select_device(device))
-    except Exception as error:  # any error is the result of its item
+        check(select_device(device), rows)
+    except Exception as error:  # any error is a result of its item
         traceback.print_exc()
-        found = {"error": f"{type(error).__name__}: {error}"}
-    _write(folder, item, {**found, "item_seconds": round(time.perf_counter() - started, 1)})
-    return 1 if _failed(found) else 0
+        rows["error"] = f"{type(error).__name__}: {error}"
+    rows["item_seconds"] = round(time.perf_counter() - started, 1)
+    return int(_failed(rows))
 
 
-def _failed(found: dict[str, Any]) -> bool:
+def _failed(rows: dict[str, Any]) -> bool:
     """Whether the item or one of its rows failed."""
-    return any("error" in part for part in (found, *found.values()) if isinstance(part, dict))
+    return any("error" in part for part in (rows, *rows.values()) if isinstance(part, dict))
 
 
-def _write(folder: Path, item: str, found: dict[str, Any]) -> None:
-    (folder / f"{item}.json").write_text(json.dumps(found, indent=1) + "\n")
+def _read(path: Path) -> dict[str, Any]:
+    """The rows of an item, those before an error included."""
+    return json.loads(path.read_text()) if path.is_file() else {"error": "the process ended without a result"}
 
 
-def _show_table(folder: Path, items: list[str], earlier: Path | None = None) -> int:
-    failed = False
-    for item in items:
-        path = folder / f"{item}.json"
-        found = json.loads(path.read_text()) if path.is_file() else {"error": "the process ended without a result"}
-        failed |= _failed(found)
-        before = earlier / path.name if earlier is not None else path
-        then = json.loads(before.read_text()) if earlier is not None and before.is_file() else {}
-        print(f"{item}:")
-        for name, value in found.items():
-            print(f"  {name:<44}{_words(value)}{f'   before: {_words(then[name])}' if name in then else ''}")
-    return int(failed)
+def _show(item: str, rows: dict[str, Any], before: dict[str, Any]) -> None:
+    print(f"{item}:")
+    for name, value in rows.items():
+        earlier = f"   before: {_words(before[name])}" if name in before else ""
+        print(f"  {name:<44}{_words(value)}{earlier}", flush=True)
 
 
 def _words(value: Any) -> str:
