@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from solov2 import distributed
 from solov2.config import Config, DataConfig, override_config
@@ -170,11 +170,11 @@ def segments_of(data: DataConfig, split: str) -> Path | None:
     return None if folder == "auto" else Path(data.root) / folder
 
 
-def training_dataset(config: Config) -> ImageDataset:
+def training_dataset(config: Config, source: Dataset | None = None) -> ImageDataset:
     """The training split; images without anything to learn are left out unless `data.keep_empty` is set.
 
     It is panoptic if the model is (`model.num_stuff`), like the other two. For an auxiliary semantic loss, samples have
-    the regions that it ignores.
+    the regions that it ignores. A user's dataset as `source` has the images in place of a folder.
 
     Raises:
         InputError: files are missing or annotations are broken.
@@ -188,16 +188,17 @@ def training_dataset(config: Config) -> ImageDataset:
         min_size=data.min_image_size,
         skip_broken_images=data.skip_broken_images,
         ignored=config.train.semantic_auxiliary > 0,
+        source=source,
     )
 
 
-def validation_dataset(config: Config, split: str = "val") -> ImageDataset:
-    """Every image of a split, without instances.
+def validation_dataset(config: Config, split: str = "val", source: Dataset | None = None) -> ImageDataset:
+    """Every image of a split, without instances; `source` as for `training_dataset`.
 
     Raises:
         InputError: files are missing or annotations are broken.
     """
-    return _open(config, split, training=False)
+    return _open(config, split, training=False, source=source)
 
 
 def oracle_dataset(config: Config, split: str) -> ImageDataset:
@@ -218,6 +219,7 @@ def _open(
     min_size: int = 0,
     skip_broken_images: bool = False,
     ignored: bool = False,
+    source: Dataset | None = None,
 ) -> ImageDataset:
     data = config.data
     annotations, images = split_paths(data, split)
@@ -236,7 +238,7 @@ def _open(
                 "data.classes (--classes) has no panoptic form yet; leave it out, or set model.num_stuff to 0"
             )
         return CocoPanoptic(annotations, images, segments=segments_of(data, split), **options)
-    return CocoInstances(annotations, images, classes=data.classes, ignored=ignored, **options)
+    return CocoInstances(annotations, images, classes=data.classes, ignored=ignored, source=source, **options)
 
 
 def training_loader(

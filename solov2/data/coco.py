@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from solov2.compute import span
 from solov2.data.annotations import (
@@ -60,6 +61,7 @@ class CocoInstances(ImageDataset):
         max_pixels: maximum width x height of an image; larger ones are rejected.
         decode_masks: False gives `EncodedMasks`: in a crowded image, full-size masks can take gigabytes.
         classes: names of the categories to keep; annotations of others are left out. None or empty: all.
+        source: a user's dataset that has the images, see `ImageDataset`.
         ignored: in training, samples also have the masks of the crowds, which an auxiliary semantic loss leaves out.
 
     Attributes:
@@ -87,6 +89,7 @@ class CocoInstances(ImageDataset):
         decode_masks: bool = True,
         classes: Sequence[str] | None = None,
         ignored: bool = False,
+        source: Dataset | None = None,
     ) -> None:
         super().__init__(
             annotations,
@@ -95,6 +98,7 @@ class CocoInstances(ImageDataset):
             skip_broken_images=skip_broken_images,
             max_pixels=max_pixels,
             decode_masks=decode_masks,
+            source=source,
         )
         self._crowd, self._ignored = crowd, ignored and training
         self._classes = tuple(classes or ())

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from solov2.compute import span
 from solov2.data.annotations import ImageId, ImageRecord, require_folder
 from solov2.errors import InputError
-from solov2.ops.images import read_image
+from solov2.ops.images import read_image, to_rgb_tensor
 
 LOG = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]
@@ -31,6 +31,8 @@ class ImageDataset(Dataset, ABC):
         skip_broken_images: instead of an image that cannot be read, return the next readable sample and warn.
         max_pixels: maximum width x height of an image; larger ones are rejected.
         decode_masks: False gives masks that are only drawn at the size of the targets.
+        source: a user's dataset of (image, instances) that has the images, instead of the folder; the file name of an
+            image is then its index.
 
     Attributes:
         class_names: of the instances, in order of category id; a label is an index into this list.
@@ -56,10 +58,11 @@ class ImageDataset(Dataset, ABC):
         skip_broken_images: bool,
         max_pixels: int,
         decode_masks: bool,
+        source: Dataset | None = None,
     ) -> None:
         self.annotation_file, self.image_root = Path(annotations), Path(images)
         self.training, self.skip_broken_images, self.decode_masks = training, skip_broken_images, decode_masks
-        self.max_pixels = max_pixels
+        self.max_pixels, self.source = max_pixels, source
         self.stuff_names, self.stuff_category_ids = [], []
         self.unknown_categories: Counter[int] = Counter()
         self._warned: set[str] = set()
@@ -78,7 +81,9 @@ class ImageDataset(Dataset, ABC):
         """Whether any annotation counts in evaluation."""
 
     def files(self) -> list[tuple[str, Path, list[str], str]]:
-        """What the dataset reads: (noun, folder, names inside it, flag that names the folder)."""
+        """What the dataset reads: (noun, folder, names inside it, flag that names the folder); none with `source`."""
+        if self.source is not None:
+            return []
         names = [self.record(position).file_name for position in range(len(self))]
         return [("image", self.image_root, names, "--val-images")]
 
@@ -124,7 +129,23 @@ class ImageDataset(Dataset, ABC):
         records = [self.record(position) for position in range(len(self))]
         return np.array([(record.height, record.width) for record in records], dtype=np.int64)
 
+    def image(self, position: int) -> Tensor:
+        """The image at a position as it is stored: uint8 [3, H, W], RGB.
+
+        Raises:
+            InputError: it is missing, damaged, or not of the stated size.
+        """
+        return self._read_image(self.record(position))
+
     def _read_image(self, record: ImageRecord) -> Tensor:
+        if self.source is not None:
+            image, _ = item_image(self.source, int(record.file_name))
+            if tuple(image.shape[1:]) != (record.height, record.width):
+                raise InputError(
+                    f"item {record.file_name} of the dataset is {image.shape[2]} x {image.shape[1]}, but was "
+                    f"{record.width} x {record.height} when its annotations were read into {self.annotation_file}"
+                )
+            return image
         path = self.image_root / record.file_name
         stated = f"{self.annotation_file} says {record.width} x {record.height}"
         try:
@@ -143,3 +164,21 @@ class ImageDataset(Dataset, ABC):
         if message not in self._warned:
             self._warned.add(message)
             LOG.warning("%s; the next image is used instead", message)
+
+
+def item_image(dataset: Any, index: int) -> tuple[Tensor, Any]:
+    """(image uint8 [3, H, W] in RGB, instances as they are) of an item of a user's dataset.
+
+    Raises:
+        InputError: the item is no pair that begins with an image; the message names it.
+    """
+    try:
+        item = dataset[index]
+    except IndexError as error:
+        raise InputError(f"item {index} of the dataset does not exist any more: {error}") from error
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise InputError(f"item {index} of the dataset must be (image, instances), not {type(item).__name__}")
+    try:
+        return to_rgb_tensor(item[0]), item[1]
+    except (InputError, TypeError) as error:
+        raise InputError(f"item {index} of the dataset: {error}") from error

@@ -16,7 +16,6 @@ from solov2.data.coco import CocoInstances
 from solov2.data.image_dataset import ImageDataset
 from solov2.data.panoptic import CocoPanoptic
 from solov2.models.solov2 import SOLOv2
-from solov2.ops.images import read_image
 from solov2.ops.masks import encode_rle
 from solov2.ops.panoptic import measure_segments, replace_ids
 from solov2.visualize import contact_sheet, draw_instances, instance_color
@@ -40,8 +39,7 @@ def _panoptic_pairs(model: SOLOv2, validation: CocoPanoptic) -> Iterator[tuple[I
         truth = _panoptic_truth(model, validation, position)
         if not truth["segments"]:
             continue
-        path = validation.image_root / validation.record(position).file_name
-        image = read_image(path, apply_exif=False, max_pixels=validation.max_pixels)
+        image = validation.image(position)
         scale = max(1, 512 // max(image.shape[1:]))
         [found] = model.predict_panoptic([image])
         things = [_things(result) for result in (truth, found)]
@@ -89,12 +87,11 @@ def _pairs(
 ) -> Iterator[tuple[Image.Image, Image.Image]]:
     """Pictures of ground truth and predictions of each validation image that has instances, at their full size."""
     labels = {category: label for label, category in enumerate(match_categories(model.class_names, validation))}
-    for image_id in validation.image_ids:
+    for position, image_id in enumerate(validation.image_ids):
         entries = [a for a in validation.coco.imgToAnns[image_id] if not a["iscrowd"] and a["category_id"] in labels]
         if not entries:
             continue
-        path = validation.image_root / validation.coco.imgs[image_id]["file_name"]
-        image = read_image(path, apply_exif=False, max_pixels=validation.max_pixels)
+        image = validation.image(position)
         truth = {
             "labels": [labels[a["category_id"]] for a in entries],
             "masks": [validation.coco.annToRLE(a) for a in entries],

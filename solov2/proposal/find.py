@@ -7,14 +7,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+from torch.utils.data import Dataset
 
 from solov2.config import Config, DataConfig
 from solov2.data.annotations import find_problems, is_file, lacks_masks, parse_json
-from solov2.data.build import PATHS
+from solov2.data.build import PATHS, worker_count
 from solov2.data.recognize import describe_json
 from solov2.errors import InputError, count
-from solov2.formats import coco
+from solov2.formats import coco, torch_dataset
 from solov2.formats.annotated import AnnotatedImage, Reading, to_coco
 from solov2.formats.recognize import read, recognize
 from solov2.formats.split import split
@@ -84,6 +87,51 @@ def find_data(folder: Path) -> FoundData | None:
         raise InputError(f"{error}; or convert it with solov2 import, and name the files it writes") from error
     found = _divided(reading, f"{folder}: read as {name}")
     found.notes.extend(f"left out or changed: {line}" for line in reading.losses.lines())
+    return found
+
+
+def user_datasets(data: Any) -> dict[str, Dataset]:
+    """{"train": dataset, "val": dataset} of `solov2.train(data=...)`; empty if `data` names files.
+
+    A single dataset is for both, and will be divided.
+
+    Raises:
+        InputError: datasets are given under other keys, or beside paths.
+    """
+    values = dict(data) if isinstance(data, Mapping) else {"train": data, "val": data}
+    named = {key: value for key, value in values.items() if not isinstance(value, (str, os.PathLike, NoneType))}
+    if named and (named.keys() != values.keys() or not {"train"} <= named.keys() <= {"train", "val"}):
+        raise InputError(f"data: pass a dataset, or {{'train': dataset, 'val': dataset}}, not {', '.join(values)}")
+    return named
+
+
+def read_datasets(sources: Mapping[str, Dataset], place: Path, config: Config, *, divide: bool) -> FoundData:
+    """The annotations of a user's datasets, each item of which is asked for once.
+
+    Args:
+        sources: "train" and "val".
+        place: the folder that they will be written to.
+        config: of the run.
+        divide: "train" has the images of both.
+
+    Raises:
+        InputError: the model is panoptic, validation data is missing, or a dataset or an item is malformed.
+    """
+    if config.model.num_stuff:
+        raise InputError(
+            "a panoptic model takes no dataset of (image, instances): name files in COCO's panoptic format"
+        )
+    train, val, workers = sources["train"], sources.get("val"), worker_count(config.data.workers)
+    if divide:
+        return _divided(torch_dataset.read(train, place, workers=workers), type(train).__name__)
+    if val is None and config.train.evaluate_every:
+        raise InputError("data has no 'val': pass a dataset to evaluate with, or evaluate_every=0")
+    found = FoundData({}, {}, {})
+    for part, dataset in sources.items():
+        reading = torch_dataset.read(dataset, place, workers=workers)
+        found.contents[part], found.images[part] = to_coco(reading), place
+        found.notes.append(f"{part}: {type(dataset).__name__}, {count(len(reading.images), 'image')}")
+        found.notes.extend(f"left out or changed: {line}" for line in reading.losses.lines())
     return found
 
 

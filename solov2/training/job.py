@@ -7,13 +7,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from solov2 import distributed
 from solov2.checkpoint import Checkpoint
 from solov2.config import DEFAULT_MODEL, Config, load_config, override_config
 from solov2.data.build import locate_data, segments_of, split_paths
 from solov2.outputs import check_cleared_folder
 from solov2.proposal.files import check_data_folder, data_folder, file_contents
-from solov2.proposal.find import FoundData, absolute_paths, class_names, find_data, folder_to_search
+from solov2.proposal.find import (
+    FoundData,
+    absolute_paths,
+    class_names,
+    find_data,
+    folder_to_search,
+    read_datasets,
+    user_datasets,
+)
 from solov2.proposal.propose import data_facts, proposal_lines
 from solov2.proposal.propose import propose as propose_settings
 from solov2.training.folder import check_folder, is_restart
@@ -33,12 +43,13 @@ class Job:
     data_folder: Path | None = None  # for `files`
     files: dict[str, str] = field(default_factory=dict)  # name -> content, of data in another layout
     notes: list[str] = field(default_factory=list)  # what was found and is proposed
+    sources: dict[str, Dataset] = field(default_factory=dict)  # "train", "val" -> a user's dataset, with the images
 
 
 def prepare_job(
     name_or_config: str | Path | Config | None,
     *,
-    data: str | Path | Mapping[str, str | Path] | None = None,
+    data: str | Path | Dataset | Mapping[str, str | Path | Dataset] | None = None,
     weights: str | Path | Checkpoint | None = None,
     output: str | Path | None = None,
     resume: bool | str | Path | None = False,
@@ -57,8 +68,11 @@ def prepare_job(
         InputError: the model name, a setting, the run folder, the weights or the checkpoint is invalid.
     """
 
+    sources = user_datasets(data)
+    located: Any = None if sources else data
+
     def override(config: Config) -> Config:
-        return locate_data(override_config(config, overrides or {}), data, chosen=overrides or {})
+        return locate_data(override_config(config, overrides or {}), located, chosen=overrides or {})
 
     resume = False if resume is None else resume
     recipe = _load(name_or_config or DEFAULT_MODEL)
@@ -68,8 +82,9 @@ def prepare_job(
     if checkpoint is not None and name_or_config is None:
         stored = checkpoint.configuration()
         config = config if stored is None else override(stored)
-    search = folder_to_search(config, data)
-    if checkpoint is not None and search is not None and (stored := checkpoint.configuration()) is not None:
+    search = folder_to_search(config, located)
+    is_new = checkpoint is None
+    if checkpoint is not None and (search or sources) and (stored := checkpoint.configuration()) is not None:
         config, search = override_config(stored, overrides or {}), None  # the data and the proposal of its start
     if checkpoint is not None:
         check_resumable(config, checkpoint)
@@ -88,16 +103,21 @@ def prepare_job(
         if isinstance(name_or_config, (str, Path)) and Path(name_or_config).is_file():  # and not the name of a model
             inputs.append(Path(name_or_config))
         check_cleared_folder(folder, inputs)
-    job = Job(config, folder, initial, checkpoint, clear)
-    found = None if search is None else find_data(search)
+    job = Job(config, folder, initial, checkpoint, clear, sources=sources)
+    place = data_folder(folder)
+    if sources and is_new:
+        check_data_folder(place)
+        found: FoundData | None = read_datasets(sources, place, config, divide=not isinstance(data, Mapping))
+    else:
+        found = None if search is None else find_data(search)
     if found is None:
         return job
-    place = data_folder(folder)
     check_data_folder(place)
     if clear and writes:
-        check_cleared_folder(folder, [*found.files.values(), *found.images.values()])
+        check_cleared_folder(folder, [*found.files.values(), *(() if sources else found.images.values())])
     job.data_folder, job.notes = place, list(found.notes)
-    job.config = override_config(config, {f"data.{key}": path for key, path in absolute_paths(found, place).items()})
+    paths = {f"data.{key}": path for key, path in absolute_paths(found, place).items()}
+    job.config = override_config(config, {"data.shapes": False, **paths})
     if propose:
         job.notes += _use_proposal(job, found, recipe, overrides or {}, processes or distributed.launched_world_size())
     written = {part: content for part, content in found.contents.items() if part not in found.files}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from solov2 import distributed
 from solov2.build import (
@@ -80,7 +81,7 @@ class TrainResult:
 def train(
     name_or_config: str | Path | Config | None = None,
     *,
-    data: str | Path | Mapping[str, str | Path] | None = None,
+    data: str | Path | Dataset | Mapping[str, str | Path | Dataset] | None = None,
     weights: str | Path | Checkpoint | None = None,
     output: str | Path | None = None,
     resume: bool | str | Path | None = False,
@@ -103,7 +104,9 @@ def train(
         data: a folder with annotations/, train2017/ and val2017/; a folder in another layout or format, whose
             annotations are found (`solov2.proposal.find`) and, if necessary, written to OUTPUT.data; or some of
             {"train_annotations", "train_images", "val_annotations", "val_images"}, of panoptic data also
-            "train_segments" and "val_segments", the folders of the PNGs; default: from the configuration.
+            "train_segments" and "val_segments", the folders of the PNGs; or a dataset of (image, instances), see
+            `solov2.formats.torch_dataset`, or {"train": dataset, "val": dataset}, whose annotations are written to
+            OUTPUT.data; default: from the configuration.
         weights: checkpoint of any family to start from, or "official" for the published one; default: an ImageNet
             backbone.
         output: run folder; default: runs/NAME.
@@ -111,8 +114,8 @@ def train(
             continues bit-identically.
         device: e.g. "cpu"; default: the accelerator of this process, if there is one.
         overwrite: replace the contents of the run folder.
-        propose: where `data` is a folder in another layout than COCO's, also change the settings that are not among
-            `overrides` to those that suit it, as the command does (`solov2.proposal.propose`).
+        propose: where `data` is a dataset, or a folder in another layout than COCO's, also change the settings that are
+            not among `overrides` to those that suit it, as the command does (`solov2.proposal.propose`).
         tensorboard: also write event files (needs the extra `tensorboard`).
         max_hours: stop with a checkpoint before the first step that would start this many hours after the call; a
             resumed run has its own limit. An evaluation is completed. Default: no limit.
@@ -170,8 +173,8 @@ def _run_job(job: Job, compute: Compute, *, callbacks: Sequence[Callback], deadl
         for line in [*job.notes, *(f"wrote {job.data_folder / name}" for name in job.files)]:
             LOG.info("%s", line)
     prepare_data(job.config, splits=splits_of(job.config))
-    dataset = training_dataset(job.config)
-    validation = open_validation(job.config, dataset)
+    dataset = training_dataset(job.config, job.sources.get("train"))
+    validation = open_validation(job.config, dataset, job.sources.get("val"))
     config = with_classes(job.config, dataset)
     if distributed.is_main():
         for now, before, what in (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from solov2 import distributed
 from solov2.config import Config
 from solov2.data.build import require_evaluable, validation_dataset, validation_loader
@@ -24,21 +26,22 @@ from solov2.training.signals import StopSignal
 LOG = logging.getLogger(__name__)
 
 
-def open_validation(config: Config, dataset: ImageDataset) -> ImageDataset | None:
+def open_validation(config: Config, dataset: ImageDataset, source: Dataset | None = None) -> ImageDataset | None:
     """The validation set of a run, checked; None if the run does not evaluate.
 
     Args:
         config: of the run.
         dataset: the training set, whose classes are those of the model.
+        source: a user's dataset that has the images.
 
     Raises:
         InputError: files are missing, annotations are broken, or there is nothing to evaluate.
     """
     if not config.train.evaluate_every:
         return None
-    validation = validation_dataset(config)
-    source = str(dataset.annotation_file)
-    check_categories(dataset.class_names, validation, source, stuff_names=dataset.stuff_names)
+    validation = validation_dataset(config, source=source)
+    names_from = str(dataset.annotation_file)
+    check_categories(dataset.class_names, validation, names_from, stuff_names=dataset.stuff_names)
     require_evaluable(validation)
     if isinstance(validation, CocoInstances):
         warning = limit_warning(validation.coco, config.data.max_detections, config.model.max_instances)
