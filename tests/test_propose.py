@@ -46,6 +46,17 @@ def test_the_number_of_epochs_follows_from_optimizer_steps(images, weights, proc
     assert 10 <= epochs / train.evaluate_every <= 20 and train.checkpoint_every == train.evaluate_every
 
 
+def test_portrait_and_landscape_images_fill_batches_of_their_own() -> None:
+    """As in training: 10 and 10 images in batches of 8 are 2 and 2 steps, not 20 / 8."""
+    data = content(20, 80)
+    for entry in data["images"][::2]:
+        entry |= {"width": 320, "height": 480}
+    for groups, steps in ((2, 4), (1, 3)):
+        config = load_config("solov2_light_r18_fpn_3x", ["train.batch_size=8", f"data.aspect_groups={groups}"])
+        _, changes = proposed(data, config, weights=True)
+        assert changes["train.epochs"].reason.startswith(f"of {steps} steps")
+
+
 def test_a_large_dataset_gets_no_more_epochs_than_a_short_recipe_has() -> None:
     config = load_config("solov2_r50_fpn_1x", ["train.batch_size=16"])
     train = proposed(content(6000, 80), config)[0].train

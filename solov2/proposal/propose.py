@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from solov2.config import Config, changed_settings, override_config
+from solov2.data.loader import TrainBatchSampler
 from solov2.data_check.findings import Instances
 from solov2.data_check.statistics import (
     CROWDED,
@@ -46,16 +47,21 @@ class DataFacts:
     """What a proposal depends on.
 
     Attributes:
-        images: number of training images with an instance.
+        aspect_ratios: width / height of the training images with an instance.
         instances: of the training images, at the largest training size; centers are those of their boxes.
         positions: int64 [N], the index of the image of each instance.
         crowded: maximum number of instances in an image, of training and validation.
     """
 
-    images: int
+    aspect_ratios: list[float]
     instances: Instances
     positions: np.ndarray
     crowded: int
+
+    @property
+    def images(self) -> int:
+        """Number of training images with an instance."""
+        return len(self.aspect_ratios)
 
 
 def data_facts(contents: Mapping[str, Mapping[str, Any]], config: Config) -> DataFacts:
@@ -74,10 +80,11 @@ def data_facts(contents: Mapping[str, Mapping[str, Any]], config: Config) -> Dat
     scales = np.maximum(np.sqrt(boxes[:, 2] * boxes[:, 3]) * factors, 1e-3)
     padded = 32 * np.ceil(sizes * factors[:, None] / 32)
     centers = np.clip((boxes[:, 1::-1] + boxes[:, :1:-1] / 2) * factors[:, None] / padded, 0, 1)
-    _, positions = np.unique([entry["image_id"] for entry in chosen], return_inverse=True)
+    _, first, positions = np.unique([entry["image_id"] for entry in chosen], return_index=True, return_inverse=True)
+    aspect_ratios = (sizes[first, 1] / sizes[first, 0]).tolist()
     none = np.zeros(len(chosen), dtype=np.int64)
     instances = Instances(sizes.astype(np.int64), none, none, scales, centers, none, none)
-    return DataFacts(len(set(positions.tolist())), instances, positions, max(map(_most_instances, contents.values())))
+    return DataFacts(aspect_ratios, instances, positions, max(map(_most_instances, contents.values())))
 
 
 def _most_instances(content: Mapping[str, Any]) -> int:
@@ -156,8 +163,15 @@ def _batch(config: Config, facts: DataFacts, processes: int) -> list[Change]:
 
 
 def _steps_per_epoch(config: Config, facts: DataFacts, processes: int) -> int:
-    batches = math.ceil(facts.images / (config.train.batch_size * processes))
-    return max(1, batches // config.train.accumulate)
+    sampler = TrainBatchSampler(
+        facts.aspect_ratios,
+        batch_size=config.train.batch_size,
+        rank=0,
+        world_size=processes,
+        seed=0,
+        aspect_groups=config.data.aspect_groups,
+    )
+    return max(1, len(sampler) // config.train.accumulate)
 
 
 def _epochs(config: Config, facts: DataFacts, weights: bool, processes: int) -> list[Change]:
