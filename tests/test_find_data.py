@@ -58,6 +58,20 @@ def yolo_folder(shapes: Path, folder: Path) -> Path:
     return folder
 
 
+def via_folder(shapes: Path, folder: Path) -> Path:
+    content = json.loads((shapes / "annotations/instances_train2017.json").read_text())
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    files = {entry["id"]: {"filename": entry["file_name"], "regions": []} for entry in content["images"]}
+    for entry in content["annotations"]:
+        shape = {"name": "rect", **dict(zip(("x", "y", "width", "height"), entry["bbox"]))}
+        region = {"shape_attributes": shape, "region_attributes": {"class": names[entry["category_id"]]}}
+        files[entry["image_id"]]["regions"].append(region)
+    link_images(shapes / "train2017", folder / "images")
+    (folder / "export").mkdir()
+    (folder / "export" / "via.json").write_text(json.dumps({entry["filename"]: entry for entry in files.values()}))
+    return folder
+
+
 def found_in(folder: Path) -> FoundData:
     found = find_data(folder)
     assert found is not None
@@ -108,7 +122,7 @@ def test_without_boxes_and_areas_a_file_is_read(shapes: Path, tmp_path: Path) ->
     assert not found.files and all(entry["bbox"] for entry in found.contents["val"]["annotations"])
 
 
-@pytest.mark.parametrize("make", [labelme_folder, yolo_folder])
+@pytest.mark.parametrize("make", [labelme_folder, yolo_folder, via_folder])
 def test_other_formats_are_read(shapes: Path, tmp_path: Path, make) -> None:
     found = found_in(make(shapes, tmp_path / "mine"))
     names = [{entry["file_name"] for entry in content["images"]} for content in found.contents.values()]

@@ -68,6 +68,7 @@ def test_shapes(folder: Path) -> None:
     ]
     path = write(folder / "project.json", [task(*result), task(image="b.png", annotations=[])])
     reading = read(path)
+    assert recognize(folder) == "label-studio" and boxes(read(folder)) == boxes(reading)
     assert recognize(path) == "label-studio" and reading.class_names == ["bus", "car"]
     found = boxes(reading)["images/a.png"]
     assert found[2][:5] == ("bus", 24, 10, 12, 20)

@@ -51,6 +51,14 @@ def test_a_project_and_an_export(folder: Path) -> None:
         assert sorted(reading.losses.counts.values()) == [1, 1, 1]  # the rectangle, the point, no class
 
 
+def test_a_folder_has_one_file(folder: Path) -> None:
+    write(folder / "one.json", entries(region()))
+    assert recognize(folder) == "via" and boxes(read(folder))["a.png"][0][1:] == FOUND[1:]
+    write(folder / "two.json", entries(region()))
+    with pytest.raises(InputError, match=r"one\.json, two\.json"):
+        read(folder)
+
+
 def test_the_attribute_of_the_class(folder: Path) -> None:
     path = write(folder / "via.json", entries(region(id=1, Class="car"), region(id=2, Class="bus")))
     assert read(path).class_names == ["bus", "car"]

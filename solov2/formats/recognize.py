@@ -21,7 +21,8 @@ READERS = {
     "label-studio": label_studio.read,
     "via": via.read,
 }
-FOLDERS = ("coco", "labelme", "yolo", "voc", "cityscapes", "masks", "cvat")  # formats of which a folder can be read
+SINGLE = ("label-studio", "via")  # formats with one file, wherever it is in a folder
+FOLDERS = ("coco", "labelme", "yolo", "voc", "cityscapes", "masks", "cvat", *SINGLE)  # of which a folder can be read
 FILES = ("coco", "labelme", "yolo", "cvat", "label-studio", "via")
 JSON_FORMATS = {
     "labelme": labelme.is_labelme,
@@ -49,6 +50,8 @@ def read(source: Path, images: Path | None = None, name: str | None = None) -> R
     if name not in (FOLDERS if source.is_dir() else FILES):
         kind, other = ("folder", "file") if source.is_dir() else ("file", "folder")
         raise InputError(f"{source} is a {kind}, but {name} is read from a {other}; name that")
+    if source.is_dir() and name in SINGLE:
+        source, images = _only_file(source, name), images or source
     reading = READERS[name](source, images)
     if not any(image.instances for image in reading.images):
         found = f": {'; '.join(reading.losses.lines())}" if reading.losses.counts else ""
@@ -106,12 +109,17 @@ def _of_folder(folder: Path) -> str | None:
         return "yolo"  # without the names of the classes, which reading it says
     for path in sorted(folder.rglob("*.json"))[:MAX_LOOKED_AT]:
         content = parse_json(path)
-        name = next((name for name in ("labelme", "coco") if JSON_FORMATS[name](content)), None)
+        name = next((name for name, is_format in JSON_FORMATS.items() if is_format(content)), None)
         if name is not None:
             return name
-        other = next((name for name, is_format in JSON_FORMATS.items() if is_format(content)), None)
-        if other is not None:
-            raise InputError(
-                f"{path} is of the format {other}: name that file, and the folder of the images as --images"
-            )
     return None
+
+
+def _only_file(folder: Path, name: str) -> Path:
+    files = [path for path in sorted(folder.rglob("*.json")) if JSON_FORMATS[name](parse_json(path))]
+    if len(files) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in files[:4]) or "none"
+        raise InputError(
+            f"{folder} must have one file of the format {name}, not {len(files)} ({names}): name that file"
+        )
+    return files[0]
