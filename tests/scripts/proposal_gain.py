@@ -3,7 +3,8 @@
     python tests/scripts/proposal_gain.py COCO_PHOTOS WEIGHTS FOLDER [--classes person,car,cup] [--seeds 0 1 2]
 
 COCO_PHOTOS has annotations/, train2017/ and val2017/; WEIGHTS is best.pth of a quickstart run. The set is cut from the
-photographs: a square of twice its longer side around each large enough instance of the classes.
+photographs: a square of twice its longer side around each large enough instance of the classes; what is small in it
+does not count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pycocotools import mask as mask_api
 
 import solov2
 from solov2.config import load_config
@@ -22,7 +24,8 @@ from solov2.data.coco import CocoInstances
 from solov2.formats.annotated import AnnotatedImage, AnnotatedInstance, Losses, Reading, to_coco
 from solov2.ops.masks import encode_rle
 
-MIN_SIDE = 48  # pixels of an instance that gets a cutting
+MIN_SIDE = 96  # pixels of an instance that gets a cutting
+MIN_SHARE = 1 / 6  # of the side of a cutting: instances below it become crowds, which do not count
 MIN_VISIBLE = 0.5  # share of an instance that must be inside a cutting to count there
 
 
@@ -47,7 +50,8 @@ def cut(photos: CocoInstances, folder: Path) -> Reading:
             for label, before, after in zip(sample["labels"].tolist(), masks, inside, strict=True):
                 if after.any() and after.sum() >= MIN_VISIBLE * before.sum():
                     rle = encode_rle(after[None].bool())[0]
-                    entry.instances.append(AnnotatedInstance(photos.class_names[label], rle))
+                    small = max(mask_api.toBbox(rle)[2:]) < MIN_SHARE * max(entry.height, entry.width)
+                    entry.instances.append(AnnotatedInstance(photos.class_names[label], rle, is_crowd=bool(small)))
             reading.images.append(entry)
     return reading
 
