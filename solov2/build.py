@@ -64,8 +64,8 @@ def build_model(
         name_or_config: model name (`list_models`), path of a YAML file, or a configuration. Optional if `weights` is a
             checkpoint of this library, which carries its configuration.
         weights: checkpoint file of this library or of a family that `solov2.convert` knows, or a checkpoint read by
-            `solov2.weights.read_checkpoint`; "official" downloads the published file of this model; None keeps random
-            weights.
+            `solov2.weights.read_checkpoint`; "official" downloads the published file of this model ("official:authors"
+            that of this family); None keeps random weights.
         num_classes: class count, if not the configuration's (or the file's). The category layer of the file is then
             re-initialized, with a warning; all other weights are kept.
         class_names: the model's classes, if not the file's. Those that the file knows by name keep their weights in the

@@ -1,13 +1,12 @@
-"""Weights: published files, reading checkpoints of every family, and strict loading."""
+"""Weights: reading checkpoints of every family, and strict loading."""
 
 from __future__ import annotations
 
 import logging
-import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +14,14 @@ from torch import Tensor, nn
 from solov2.checkpoint import FORMAT, Checkpoint, check_finite, load_file, write_file
 from solov2.config import Config, ModelConfig, replace_model
 from solov2.convert import class_names_of, convert_state_dict, is_modulated, to_mmdet, unwrap
+from solov2.download import download
 from solov2.errors import InputError, count, printable
 from solov2.outputs import check_outputs
+from solov2.published import find_published
 
 LOG = logging.getLogger(__name__)
 
 
-class PublishedFile(NamedTuple):
-    """A weights file published by others, and the mask AP of this file on COCO val2017, in percent."""
-
-    url: str
-    mask_ap: float
-
-
-# mmdetection's file names end in the first eight digits of the file's SHA-256. The authors' files have no published
-# hash and are licensed for academic use.
-_MMDET, _AUTHORS = "https://download.openmmlab.com/mmdetection/v2.0/solov2", "https://huggingface.co/xinlongwang/SOLO"
-PUBLISHED_WEIGHTS = {
-    "solov2_r50_fpn_1x": PublishedFile(
-        f"{_MMDET}/solov2_r50_fpn_1x_coco/solov2_r50_fpn_1x_coco_20220512_125858-a357fa23.pth", 34.8
-    ),
-    "solov2_r50_fpn_3x": PublishedFile(
-        f"{_MMDET}/solov2_r50_fpn_3x_coco/solov2_r50_fpn_3x_coco_20220512_125856-fed092d4.pth", 37.5
-    ),
-    "solov2_r101_fpn_3x": PublishedFile(f"{_AUTHORS}/resolve/main/SOLOv2_R101_3x.pth", 39.1),
-    "solov2_r101_dcn_fpn_3x": PublishedFile(
-        f"{_MMDET}/solov2_r101_dcn_fpn_3x_coco/solov2_r101_dcn_fpn_3x_coco_20220513_214734-16c966cb.pth", 41.2
-    ),
-    "solov2_x101_dcn_fpn_3x": PublishedFile(
-        f"{_MMDET}/solov2_x101_dcn_fpn_3x_coco/solov2_x101_dcn_fpn_3x_coco_20220513_214337-aef41095.pth", 42.4
-    ),
-    "solov2_light_r18_fpn_3x": PublishedFile(
-        f"{_MMDET}/solov2_light_r18_fpn_3x_coco/solov2_light_r18_fpn_3x_coco_20220511_083717-75fa355b.pth", 29.7
-    ),
-    "solov2_light_r34_fpn_3x": PublishedFile(f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_448_R34_3x.pth", 32.0),
-    "solov2_light_r50_fpn_3x": PublishedFile(
-        f"{_MMDET}/solov2_light_r50_fpn_3x_coco/solov2_light_r50_fpn_3x_coco_20220512_165256-c93a6074.pth", 33.7
-    ),
-    "solov2_light_r50_dcn_fpn_3x": PublishedFile(  # DCNv1
-        f"{_AUTHORS}/resolve/main/SOLOv2_LIGHT_512_DCN_R50_3x.pth", 36.4
-    ),
-}
 TARGETS = (FORMAT, "mmdet")  # families that `convert_file` writes
 CATEGORY_LAYER = "head.category_predictor"  # one row per class
 SEMANTIC_HEAD = "semantic_head"
@@ -120,7 +86,8 @@ def find_checkpoint(
     """The checkpoint that the argument `weights` refers to; None for None.
 
     Args:
-        weights: a file, "official" for the model's published file, or a checkpoint that has already been read.
+        weights: a file, "official" for the model's published file ("official:mmdet", "official:authors" and
+            "official:adelaidet" say whose), or a checkpoint that has already been read.
         name_or_config: the model; required for "official".
 
     Raises:
@@ -128,11 +95,16 @@ def find_checkpoint(
     """
     if weights is None or isinstance(weights, Checkpoint):
         return weights
-    return read_checkpoint(official_weights(name_or_config) if weights == "official" else weights)
+    word, _, family = str(weights).partition(":")
+    return read_checkpoint(official_weights(name_or_config, family) if word == "official" else weights)
 
 
-def official_weights(name: str | Path | Config | ModelConfig | None) -> Path:
+def official_weights(name: str | Path | Config | ModelConfig | None, family: str = "") -> Path:
     """Path of a model's published weights in torch's hub cache; they are downloaded on first use.
+
+    Args:
+        name: the model.
+        family: whose weights, one of `solov2.published.FAMILIES`; "" for the first file of the model.
 
     Raises:
         InputError: no weights are published for this model, or the download failed; the message says what to do.
@@ -140,25 +112,7 @@ def official_weights(name: str | Path | Config | ModelConfig | None) -> Path:
     name = Path(name).stem if isinstance(name, (str, Path)) else getattr(name, "name", None)
     if name is None:
         raise InputError("official weights are those of a named model: name it too (--config MODEL)")
-    if name not in PUBLISHED_WEIGHTS:
-        raise InputError(
-            f"no weights are published for {name}, only for {', '.join(PUBLISHED_WEIGHTS)}; give a file instead"
-        )
-    url = PUBLISHED_WEIGHTS[name].url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if path.is_file():
-        return path
-    LOG.warning("downloading %s; its authors license it for academic use only", url)
-    hash_prefix = torch.hub.HASH_REGEX.search(path.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix and hash_prefix.group(1))
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"the published weights could not be downloaded from {url} ({_reason(error)}); put that file into "
-            f"{path.parent}, or give its path as weights"
-        ) from error
-    return path
+    return download(find_published(name, family))
 
 
 def apply_weight_metadata(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
@@ -328,7 +282,3 @@ def _abbreviated(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(printable(name[:100]) for name in names[:limit]) + (
         f", and {len(names) - limit} more" if len(names) > limit else ""
     )
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__

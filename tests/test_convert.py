@@ -30,14 +30,16 @@ from helpers.parity import (
 from helpers.tiny_models import TINY, lively, tiny_model
 from torch import Tensor
 
+from solov2 import published
 from solov2.build import build_model
 from solov2.checkpoint import load_file
 from solov2.commands.convert import main
-from solov2.config import list_models
 from solov2.convert import PREFIXES, convert_state_dict, to_mmdet, unwrap
+from solov2.download import MIRROR, sha256_of
 from solov2.errors import InputError
 from solov2.models.solov2 import SOLOv2
-from solov2.weights import PUBLISHED_WEIGHTS, convert_file, official_weights
+from solov2.published import PublishedFile
+from solov2.weights import convert_file, official_weights
 
 KEYS = load("keys.json.gz")  # family -> network -> name -> shape, listed by the family's own code
 CASES = [(family, config) for family, configs in KEYS.items() for config in configs]
@@ -403,34 +405,26 @@ def test_command_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 # ---- published files
 
 
-def test_published_weights_are_downloaded_into_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every published name is a model, a cached file is used, and the offline error says what to do."""
-    unpublished = {name for name in list_models() if any(part in name for part in ("quickstart", "panoptic", "plus"))}
-    assert set(PUBLISHED_WEIGHTS) == set(list_models()) - unpublished
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    name = "solov2_light_r34_fpn_3x"
-
-    def refuse(*_arguments: Any) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(InputError, match=r"SOLOv2_LIGHT_448_R34_3x.pth \(no route to host\)") as error:
+def test_official_weights_are_those_of_the_named_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from the mirror, and then from the cache; without them, the error says what to do."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv(MIRROR, str(tmp_path))
+    name = "solov2_light_r18_fpn_3x"
+    torch.save({"state_dict": mmdet_state(scrambled(tiny_model()))}, tmp_path / "theirs.pth")
+    digest = sha256_of(tmp_path / "theirs.pth")
+    file = PublishedFile(name, "mmdet", ("http://127.0.0.1:9/theirs.pth",), 29.7, "Apache-2.0", digest)
+    monkeypatch.setattr(published, "PUBLISHED_FILES", (file,))
+    for weights in ("official", "official:mmdet"):  # the second time, from the cache
+        assert_same_function(build_model(name, weights=weights, **TINY), scrambled(tiny_model()))
+        (tmp_path / "theirs.pth").unlink(missing_ok=True)
+    file.cached.unlink()
+    with pytest.raises(InputError, match="127.0.0.1:9/theirs.pth .*refused") as error:
         build_model(name, weights="official")
-    assert str(tmp_path / "checkpoints") in str(error.value)
-    with pytest.raises(InputError, match="quickstart.*solov2_r50_fpn_1x"):
+    assert str(file.cached) in str(error.value)
+    with pytest.raises(InputError, match="official:authors, only as official:mmdet"):
+        build_model(name, weights="official:authors")
+    with pytest.raises(InputError, match="quickstart.*solov2_light_r18_fpn_3x"):
         official_weights("quickstart")
-
-    asked = []
-
-    def fetch(url: str, target: str, hash_prefix: str | None) -> None:
-        asked.append((url, hash_prefix))
-        torch.save({"state_dict": mmdet_state(scrambled(tiny_model()))}, target)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    for _ in range(2):  # the second time, from the cache
-        model = build_model("solov2_light_r18_fpn_3x", weights="official", **TINY)
-    assert asked == [(PUBLISHED_WEIGHTS["solov2_light_r18_fpn_3x"].url, "75fa355b")]
-    assert_same_function(model, scrambled(tiny_model()))
 
 
 def test_no_two_names_map_to_the_same_tensor() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -15,7 +14,6 @@ import pytest
 import torch
 from helpers.coco_files import CocoTree, png_header, rectangle
 
-from solov2 import weights as published_weights
 from solov2.checkpoint import load_file
 from solov2.commands.check_data import main
 from solov2.config import load_config
@@ -346,23 +344,3 @@ def test_polygon_does_not_fill_the_memory(tmp_path: Path) -> None:
     tree.file.write_text(json.dumps(tree.content))
     with pytest.raises(InputError, match=r"annotation 11 .*2e\+09"):
         CocoInstances(tree.file, tree.images, training=True)
-
-
-@pytest.mark.parametrize("honest", [True, False])
-def test_downloads_are_checked_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: bool) -> None:
-    content = saved({"w": torch.ones(4)})
-    digest = hashlib.sha256(content).hexdigest()[:8] if honest else "00000000"
-    published = tmp_path / f"solov2-{digest}.pth"
-    published.write_bytes(content)
-    monkeypatch.setitem(
-        published_weights.PUBLISHED_WEIGHTS,
-        "solov2_r50_fpn_1x",
-        published_weights.PublishedFile(published.as_uri(), 34.8),
-    )
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    if honest:
-        assert published_weights.official_weights("solov2_r50_fpn_1x").read_bytes() == content
-        return
-    with pytest.raises(InputError, match="could not be downloaded from file:.*invalid hash value"):
-        published_weights.official_weights("solov2_r50_fpn_1x")
-    assert os.listdir(tmp_path / "hub" / "checkpoints") == []

@@ -137,7 +137,10 @@ def _names(text: str) -> list[str]:
 
 SHARED: dict[str, dict[str, Any]] = {
     "--config": {"dest": "model", "metavar": "MODEL", "help": "model name or YAML file"},
-    "--weights": {"metavar": "FILE", "help": "checkpoint of any family; official: the model's published weights"},
+    "--weights": {
+        "metavar": "FILE",
+        "help": "checkpoint of any family; official, or official:FAMILY: published weights",
+    },
     "--device": {"metavar": "NAME", "help": "cpu, cuda:1, ... (default: the accelerator, if there is one)"},
     "--precision": {"choices": choices("precision"), "help": "precision of the network"},
     "--batch-size": {"type": value_of("batch_size"), "metavar": "N", "help": "images per batch in each process"},

@@ -50,7 +50,7 @@ def _describe(name: str) -> dict[str, Any]:
 
     from solov2.build import construct
     from solov2.data.categories import default_class_names
-    from solov2.weights import PUBLISHED_WEIGHTS
+    from solov2.published import PUBLISHED_WEIGHTS
 
     config = load_config(name).model
     with torch.device("meta"):  # shapes only, without memory

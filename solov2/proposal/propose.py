@@ -25,7 +25,7 @@ from solov2.data_check.statistics import (
     suggest_limits,
 )
 from solov2.errors import count
-from solov2.weights import PUBLISHED_WEIGHTS
+from solov2.published import PUBLISHED_WEIGHTS
 
 FINE_TUNING_STEPS = 3000  # optimizer steps from weights of a whole model
 BACKBONE_STEPS = 6000  # from those of a backbone, or none
