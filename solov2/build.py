@@ -87,13 +87,7 @@ def build_model(
     checkpoint = find_checkpoint(weights, name_or_config)
     config = _model_config(name_or_config, checkpoint)
     if checkpoint is not None:
-        config = apply_weight_metadata(config, checkpoint)
-        category_bias = checkpoint.weights.get(f"{CATEGORY_LAYER}.bias")
-        if category_bias is not None:
-            config = replace_model(config, {"num_classes": len(category_bias)})
-        stuff_bias = checkpoint.weights.get(f"{STUFF_LAYER}.bias")
-        if stuff_bias is not None and len(stuff_bias) > 1 and config.num_stuff:
-            config = replace_model(config, {"num_stuff": len(stuff_bias) - 1})
+        config = fit_config(config, checkpoint)
     if stuff_names is not None:
         config = replace_model(config, {"num_stuff": len(stuff_names)})
     if class_names is not None and num_classes is None:
@@ -125,6 +119,22 @@ def build_model(
         if stuff_ids is not None and stuff_names is None and len(stuff_ids) == len(stuff):
             model.stuff_category_ids = list(stuff_ids)
     return model.to(device or "cpu").eval()
+
+
+def fit_config(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The configuration with what the weights of a checkpoint decide: its traits and the numbers of its classes.
+
+    Raises:
+        InputError: invalid value of a trait.
+    """
+    config = apply_weight_metadata(config, checkpoint)
+    category_bias = checkpoint.weights.get(f"{CATEGORY_LAYER}.bias")
+    if category_bias is not None:
+        config = replace_model(config, {"num_classes": len(category_bias)})
+    stuff_bias = checkpoint.weights.get(f"{STUFF_LAYER}.bias")
+    if stuff_bias is not None and len(stuff_bias) > 1 and config.num_stuff:
+        config = replace_model(config, {"num_stuff": len(stuff_bias) - 1})
+    return config
 
 
 def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpoint: Checkpoint) -> None:

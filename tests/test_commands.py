@@ -34,7 +34,9 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_commands_of_the_design() -> None:
-    others = {"panoptic-quality", "predict", "benchmark", "check-data", "import", "export", "convert", "models"}
+    others = {"panoptic-quality", "predict", "benchmark", "check-data", "import", "export", "convert", "models"} | {
+        "weights"
+    }
     assert set(COMMANDS) == {"train", "eval", *others}
     for name, parser in parsers().items():
         assert parser.prog == f"solov2 {name}" and parser.description

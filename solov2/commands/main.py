@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write a model as one graph (.pt2, .onnx)",
     "convert": "rewrite a checkpoint with the names of another family",
     "models": "list the models, their parameters and their published AP",
+    "weights": "list published weights, fetch them, or say what a weights file is",
 }
 MODULES = {"eval": "evaluate", "import": "import_data"}  # commands whose module has another name
 # metavars that a shell completes with paths
