@@ -28,6 +28,7 @@ EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # for .onnx; .pt2 needs nothing more
 DOCS = ["mkdocs-material>=9.5"]
 TIMM = ["timm>=1.0"]
 COMPLETION = ["shtab>=1.7"]
+HUB = ["huggingface_hub>=0.30", "safetensors>=0.4"]
 SUPERVISION = ["supervision>=0.25"]
 # setuptools builds the wheel that tests/test_packaging.py inspects
 TEST = [
@@ -39,6 +40,7 @@ TEST = [
     *FAST,
     *SUPERVISION,
     *COMPLETION,
+    *HUB,
 ]
 
 setup(
@@ -89,7 +91,8 @@ setup(
         "export": EXPORT,
         "completion": COMPLETION,
         "timm": TIMM,
-        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *SUPERVISION],
+        "hub": HUB,
+        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *HUB, *SUPERVISION],
     },
     entry_points={
         "console_scripts": [

@@ -16,6 +16,7 @@ __all__ = [
     "draw_panoptic",
     "find_images",
     "list_models",
+    "load",
     "to_supervision",
     "train",
 ]
@@ -28,6 +29,7 @@ _EXPORTS = {
     "draw_panoptic": "solov2.visualize_panoptic",
     "find_images": "solov2.ops.image_files",
     "list_models": "solov2.config",
+    "load": "solov2.build",
     "to_supervision": "solov2.interoperability",
     "train": "solov2.training.train",
 }
@@ -50,7 +52,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow __get
     from solov2 import models as models
     from solov2 import ops as ops
     from solov2 import targets as targets
-    from solov2.build import build_model
+    from solov2.build import build_model, load
     from solov2.config import list_models
     from solov2.interoperability import to_supervision
     from solov2.models.solov2 import SOLOv2

@@ -85,7 +85,8 @@ def build_model(
             not fit (they are listed).
     """
     checkpoint = find_checkpoint(weights, name_or_config)
-    config = _model_config(name_or_config, checkpoint)
+    given = _given_config(name_or_config, checkpoint)
+    config = given.model
     if checkpoint is not None:
         config = fit_config(config, checkpoint)
     if stuff_names is not None:
@@ -102,6 +103,8 @@ def build_model(
     if checkpoint is not None:
         _check_architecture(config, names, checkpoint)
     model = construct(config, names, stuff)
+    whole = Config(given.name, config).to_dict()
+    model.config = {key: whole[key] for key in ("name", "model")}  # without the folders of a run
     model.category_ids = default_category_ids(names)
     model.stuff_category_ids = default_stuff_category_ids(stuff, model.category_ids)
     if checkpoint is not None:
@@ -154,12 +157,26 @@ def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpo
     check_fits(expected, stored, checkpoint.source)
 
 
-def _model_config(given: str | Path | Config | ModelConfig | None, checkpoint: Checkpoint | None) -> ModelConfig:
+def load(path: str | Path, device: str | torch.device | None = None) -> SOLOv2:
+    """The model of a file that carries its configuration, as those of `SOLOv2.save` and of training runs do.
+
+    Args:
+        path: file to read.
+        device: where to put the model; default: the CPU.
+
+    Returns:
+        The model in evaluation mode; names, category ids, thresholds and limits are those of the file.
+
+    Raises:
+        InputError: unreadable file, or one without a configuration, for `build_model` with the name of a model.
+    """
+    return build_model(weights=path, device=device)
+
+
+def _given_config(given: str | Path | Config | ModelConfig | None, checkpoint: Checkpoint | None) -> Config:
     if isinstance(given, ModelConfig):
-        return given
-    if isinstance(given, Config):
-        return given.model
-    return resolve_config(given, checkpoint).model
+        return Config("custom", given)
+    return given if isinstance(given, Config) else resolve_config(given, checkpoint)
 
 
 def resolve_config(

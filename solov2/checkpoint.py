@@ -15,9 +15,11 @@ from torch import Tensor
 from solov2.config import Config
 from solov2.errors import InputError, count
 from solov2.outputs import replace_file
+from solov2.safetensors_file import is_safetensors, read_safetensors, write_safetensors
 from solov2.torch_file import INERT_GLOBALS, check_torch_file
 
 FORMAT = "solov2"  # value of the key "format" in files of this library
+TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # settings that weights decide
 
 
 class Inert:
@@ -115,12 +117,18 @@ class Checkpoint:
         return content
 
     def save(self, path: str | Path) -> None:
-        """Write a file of this library; its folder must exist.
+        """Write a file of this library, in the safetensors format if its name ends so; its folder must exist.
 
         Raises:
             OSError: disk full or no permission; an existing file is left unchanged.
+            InputError: a safetensors file for the state of a run, or without safetensors.
         """
-        write_file(path, self.content())
+        if not is_safetensors(path):
+            write_file(path, self.content())
+        elif self.training is None:
+            write_safetensors(path, self.content())
+        else:
+            raise InputError(f"{path}: a safetensors file cannot hold the state of a run; name a .pth file")
 
     def configuration(self) -> Config | None:
         """The configuration stored in the file; None if there is none.
@@ -281,6 +289,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # opening a FIFO would wait for a writer
         problem = "is not a regular file" if os.path.exists(path) else "does not exist"
         raise InputError(f"weights file {path} {problem}")
+    if is_safetensors(path):
+        return read_safetensors(path)
     try:
         file = path.open("rb")
     except OSError as error:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solov2.checkpoint import FORMAT, Checkpoint, check_finite, load_file, write_file
+from solov2.checkpoint import FORMAT, TRAITS, Checkpoint, check_finite, load_file, write_file
 from solov2.config import Config, ModelConfig, replace_model
 from solov2.convert import class_names_of, convert_state_dict, is_modulated, to_mmdet, unwrap
 from solov2.download import download
 from solov2.errors import InputError, count, printable
 from solov2.outputs import check_outputs
 from solov2.published import find_published
+from solov2.safetensors_file import is_safetensors
 
 LOG = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ CATEGORY_LAYER = "head.category_predictor"  # one row per class
 SEMANTIC_HEAD = "semantic_head"
 AUXILIARY_HEAD = "auxiliary_head"  # of an auxiliary loss: only runs that resume need it
 STUFF_LAYER = f"{SEMANTIC_HEAD}.predictor"  # one row per stuff class, and one for all things
-TRAITS = ("pixel_mean", "pixel_std", "channel_order", "stride_in_1x1", "modulated")  # set by the weights
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -235,7 +235,7 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
 
     Args:
         source: a file of any family.
-        target: file to write; folders are created as needed.
+        target: file to write, in the safetensors format if its name ends so; folders are created as needed.
         to: "solov2", which also stores traits, configuration and class names, or "mmdet".
         overwrite: replace an existing target.
 
@@ -248,6 +248,8 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
     """
     if to not in TARGETS:
         raise InputError(f"checkpoints can be written for {' or '.join(TARGETS)}, not for {to}")
+    if to == "mmdet" and is_safetensors(target):
+        raise InputError(f"{target}: mmdetection reads no safetensors files; name a .pth file, or leave out --to mmdet")
     check_outputs([("OUT", target)], overwrite=overwrite, inputs=[source])
     checkpoint = read_checkpoint(source)
     traits = checkpoint.traits
@@ -258,12 +260,12 @@ def convert_file(source: str | Path, target: str | Path, *, to: str = FORMAT, ov
             state = to_mmdet(checkpoint.weights)
         except ValueError as error:
             raise InputError(f"{source}: {error}") from error
-        content: Mapping[str, Any] = {"state_dict": state, "meta": {"CLASSES": checkpoint.class_names}}
-    else:
-        content = replace(checkpoint, training=None).content()
     try:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, content)
+        if to == "mmdet":
+            write_file(target, {"state_dict": state, "meta": {"CLASSES": checkpoint.class_names}})
+        else:
+            replace(checkpoint, training=None).save(target)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error
     layers = sum(name.endswith("conv_offset.weight") for name in checkpoint.weights)

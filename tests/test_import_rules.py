@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 DEPENDENCIES = {"torch", "torchvision", "pycocotools", "numpy", "PIL", "yaml", "tqdm"}
-EXTRAS = {"cv2", "faster_coco_eval", "onnxscript", "shtab", "supervision", "timm"}  # imported inside functions only
+EXTRAS = {
+    "cv2",
+    "faster_coco_eval",
+    "huggingface_hub",
+    "onnxscript",
+    "safetensors",
+    "shtab",
+    "supervision",
+    "timm",
+}  # imported inside functions only
 # Hard-coded devices, and loading that could run code.
 FORBIDDEN = re.compile(r"\.cuda\(|[\"']cuda(:\d+)?[\"']|weights_only\s*=\s*False|torch\.load\((?!.*weights_only=True)")
 

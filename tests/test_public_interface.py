@@ -22,6 +22,8 @@ import solov2
 SIGNATURES = {
     ("solov2", "build_model"): "(name_or_config, *, weights=None, num_classes=None, device=None, **overrides)",
     ("solov2", "list_models"): "()",
+    ("solov2", "load"): "(path, device=None)",
+    ("solov2", "SOLOv2.save"): "(path)",
     ("solov2", "find_images"): "(folder)",
     ("solov2", "draw_instances"): "(image, result, class_names)",
     ("solov2", "draw_panoptic"): "(image, result, model)",
@@ -104,7 +106,7 @@ def test_the_comparison_sees_differences() -> None:
 def test_public_names_are_exported() -> None:
     names = [
         *("SOLOv2", "TrainResult", "build_model", "draw_instances", "draw_panoptic", "find_images", "list_models"),
-        *("to_supervision", "train"),
+        *("load", "to_supervision", "train"),
     ]
     modules = ["convert", "data", "evaluation", "losses", "models", "ops", "targets"]
     assert solov2.__all__ == names

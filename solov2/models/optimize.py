@@ -32,6 +32,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) 
     model = inference_copy(model)
     fold_batch_norms(model)
     fuse_activations(model)
+    model.config = None  # type: ignore[assignment]  # its weights no longer fit the network that this describes
     device = next(model.parameters()).device
     if device.type == "cpu" and dtype == torch.float32:
         use_winograd(model)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from solov2.checkpoint import FORMAT, TRAITS, Checkpoint
 from solov2.compute import span
 from solov2.errors import InputError
 from solov2.models.fpn import FPN
@@ -66,6 +68,7 @@ class SOLOv2(nn.Module):
         super().__init__()
         self.backbone, self.fpn, self.head, self.mask_feature_head = backbone, fpn, head, mask_feature_head
         self.semantic_head = semantic_head
+        self.config: dict[str, Any] | None = None  # name and model section, from `solov2.build_model`; `save` needs it
         self.auxiliary_head: SemanticHead | None = None  # of an auxiliary loss; see `solov2.build.add_auxiliary_head`
         self.class_names, self.stuff_names = list(class_names), list(stuff_names)
         self.category_ids = list(range(1, len(self.class_names) + 1))
@@ -160,6 +163,42 @@ class SOLOv2(nn.Module):
         if graphs:
             use_graphs(model, model.device)
         return model
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to a file that `solov2.load` reads; an existing file is replaced.
+
+        It has the weights, the configuration with the thresholds and limits that the model has now, the names and the
+        category ids, and nothing of a training run.
+
+        Args:
+            path: file to write, in the safetensors format (extra `hub`) if its name ends in .safetensors, else a torch
+                file; folders are created as needed.
+
+        Raises:
+            InputError: the model was not built by `solov2.build_model` or `solov2.load`, or is an optimized copy; or
+                safetensors is not installed.
+            OSError: disk full or no permission; an existing file is left unchanged.
+        """
+        if self.config is None:
+            raise InputError(
+                "only models of solov2.build_model and solov2.load can be saved, and not their optimized copies: save "
+                "the model that was optimized"
+            )
+        now = asdict(self.settings) | asdict(self.panoptic_settings) | {"input_scale": self.input_scale}
+        section = self.config["model"] | {key: list(v) if isinstance(v, tuple) else v for key, v in now.items()}
+        unused = "auxiliary_head."
+        checkpoint = Checkpoint(
+            str(path),
+            {name: tensor.cpu() for name, tensor in self.state_dict().items() if not name.startswith(unused)},
+            traits={"family": FORMAT, **{key: section[key] for key in TRAITS}},
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            stuff_names=self.stuff_names or None,
+            stuff_category_ids=self.stuff_category_ids or None,
+            config={**self.config, "model": section},
+        )
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path)
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] RGB -> float [B, 3, H, W], normalized and zero outside `sizes` (int64 [B, 2], h and w).
