@@ -38,6 +38,7 @@ _SUBMODULES = {
     "targets": "solov2.targets",
     "losses": "solov2.losses",
     "convert": "solov2.convert",
+    "hub": "solov2.hub",
     "ops": "solov2.ops.matrix_nms",
     "models": "solov2.models.solov2",
     "data": "solov2.data.coco",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow __get
     from solov2 import convert as convert
     from solov2 import data as data
     from solov2 import evaluation as evaluation
+    from solov2 import hub as hub
     from solov2 import losses as losses
     from solov2 import models as models
     from solov2 import ops as ops

@@ -53,6 +53,8 @@ SIGNATURES = {
     ),
     ("solov2.losses", "SOLOv2Criterion.forward"): "(raw, targets, num_positives=None, num_labeled=None)",
     ("solov2.ops.matrix_nms", "matrix_nms"): "(masks, labels, scores, *, kernel='gaussian', sigma=2.0)",
+    ("solov2.hub", "push_to_hub"): "(model, repo, *, license=None, figures=None, private=None, token=None)",
+    ("solov2.hub", "from_pretrained"): "(repo, *, revision=None, token=None, device=None)",
     ("solov2.convert", "convert_state_dict"): "(state_dict)",
     ("solov2.commands.predict", "main"): "(argv=None)",
     ("solov2.commands.train", "main"): "(argv=None)",
@@ -108,7 +110,7 @@ def test_public_names_are_exported() -> None:
         *("SOLOv2", "TrainResult", "build_model", "draw_instances", "draw_panoptic", "find_images", "list_models"),
         *("load", "to_supervision", "train"),
     ]
-    modules = ["convert", "data", "evaluation", "losses", "models", "ops", "targets"]
+    modules = ["convert", "data", "evaluation", "hub", "losses", "models", "ops", "targets"]
     assert solov2.__all__ == names
     assert dir(solov2) == sorted([*names, *modules, "__version__"])
     for name in dir(solov2):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from solov2.checkpoint import FORMAT, TRAITS, Checkpoint
 from solov2.compute import span
 from solov2.errors import InputError
 from solov2.models.fpn import FPN
@@ -20,6 +19,7 @@ from solov2.models.mask_feature import MaskFeatureHead
 from solov2.models.optimize import optimize_for_inference
 from solov2.models.postprocess import postprocess
 from solov2.models.resnet import ResNet
+from solov2.models.saving import model_checkpoint
 from solov2.models.semantic import SemanticHead
 from solov2.ops.images import ImageLike
 from solov2.predict import load_batch, predict_images
@@ -179,24 +179,7 @@ class SOLOv2(nn.Module):
                 safetensors is not installed.
             OSError: disk full or no permission; an existing file is left unchanged.
         """
-        if self.config is None:
-            raise InputError(
-                "only models of solov2.build_model and solov2.load can be saved, and not their optimized copies: save "
-                "the model that was optimized"
-            )
-        now = asdict(self.settings) | asdict(self.panoptic_settings) | {"input_scale": self.input_scale}
-        section = self.config["model"] | {key: list(v) if isinstance(v, tuple) else v for key, v in now.items()}
-        unused = "auxiliary_head."
-        checkpoint = Checkpoint(
-            str(path),
-            {name: tensor.cpu() for name, tensor in self.state_dict().items() if not name.startswith(unused)},
-            traits={"family": FORMAT, **{key: section[key] for key in TRAITS}},
-            class_names=self.class_names,
-            category_ids=self.category_ids,
-            stuff_names=self.stuff_names or None,
-            stuff_category_ids=self.stuff_category_ids or None,
-            config={**self.config, "model": section},
-        )
+        checkpoint = model_checkpoint(self, str(path))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path)
 
