@@ -150,7 +150,10 @@ RUNS = {
     "python eval.py --weights FILE --precision bf16": f"{HERE} --data-root data/coco {TINY}",
     "python train.py solov2_r50_fpn_3x --dry-run": "",
     "python train.py --resume --output DIR": "--device cpu --workers 0",
+    "solov2 weights list": "",
+    "solov2 weights verify FILE": "",
     "solov2 convert SOLOv2_R50_3x.pth ours.pth": "--overwrite",
+    "solov2 convert SOLOv2_R50_3x.pth ours.safetensors": "--overwrite",
     "solov2 convert runs/mine/best.pth theirs.pth --to mmdet": "--overwrite",
     "python train.py solov2_light_r18_fpn_3x --weights FILE --train-annotations mine/train.json "
     f"--train-images mine/images {MINE}": f"{HERE} {FEW}",
@@ -173,6 +176,7 @@ NOT_RUN = {
     "torchrun --max-restarts": "part of a command; restart.py runs it whole",
     "python train.py --nproc 8": "eight processes; two run in test_distributed.py",
     "python train.py solov2_light_r18_fpn_3x --weights official": "downloads",
+    "solov2 weights fetch": "downloads",
     "python train.py configs/quickstart.yaml --seed 0": "minutes; runs in short form above",
     "python train.py solov2_panoptic_r50_fpn_3x": "R50 at the full size; the tiny one runs in test_panoptic_runs.py",
     "python eval.py solov2_panoptic_r50_fpn_3x": "the same",
