@@ -211,6 +211,15 @@ def test_a_download_without_end_is_stopped(server: Server, monkeypatch: pytest.M
         download(dataclasses.replace(published(server.url), size=5))
 
 
+def test_a_source_that_does_not_answer_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert download(published(url, server.url)).read_bytes() == CONTENT
+    assert time.monotonic() - started < 20
+
+
 # ---- resuming
 
 

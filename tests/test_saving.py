@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import TINY, lively, numbered, tiny_model
@@ -52,7 +53,7 @@ def saved(folder: Path, suffix: str, model: SOLOv2) -> Path:
 @pytest.mark.parametrize("variant", ["basic blocks", "DCNv1", "nothing frozen, batch norm"])
 def test_a_loaded_model_equals_the_saved_one(tmp_path: Path, suffix: str, variant: str) -> None:
     model = lively(tiny_model(variant, score_threshold=0.0, input_scale=(160, 96), channel_order="bgr"))
-    model.class_names, model.category_ids = ["ä|b", "b", "c"], [7, 9, 11]
+    model.class_names, model.category_ids = ["ä|b", "b", "c"], list(np.array([7, 9, 11]))
     model.settings = replace(model.settings, max_instances=5)
     loaded = solov2.load(saved(tmp_path, suffix, model))
     assert_equal_models(model, loaded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,14 @@ def test_models_with_one_network_fit_the_same_file() -> None:
     assert fitting_models(Checkpoint("c", tiny)) == []
     del weights["fpn.output.0.bias"]
     assert fitting_models(Checkpoint("d", weights)) == []
+
+
+def test_the_tables_of_the_documents_have_the_figures_of_the_files(repo_root: Path) -> None:
+    """The README shows what `official` fetches, docs/weights.md every file, the official one first."""
+    rows = re.findall(r"^\| (solov2_\w+) \| [\d.]+ M \| ([\d.]+) \|", (repo_root / "README.md").read_text(), re.M)
+    assert {name: float(figure) for name, figure in rows} == {
+        name: file.mask_ap for name, file in published.PUBLISHED_WEIGHTS.items()
+    }
+    table = re.findall(r"^\| (solov2_\w+) \| (.*) \|$", (repo_root / "docs" / "weights.md").read_text(), re.M)
+    files = [(name, *found) for name, text in table for found in re.findall(r"(\w+) (\d\d\.\d)", text)]
+    assert files == [(file.model, file.family, f"{file.mask_ap:.1f}") for file in PUBLISHED_FILES]

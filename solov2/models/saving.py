@@ -35,9 +35,9 @@ def model_checkpoint(model: SOLOv2, source: str) -> Checkpoint:
         source,
         {name: tensor.cpu() for name, tensor in model.state_dict().items() if not name.startswith(unused)},
         traits={"family": FORMAT, **{key: config["model"][key] for key in TRAITS}},
-        class_names=model.class_names,
-        category_ids=model.category_ids,
-        stuff_names=model.stuff_names or None,
-        stuff_category_ids=model.stuff_category_ids or None,
+        class_names=list(model.class_names),
+        category_ids=[int(number) for number in model.category_ids],  # a user may have set numpy's integers
+        stuff_names=list(model.stuff_names) or None,
+        stuff_category_ids=[int(number) for number in model.stuff_category_ids] or None,
         config=config,
     )
