@@ -41,7 +41,9 @@ def convolve_with_coordinates(
         [B, D', H, W] each.
     """
     if isinstance(conv, DeformConv2d):
-        together = [torch.cat([x, c.expand(len(x), -1, -1, -1)], dim=1) for x, c in zip(maps, coordinates, strict=True)]
+        together = [
+            torch.cat([x, c.expand(x.shape[0], -1, -1, -1)], dim=1) for x, c in zip(maps, coordinates, strict=True)
+        ]
         return convolve(conv, together, None)
     assert isinstance(conv, nn.Conv2d)
     kind, layout = maps[0].device.type, torch.contiguous_format
