@@ -25,7 +25,7 @@ from solov2.data.coco import CocoInstances
 from solov2.data.loader import Collate
 from solov2.data.transforms import TrainTransform, seeded_generator
 from solov2.errors import InputError
-from solov2.export import ExportedSOLOv2
+from solov2.export.graph import ExportedSOLOv2
 from solov2.models.optimize import inference_copy
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.encoded_masks import EncodedMasks

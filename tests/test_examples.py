@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from solov2.export import select_instances
+from solov2.export.graph import select_instances
 from solov2.models.panoptic import postprocess_panoptic
 from solov2.ops.merge import merge_segments
 from solov2.settings import PanopticSettings, PostprocessSettings

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves
 
-from solov2 import export
 from solov2.build import build_model, construct
 from solov2.commands.export import main
-from solov2.export import ExportedSOLOv2, export_program, select_instances
+from solov2.export import graph
+from solov2.export.graph import ExportedSOLOv2, export_program, select_instances
 from solov2.models.postprocess import flatten_raw, postprocess
 
 SIZE = (64, 96)
@@ -187,7 +187,7 @@ def test_an_existing_file_is_kept_unless_overwrite_succeeds(
         file.write(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, "export_program", lambda *arguments, **options: None)
+    monkeypatch.setattr(graph, "export_program", lambda *arguments, **options: None)
     monkeypatch.setattr(torch.export, "save", full)
     assert main(arguments(checkpoint, path, "--overwrite")) == 2
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]

@@ -21,9 +21,16 @@ HOST_VALUES = 1 << 16  # values that are resized at once on a CPU: their integer
 DEVICE_VALUES = 1 << 24  # and on an accelerator, where a few large operations are best
 
 
-def resized_size(size: tuple[int, int], *, long: int, short: int) -> tuple[int, int]:
-    """(h, w) scaled at a fixed ratio to the largest size with long edge <= `long` and short edge <= `short`."""
+def resized_size(
+    size: tuple[int, int], *, long: int, short: int, inside: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """(h, w) scaled at a fixed ratio to the largest size with long edge <= `long` and short edge <= `short`.
+
+    `inside` is a (height, width) in which the result must also fit.
+    """
     factor = min(long / max(size), short / min(size))
+    if inside is not None:
+        factor = min(factor, inside[0] / size[0], inside[1] / size[1])
     height, width = (max(1, int(side * factor + 0.5)) for side in size)
     return height, width
 

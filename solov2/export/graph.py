@@ -7,9 +7,7 @@ instead: the best cells, their best (cell, class) pairs, the best instances. No 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,11 +18,9 @@ from solov2.models.optimize import fold_batch_norms, inference_copy
 from solov2.models.postprocess import flatten_raw, widen
 from solov2.models.solov2 import SOLOv2
 from solov2.ops.matrix_nms import decay_scores
-from solov2.outputs import replace_file
 from solov2.settings import PostprocessSettings
 
 NUM_CELLS = 512  # images seldom have more cells above the category threshold
-FORMATS = (".pt2", ".onnx")
 
 
 class ExportedSOLOv2(nn.Module):
@@ -35,17 +31,23 @@ class ExportedSOLOv2(nn.Module):
             device and runs on any.
         raw: return the raw outputs of `SOLOv2.forward` instead of instances.
         num_cells: number of cells whose masks are computed, see `select_instances`.
+        dtype: of the network, from its first convolution to its raw outputs. What comes before and after, up to the
+            instances, computes in float32.
 
     Raises:
         InputError: `model.settings.max_candidates` is 0 (no limit), so the number of rows is not fixed.
     """
 
-    def __init__(self, model: SOLOv2, *, raw: bool = False, num_cells: int = NUM_CELLS) -> None:
+    def __init__(
+        self, model: SOLOv2, *, raw: bool = False, num_cells: int = NUM_CELLS, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         if not raw and not model.settings.max_candidates:
             raise InputError("an exported graph needs model.max_candidates of 1 or more")
         self.model = inference_copy(model).cpu()
         fold_batch_norms(self.model)
+        for part in self.model.children() if dtype != torch.float32 else ():
+            part.to(dtype)  # not the model itself: its pixel statistics stay float32
         self.raw, self.num_cells = raw, num_cells
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> Mapping[str, Tensor | list[Tensor]]:
@@ -62,7 +64,7 @@ class ExportedSOLOv2(nn.Module):
         raw = self.model(self.model.normalize(pixels, sizes))
         if self.raw:
             return raw
-        semantic = {"semantic": raw["semantic_logits"]} if "semantic_logits" in raw else {}
+        semantic = {"semantic": widen(raw["semantic_logits"])} if "semantic_logits" in raw else {}
         return select_instances(raw, self.model.settings, num_cells=self.num_cells) | semantic
 
 
@@ -116,76 +118,23 @@ def _gather_rows(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def export_program(
-    model: SOLOv2, size: tuple[int, int], *, raw: bool = False, num_cells: int = NUM_CELLS
+    model: SOLOv2,
+    size: tuple[int, int],
+    *,
+    raw: bool = False,
+    num_cells: int = NUM_CELLS,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.export.ExportedProgram:
-    """`ExportedSOLOv2` as one graph for one padded image size and any batch size.
+    """`ExportedSOLOv2` as one graph for one padded image size (height, width) and any batch size.
 
     Raises:
         InputError: height or width of `size` is not a positive multiple of 32; see also `ExportedSOLOv2`.
     """
     if any(side < model.divisor or side % model.divisor for side in size):
         raise InputError(f"size {size[0]} x {size[1]}: height and width must be multiples of {model.divisor}")
-    module = ExportedSOLOv2(model, raw=raw, num_cells=num_cells).eval()
+    module = ExportedSOLOv2(model, raw=raw, num_cells=num_cells, dtype=dtype).eval()
     pixels = torch.zeros(2, 3, *size, dtype=torch.uint8)  # a batch of 1 would be traced as a constant
     sizes = torch.tensor([size, size])
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     with torch.no_grad():
         return torch.export.export(module, (pixels, sizes), dynamic_shapes=(batch, batch))
-
-
-def save_program(
-    program: torch.export.ExportedProgram, path: str | Path, class_names: Sequence[str], stuff_names: Sequence[str] = ()
-) -> None:
-    """Write a program and its class names to a file, atomically: an existing file is replaced completely or not at all.
-
-    Args:
-        program: from `export_program`.
-        path: .pt2 for `torch.export.load`, .onnx for ONNX.
-        class_names: stored as a JSON list: extra file class_names.json of a .pt2, metadata entry class_names in ONNX.
-        stuff_names: likewise, as stuff_names; not stored if empty.
-
-    Raises:
-        InputError: unknown file name suffix, or the packages for ONNX are not installed.
-        OSError: disk full, no permission.
-    """
-    check_format(path)
-    names = {"class_names": json.dumps(list(class_names))}
-    if stuff_names:
-        names["stuff_names"] = json.dumps(list(stuff_names))
-    onnx = _to_onnx(program, names) if Path(path).suffix == ".onnx" else None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as file:
-        if onnx is None:
-            torch.export.save(program, file, extra_files={f"{key}.json": value for key, value in names.items()})
-        else:
-            file.write(onnx)
-
-
-def check_format(path: str | Path) -> None:
-    """Check that `save_program` can write this kind of file here.
-
-    Raises:
-        InputError: as in `save_program`.
-    """
-    if Path(path).suffix not in FORMATS:
-        raise InputError(f"{path}: the name must end in {' or '.join(FORMATS)}")
-    if Path(path).suffix == ".onnx":
-        try:
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise InputError("ONNX export needs additional packages: pip install 'solov2[export]'") from error
-
-
-def _to_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> bytes:
-    outputs = program.module()(*program.example_inputs[0])
-    names = [
-        name if isinstance(value, Tensor) else f"{name}_{level}"
-        for name, value in outputs.items()
-        for level in range(1 if isinstance(value, Tensor) else len(value))
-    ]
-    exported = torch.onnx.export(program, output_names=names, verbose=False)
-    assert exported is not None
-    model = exported.model_proto
-    for key, value in metadata.items():
-        model.metadata_props.add(key=key, value=value)
-    return model.SerializeToString()
