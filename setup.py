@@ -24,7 +24,7 @@ class BuildWithConfigurations(build_py):
 
 FAST = ["faster-coco-eval>=1.8", "opencv-python-headless>=4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
-EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]  # for .onnx; .pt2 needs nothing more
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # for .onnx; .pt2 needs nothing more
 DOCS = ["mkdocs-material>=9.5"]
 TIMM = ["timm>=1.0"]
 COMPLETION = ["shtab>=1.7"]
@@ -38,9 +38,12 @@ TEST = [
     "setuptools>=77",
     "torchmetrics>=1.4",
     *FAST,
+    *EXPORT,
     *SUPERVISION,
     *COMPLETION,
     *HUB,
+    "fastapi>=0.110",  # of examples/server.py
+    "httpx>=0.27",
 ]
 
 setup(
