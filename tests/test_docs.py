@@ -35,6 +35,8 @@ OTHERS = (
     "python docs/generate.py",
     "python tests/",
     "python examples/",
+    "docker ",
+    "curl ",
     "solov2 --",
     "python -m solov2 C",
 )
@@ -136,6 +138,11 @@ RUNS = {
     "solov2 export solov2_light_r50_fpn_3x --weights FILE --size 448 768 --output light.onnx": "--overwrite",
     "solov2 export solov2_light_r50_fpn_3x --weights FILE --size 448 768 --output light.pt2": "--overwrite",
     "solov2 export --weights runs/mine/best.pth --size 448 768 --output mine.onnx": "--overwrite",
+    "solov2 export --weights runs/mine/best.pth --size 448 768 --output half.onnx --precision fp16": "--overwrite",
+    "solov2 export --weights runs/mine/best.pth --size 448 768 --output half.pt2 --precision bf16": "--overwrite",
+    "solov2 export --weights runs/mine/best.pth --size 448 768 --output int8.onnx --precision int8 "
+    "--calibrate mine/images": "--overwrite",
+    "solov2 export --weights runs/mine/best.pth --size 448 768 --output mine.onnx --check mine/images": "--overwrite",
     "solov2 models": "",
     "solov2 import mine/labelme --output mine/all.json --val-split 0.2": "--overwrite",
     'solov2 train solov2_r50_fpn_1x --set train.epochs=6 --set "data.train_scales=[640]"': "--dry-run",
@@ -182,6 +189,10 @@ NOT_RUN = {
     "python eval.py solov2_panoptic_r50_fpn_3x": "the same",
     "solov2 panoptic-quality GT.json results/panoptic.json": "the same as another, with the names of files",
     "python examples/panoptic_sweep.py": "test_panoptic_runs.py runs it",
+    "python examples/onnxruntime_predict.py": "test_examples.py runs it",
+    "python examples/openvino_predict.py": "the same",
+    "docker ": "needs Docker",
+    "curl --data-binary": "needs a server; test_examples.py asks it",
     "python tests/scripts/": "minutes to hours, on its own",
     "python tests/peer/": "needs mmdetection in an environment of its own",
 }

@@ -236,8 +236,8 @@ def test_onnx_in_every_runtime(
     for runtime in runtimes:
         comparison = compare(open_file(path, runtime), runtime, model, sorted(images.iterdir())[:2], SIZE)
         assert comparison.within_tolerance == (precision == "float32") and comparison.instances >= 20
-        # The masks of a random network are those of noise, which int8 changes most.
-        assert comparison.matched >= (0.2 if precision == "int8" else 0.9) * comparison.instances
+        # The masks of a random network are those of noise, which low precision changes most.
+        assert comparison.matched >= (1.0 if precision == "float32" else 0.2) * comparison.instances
         assert comparison.score_difference < 0.05
     if precision == "int8":
         quantized_weights(path)

@@ -11,16 +11,10 @@ from pathlib import Path
 import pytest
 
 DEPENDENCIES = {"torch", "torchvision", "pycocotools", "numpy", "PIL", "yaml", "tqdm"}
-EXTRAS = {
-    "cv2",
-    "faster_coco_eval",
-    "huggingface_hub",
-    "onnxscript",
-    "safetensors",
-    "shtab",
-    "supervision",
-    "timm",
-}  # imported inside functions only
+EXTRAS = {  # imported inside functions only
+    "cv2", "faster_coco_eval", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors", "shtab",
+    "supervision", "timm",
+}  # fmt: skip
 # Hard-coded devices, and loading that could run code.
 FORBIDDEN = re.compile(r"\.cuda\(|[\"']cuda(:\d+)?[\"']|weights_only\s*=\s*False|torch\.load\((?!.*weights_only=True)")
 

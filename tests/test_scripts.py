@@ -13,6 +13,8 @@ SCRIPTS = [*sorted((TESTS / "scripts").glob("*.py")), TESTS / "peer/compare.py",
 MISSING = {
     "photo_subset.py": (["no.json", "out"], "no.json"),
     "break_photos.py": (["no.json", "no", "out"], "no.json"),
+    "lively_weights.py": (["solov2_light_r18_fpn_3x", "out.pth", "--image", "no.jpg"], "no.jpg"),
+    "export_ap.py": (["no.pth", "--data-root", "no", "--size", "64", "64"], "no.pth"),
     "compare.py": (["nowhere", "python"], "nowhere"),
     "detections.py": (["nowhere", "python", "--images", "no", "--annotations", "no.json"], "peer.py"),
 }

@@ -160,6 +160,9 @@ def _check(args: argparse.Namespace, model: SOLOv2, images: Sequence[Path], size
         if args.precision == "float32" and not comparison.within_tolerance:
             differing.append(runtime)
     if differing:
-        raise RunFailed(f"{args.output} finds other instances than the model in {' and '.join(differing)}")
+        raise RunFailed(
+            f"{args.output} finds other instances than the model in {' and '.join(differing)}; raise --cells if more "
+            f"than {args.cells} cells of an image are above model.category_threshold"
+        )
     if len(reasons) == len(find_runtimes(args.output)):
         raise RunFailed(f"{args.output} runs in none of the runtimes installed here")

@@ -22,7 +22,7 @@ QUANTIZED = ("model.backbone", "model.fpn", "model.head")
 def quantize_convolutions(model: ModelProto, calibration: Iterable[Mapping[str, Tensor]]) -> ModelProto:
     """Quantize the convolutions of backbone, FPN and head to int8, statically, in QDQ form.
 
-    Weights have a scale per channel, and each activation has the range that it takes on the calibration inputs.
+    Weights have a scale per channel, and each activation the symmetric range that it takes on the calibration inputs.
 
     Args:
         model: a float32 graph, in which torch noted the modules that its nodes come from; its weights are changed.
@@ -41,22 +41,25 @@ def quantize_convolutions(model: ModelProto, calibration: Iterable[Mapping[str, 
 
     _split_weights(model)
     nodes = [node.name for node in model.graph.node if node.op_type == "Conv" and _is_quantized(node)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "int8.onnx"
-        logging.disable(logging.WARNING)  # advice to fold batch norms first, which is done
-        quantize_static(
-            model,
-            path,
-            Reader(iter(calibration)),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            nodes_to_quantize=nodes,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+    logging.disable(logging.WARNING)  # advice to fold batch norms first, which is done
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "int8.onnx"
+            quantize_static(
+                model,
+                path,
+                Reader(iter(calibration)),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                nodes_to_quantize=nodes,
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={"ActivationSymmetric": True},  # with zero points, OpenVINO loses 2 AP on the quickstart
+            )
+            return onnx.load(path)
+    finally:
         logging.disable(logging.NOTSET)
-        return onnx.load(path)
 
 
 def _is_quantized(node: Any) -> bool:
