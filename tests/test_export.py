@@ -143,7 +143,7 @@ def test_a_panoptic_file_has_semantic_logits(
     assert main(arguments(panoptic_checkpoint, path, *(["--raw"] if raw else []))) == 0
     assert ("semantic logits" in capsys.readouterr().out) != raw
     module = torch.export.load(path, extra_files=extra).module()
-    assert [json.loads(names) for names in extra.values()] == [NAMES, STUFF]
+    assert [json.loads(extra[f"{name}.json"]) for name in ("class_names", "stuff_names")] == [NAMES, STUFF]
     model, sizes = build_model(weights=panoptic_checkpoint), torch.tensor([(64, 96), (50, 70), (33, 96)])
     pixels = torch.randint(0, 256, (3, 3, *SIZE), dtype=torch.uint8)
     with torch.no_grad():

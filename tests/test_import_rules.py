@@ -12,8 +12,8 @@ import pytest
 
 DEPENDENCIES = {"torch", "torchvision", "pycocotools", "numpy", "PIL", "yaml", "tqdm"}
 EXTRAS = {  # imported inside functions only
-    "cv2", "faster_coco_eval", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors", "shtab",
-    "supervision", "timm",
+    "cv2", "faster_coco_eval", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors",
+    "shtab", "supervision", "timm",
 }  # fmt: skip
 # Hard-coded devices, and loading that could run code.
 FORBIDDEN = re.compile(r"\.cuda\(|[\"']cuda(:\d+)?[\"']|weights_only\s*=\s*False|torch\.load\((?!.*weights_only=True)")
