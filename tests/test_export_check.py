@@ -235,7 +235,7 @@ def test_onnx_in_every_runtime(
     assert runtimes[0] == "ONNX Runtime"
     for runtime in runtimes:
         comparison = compare(open_file(path, runtime), runtime, model, sorted(images.iterdir())[:2], SIZE)
-        assert comparison.within_tolerance == (precision == "float32") and comparison.instances >= 20
+        assert (comparison.within_tolerance or precision != "float32") and comparison.instances >= 20
         # The masks of a random network are those of noise, which low precision changes most.
         assert comparison.matched >= (1.0 if precision == "float32" else 0.2) * comparison.instances
         assert comparison.score_difference < 0.05
