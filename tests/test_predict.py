@@ -20,8 +20,7 @@ from helpers.tiny_models import save_content
 from PIL import Image
 
 from solov2.build import build_model
-from solov2.commands import predict
-from solov2.commands.predict import find_sources, main, plan_outputs
+from solov2.commands.predict import main
 from solov2.config import load_config
 from solov2.data.panoptic_file import open_annotations
 from solov2.errors import InputError
@@ -29,6 +28,9 @@ from solov2.models.solov2 import SOLOv2
 from solov2.ops import images
 from solov2.ops.masks import decode_rle, encode_rle
 from solov2.outputs import check_outputs
+from solov2.prediction import run as loop
+from solov2.prediction import writers
+from solov2.prediction.sources import Source, find_sources, plan_jobs
 from solov2.visualize_panoptic import draw_panoptic
 
 NAMES = ["disc", "ring", "square", "star"]
@@ -182,41 +184,44 @@ def test_inputs_and_existing_outputs_are_not_overwritten(
 
 
 def test_equal_names_give_distinct_outputs(tmp_path: Path) -> None:
-    paths = [tmp_path / path for path in ("x/a.jpg", "y/a.jpg", "y/A.JPG", "y/a.bmp", "z/a.png")]
-    sources = [(path, Path()) for path in paths]
-    names = [picture.name for _, picture in plan_outputs(sources, tmp_path / "out")]
-    assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a.png", "a_2.png"]
-    assert [image for image, _ in plan_outputs(sources, tmp_path / "out")] == paths
-    names = [picture.name for _, picture in plan_outputs(sources, tmp_path / "out", panoptic=True)]
-    assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a_4.png", "a_5.png"]
-    apart = [(path, Path(path.parent.name)) for path in paths]
-    pictures = [picture.relative_to(tmp_path / "out") for _, picture in plan_outputs(apart, tmp_path / "out")]
-    assert [str(picture) for picture in pictures] == ["x/a.jpg", "y/a.jpg", "y/A_2.JPG", "y/a.png", "z/a.png"]
+    paths = [str(tmp_path / path) for path in ("x/a.jpg", "y/a.jpg", "y/A.JPG", "y/a.bmp", "z/a.png")]
+    sources = [Source(path) for path in paths]
+    assert [job.picture.name for job in plan_jobs(sources)] == ["a.jpg", "a_2.jpg", "A_3.JPG", "a.png", "a_2.png"]
+    assert [job.source.name for job in plan_jobs(sources)] == paths
+    assert [job.number for job in plan_jobs(sources)] == [1, 2, 3, 4, 5]
+    jobs = plan_jobs(sources, unique_stems=True)
+    assert [job.picture.name for job in jobs] == ["a.jpg", "a_2.jpg", "A_3.JPG", "a_4.png", "a_5.png"]
+    apart = [Source(path, folder=Path(Path(path).parent.name)) for path in paths]
+    pictures = [str(job.picture) for job in plan_jobs(apart)]
+    assert pictures == ["x/a.jpg", "y/a.jpg", "y/A_2.JPG", "y/a.png", "z/a.png"]
 
 
 def test_places_where_no_picture_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "a.jpg").mkdir()
     for name, folder in (("b.jpg", "file"), ("a.jpg", "")):
-        [(_, picture)] = plan_outputs([(Path("photos") / name, Path(folder))], tmp_path)
+        [job] = plan_jobs([Source(f"photos/{name}", folder=Path(folder))])
         with pytest.raises(InputError, match=f"{folder or 'a.jpg'} is "):
-            check_outputs([("--output", picture)], overwrite=True)
+            check_outputs([("--output", tmp_path / job.picture)], overwrite=True)
 
 
 def test_finding_sources(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert find_sources([photos], out) == [(photos / name, Path()) for name in ("a.jpg", "b.png", "c.bmp")]
-    again = [path.name for path, _ in find_sources([photos / "b.png", photos, photos / ".." / "photos"], out)]
-    assert again == ["b.png", "a.jpg", "c.bmp"]
-    assert find_sources([photos / "notes.txt"], out) == [(photos / "notes.txt", Path())]  # by name: its reading tells
-    assert [path for path, _ in find_sources([photos], photos)] == [
-        photos / name for name in ("a.jpg", "b.png", "c.bmp")
+    whole = [Source(str(photos / name)) for name in ("a.jpg", "b.png", "c.bmp")]
+    assert find_sources([photos], out) == whole
+    again = [
+        Path(source.name).name for source in find_sources([photos / "b.png", photos, photos / ".." / "photos"], out)
     ]
+    assert again == ["b.png", "a.jpg", "c.bmp"]
+    [text] = find_sources([photos / "notes.txt"], out)  # by name: its reading tells
+    assert text == Source(str(photos / "notes.txt"))
+    assert find_sources([photos], photos) == whole
     (tmp_path / "empty").mkdir()
     for path, words in (
         (tmp_path / "empty", "contains no images"),
         (tmp_path / "nowhere.jpg", r"nowhere\.jpg does not exist"),
-        ("https://example.org/a.jpg", "is a URL"),
+        (photos / "*.tif", r"no file matches .*\.tif"),
+        ("ftp://example.org/a.jpg", "is a URL"),
         ("/dev/null", "not a regular file"),
     ):
         with pytest.raises(InputError, match=words):
@@ -313,13 +318,13 @@ def test_results_on_the_screen_and_settings(
 
 
 def test_a_cpu_does_one_thing_at_a_time() -> None:
-    assert [predict._images_ahead(torch.device(kind), 3) for kind in ("cpu", "cuda", "mps")] == [0, 3, 3]
+    assert [loop._images_ahead(torch.device(kind), 3) for kind in ("cpu", "cuda", "mps")] == [0, 3, 3]
 
 
 @pytest.fixture
 def eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Eight images, with threads that work ahead as on an accelerator."""
-    monkeypatch.setattr(predict, "_images_ahead", lambda device, batch_size: batch_size)
+    monkeypatch.setattr(loop, "_images_ahead", lambda device, batch_size: batch_size)
     folder = tmp_path / "eight"
     folder.mkdir()
     for number in range(8):
@@ -349,7 +354,7 @@ def test_reading_and_writing_overlap_the_network_in_bounded_memory(
         with changed:
             assert changed.wait_for(lambda: event in events, timeout=20), (event, events)
 
-    read, forward, write = images.to_rgb_tensor, SOLOv2.forward, predict.write_picture
+    read, forward, write = images.to_rgb_tensor, SOLOv2.forward, writers.write_picture
 
     def slow_read(path: Path, **limits: int) -> torch.Tensor:
         happened(f"read {path.stem}")
@@ -372,7 +377,7 @@ def test_reading_and_writing_overlap_the_network_in_bounded_memory(
 
     monkeypatch.setattr(images, "to_rgb_tensor", slow_read)
     monkeypatch.setattr(SOLOv2, "forward", slow_forward)
-    monkeypatch.setattr(predict, "write_picture", slow_write)
+    monkeypatch.setattr(writers, "write_picture", slow_write)
     arguments = ("--weights", weights, "--output", tmp_path / "out", "--results", tmp_path / "found.json")
     assert run(eight, *arguments, "--max-instances", "1", "--batch-size", str(batch_size)) == 0
     for step in ("read", "wrote"):
@@ -387,7 +392,7 @@ def test_ctrl_c_completes_the_picture_that_is_being_written(
     weights: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command waits for its threads and drops what they have not begun."""
-    write = predict.write_picture
+    write = writers.write_picture
 
     def interrupted(path: Path, picture: Image.Image) -> None:
         if path.stem == "2":
@@ -395,13 +400,13 @@ def test_ctrl_c_completes_the_picture_that_is_being_written(
             time.sleep(0.2)  # the main thread is already on its way out
         write(path, picture)
 
-    monkeypatch.setattr(predict, "write_picture", interrupted)
+    monkeypatch.setattr(writers, "write_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(eight, "--weights", weights, "--output", tmp_path / "out", "--batch-size", "4")
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
     assert "interrupted" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
-    for path in (tmp_path / "out").iterdir():
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png", "finished_0.jsonl"]
+    for path in (tmp_path / "out").glob("*.png"):
         with Image.open(path) as picture:
             picture.load()
 
@@ -427,7 +432,7 @@ def test_what_stops_the_command(
 ) -> None:
     """In whichever thread: one sentence, and the pictures before it are complete."""
     module, name = {
-        "write": (predict, "write_picture"), "network": (SOLOv2, "forward"), "read": (images, "to_rgb_tensor")
+        "write": (writers, "write_picture"), "network": (SOLOv2, "forward"), "read": (images, "to_rgb_tensor")
     }[place]  # fmt: skip
     calls, working = [], getattr(module, name)
 
@@ -441,7 +446,7 @@ def test_what_stops_the_command(
     assert run(eight, "--weights", weights, "--output", tmp_path / "out") == code
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1 and word in errors[0]
-    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert written in (["0.png"], ["0.png", "1.png"], ["0.png", "1.png", "3.png"]) and len(calls) < 7
 
 
@@ -542,7 +547,7 @@ def test_panoptic_files_are_checked_first(
 def test_ctrl_c_leaves_complete_panoptic_files(
     panoptic_weights: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = predict.write_picture
+    write = writers.write_picture
 
     def interrupted(path: Path, picture: Image.Image) -> None:
         if path.stem == "2":
@@ -550,10 +555,11 @@ def test_ctrl_c_leaves_complete_panoptic_files(
             time.sleep(0.2)  # the main thread is already on its way out
         write(path, picture)
 
-    monkeypatch.setattr(predict, "write_picture", interrupted)
+    monkeypatch.setattr(writers, "write_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(eight, "--panoptic", "--weights", panoptic_weights, "--output", tmp_path / "out", "--batch-size", "4")
     names = ["0.png", "1.png", "2.png"]
+    (tmp_path / "out" / "finished_0.jsonl").unlink()
     assert panoptic_files(tmp_path / "out") == [*names, "panoptic.json", *(f"panoptic/{name}" for name in names)]
     written = open_annotations(tmp_path / "out" / "panoptic.json")
     assert all(written.read_map(image_id).shape == (64, 64) for image_id in (1, 2, 3)) and 4 not in written

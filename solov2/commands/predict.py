@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from solov2.commands.arguments import LIMITS, Parser, add_shared_arguments, given, model_settings, text_stream
-from solov2.commands.exit import run_command
-from solov2.config import parse_overrides
-from solov2.errors import InputError, printable
-from solov2.outputs import check_outputs, fold_name, write_json, write_picture
+from solov2.commands.exit import own_command, run_command
+from solov2.commands.screen import show
+from solov2.config import Config, parse_overrides
+from solov2.errors import InputError
+from solov2.outputs import check_outputs
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from solov2.data.panoptic_results import PanopticWriter
     from solov2.models.solov2 import SOLOv2
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
+    from solov2.prediction.sources import Job
+    from solov2.prediction.writers import ResultWriter
 
 SCORE_THRESHOLD = 0.3
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")  # pictures of other inputs are written as PNG
+FORMATS = ("pictures", "coco", "labelme", "yolo", "geojson", "png", "csv")
+AGE = 7 * 24 * 3600.0  # seconds that a process waits for the share of another
+# Arguments that the results depend on: a run with others does not go on with this one.
+SETTINGS = ("weights", "model", "set", "classes", "panoptic", "format", "score_threshold", "max_instances", "precision")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,12 +49,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(typed: str = "solov2 predict") -> Parser:
     """Build the parser; `typed` is the command as the user typed it."""
-    parser = Parser(prog=typed, description="Segment images and draw the results.")
+    parser = Parser(prog=typed, description="Segment images and draw or write the results.")
     parser.add_argument(
-        "images", nargs="+", metavar="SOURCE", help="image file, or folder of images with its subfolders"
+        "images",
+        nargs="+",
+        metavar="SOURCE",
+        help="image file, folder of images with its subfolders, pattern such as 'photos/**/*.jpg', http(s) URL, or - "
+        "for an image on standard input",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder for the pictures"
+        "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder for the outputs"
+    )
+    parser.add_argument(
+        "--format",
+        type=_formats,
+        default=["pictures"],
+        metavar="A,B",
+        help=f"what to write in DIR, a list of {', '.join(FORMATS)} (default: pictures)",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="annotation file in COCO's format, which has the image ids for COCO's results (default: the number of the "
+        "image in this run)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run in DIR that was killed, with the same arguments"
     )
     parser.add_argument(
         "--panoptic",
@@ -75,6 +91,7 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         "--results",
         "--score-threshold",
         "--max-instances",
+        "--nproc",
         "--device",
         "--precision",
         "--batch-size",
@@ -92,23 +109,77 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
     return parser
 
 
+def _formats(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = next((name for name in names if name not in FORMATS), None)
+    if unknown is not None or not names:
+        raise argparse.ArgumentTypeError(f"must be a list of {', '.join(FORMATS)}, got {unknown or text}")
+    return list(dict.fromkeys(names))
+
+
 def _run(args: argparse.Namespace) -> int:
-    from solov2.build import build_model, resolve_config
-    from solov2.class_rows import restrict_classes
+    from solov2 import distributed
     from solov2.compute import reuse_freed_memory, select_device
+    from solov2.prediction.finished import read_finished
+    from solov2.prediction.outcome import annotated_ids
     from solov2.weights import find_checkpoint
 
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"--output {args.output} is a file; name a folder for the pictures")
-    jobs = plan_outputs(find_sources(args.images, args.output), args.output, panoptic=args.panoptic)
-    files = [picture for _, picture in jobs]
+    jobs = _plan(args)
+    ids = None if args.annotations is None else annotated_ids(args.annotations, jobs)
+    settings = {key: None if (value := getattr(args, key)) is None else str(value) for key in SETTINGS}
+    finished = read_finished(args.output, settings if args.resume else None)
+    _check_outputs(args, jobs, finished)
+    checkpoint = find_checkpoint(args.weights, args.model)
+    config = _configuration(args, checkpoint)
+    if args.nproc is not None:
+        distributed.relaunch(args.nproc, [*own_command("predict"), *distributed.without_nproc(args.words)], args.device)
+    reuse_freed_memory()
+    device = select_device(args.device)
+    model = _model(args, config, checkpoint, device)
+    del checkpoint
+    with distributed.process_group(device, timeout=AGE):  # all processes have looked for existing files
+        return _predict_all(args, model, jobs, finished or {}, settings, ids, config.data.max_image_pixels)
+
+
+def _plan(args: argparse.Namespace) -> list[Job]:
+    from solov2 import distributed
+    from solov2.prediction.sources import find_sources, plan_jobs
+
+    jobs = plan_jobs(find_sources(args.images, args.output), unique_stems=args.panoptic or args.format != ["pictures"])
+    processes = args.nproc or distributed.launched_world_size()
+    if processes > 1 and any(job.source.kind == "stdin" for job in jobs):
+        raise InputError("standard input cannot be shared by several processes; leave out --nproc")
+    return jobs
+
+
+def _check_outputs(args: argparse.Namespace, jobs: Sequence[Job], finished: dict[str, Any] | None) -> None:
+    """Check all outputs but those that a killed run has finished, and clear what it has left otherwise."""
+    from solov2 import distributed
+    from solov2.prediction.finished import remove_temporary_files
+    from solov2.prediction.writers import planned_files, planned_tables
+
+    goes_on = args.resume and finished is not None
+    if finished is not None and not args.resume and not args.overwrite:
+        raise InputError(f"{args.output} has a run that was not completed; add --resume, or --overwrite to start again")
+    left = [job for job in jobs if not (goes_on and finished and job.name.as_posix() in finished)]
+    files = [file for job in left for file in planned_files(args.output, args.format, job.name, job.picture)]
+    files += planned_tables(args.output, args.format)
     if args.panoptic:
         segments = args.output / "panoptic"
-        files += [segments.with_suffix(".json")]
-        files += [(segments / picture.relative_to(args.output)).with_suffix(".png") for _, picture in jobs]
+        files += [segments.with_suffix(".json"), *((segments / job.picture).with_suffix(".png") for job in left)]
+    inputs = [args.weights, args.model, args.annotations, *(job.source.name for job in jobs)]
     outputs = [*(("--output", file) for file in files), ("--results", args.results)]
-    check_outputs(outputs, overwrite=args.overwrite, inputs=[args.weights, args.model, *(image for image, _ in jobs)])
-    checkpoint = find_checkpoint(args.weights, args.model)
+    check_outputs(outputs, overwrite=args.overwrite or goes_on, inputs=inputs)
+    if goes_on and distributed.launched_world_size() == 1:  # before other processes start
+        remove_temporary_files(files)
+
+
+def _configuration(args: argparse.Namespace, checkpoint: Any) -> Config:
+    """The configuration; sets the default of --score-threshold."""
+    from solov2.build import resolve_config
+
     overrides = parse_overrides(args.set)
     config = resolve_config(args.model, checkpoint, overrides)
     if args.panoptic and not config.model.num_stuff:
@@ -119,140 +190,68 @@ def _run(args: argparse.Namespace) -> int:
     if args.score_threshold is None and "model.score_threshold" not in overrides:
         lowest = config.model.panoptic_score_threshold if args.panoptic else SCORE_THRESHOLD
         args.score_threshold = min(SCORE_THRESHOLD, lowest)
-    reuse_freed_memory()
-    device = select_device(args.device)
-    changes = model_settings(overrides) | given(args, LIMITS)
+    return config
+
+
+def _model(args: argparse.Namespace, config: Config, checkpoint: Any, device: Any) -> SOLOv2:
+    from solov2.build import build_model
+    from solov2.class_rows import restrict_classes
+    from solov2.prediction.writers import check_formats
+
+    changes = model_settings(parse_overrides(args.set)) | given(args, LIMITS)
     model = build_model(config if args.model else None, weights=checkpoint, device=device, **changes)
     if args.classes:
         restrict_classes(model, args.classes, str(args.weights))
-    return _predict_all(model, jobs, args, config.data.max_image_pixels)
+    check_formats(args.format, model.class_names)
+    return model
 
 
-def find_sources(inputs: Sequence[str | Path], output: Path) -> list[tuple[Path, Path]]:
-    """List the images to predict: the files given, and those in the folders given and their subfolders.
+def _predict_all(
+    args: argparse.Namespace,
+    model: SOLOv2,
+    jobs: Sequence[Job],
+    finished: dict[str, Any],
+    settings: dict[str, Any],
+    ids: dict[str, Any] | None,
+    max_pixels: int,
+) -> int:
+    """Predict this process's share of what is left, and on the first one write the files about all images."""
+    from solov2 import distributed
+    from solov2.prediction.finished import FinishedLog, read_finished, remove_logs
+    from solov2.prediction.outcome import ordered_lines, summary, write_outcome
+    from solov2.prediction.run import ImagePredictor, predict_jobs
+    from solov2.prediction.writers import ResultWriter
 
-    Pictures that an earlier run wrote to `output` are left out, if it is inside one of the folders; so are duplicates.
-
-    Returns:
-        (image, folder of its picture relative to `output`): the subfolders are kept.
-
-    Raises:
-        InputError: a path does not exist or is no file or folder, or a folder contains no images.
-    """
-    from solov2.ops.image_files import check_file, find_images
-
-    found: dict[Path, tuple[Path, Path]] = {}
-    for path in map(Path, inputs):
-        if not path.is_dir():
-            check_file(path)
-            found.setdefault(path.resolve(), (path, Path()))
-            continue
-        earlier = output.resolve()
-        nested = path.resolve() in earlier.parents
-        for file in find_images(path):
-            if not (nested and earlier in file.resolve().parents):
-                found.setdefault(file.resolve(), (file, file.parent.relative_to(path)))
-    if not found:
-        raise InputError(f"the only images are those in --output {output}, which are not predicted again")
-    return list(found.values())
-
-
-def plan_outputs(
-    sources: Sequence[tuple[Path, Path]], folder: str | Path, *, panoptic: bool = False
-) -> list[tuple[Path, Path]]:
-    """Pair each image with the picture to write: the same name in `folder`, with _2, _3, ... added to duplicate names.
-
-    Args:
-        sources: see `find_sources`.
-        folder: of the pictures.
-        panoptic: names that differ only in their suffix are duplicates, too, since the segments of both are PNGs.
-    """
-
-    def key(picture: Path) -> str:  # some file systems ignore case
-        return fold_name(str(picture.with_suffix("") if panoptic else picture))
-
-    jobs, taken = [], set()
-    for image, subfolder in sources:
-        suffix = image.suffix if image.suffix.lower() in PICTURE_SUFFIXES else ".png"
-        number, picture = 1, Path(folder, subfolder, f"{image.stem}{suffix}")
-        while key(picture) in taken:
-            number += 1
-            picture = picture.with_name(f"{image.stem}_{number}{suffix}")
-        taken.add(key(picture))
-        jobs.append((image, picture))
-    return jobs
-
-
-def coco_entries(image_id: int, file_name: str, result: Mapping[str, Any], model: SOLOv2) -> list[dict]:
-    """The result of one image in COCO's results format, ready for JSON, with file and class names added.
-
-    Args:
-        image_id: number of the image in this run.
-        file_name: path of the image, as given.
-        result: `scores` float32 [N], `labels` int64 [N], `masks` N RLE, `boxes` float32 [N, 4] xyxy.
-        model: has the class name and the category id of each label.
-    """
-    rows = zip(*(result[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
-    return [
-        {
-            "image_id": image_id,
-            "file_name": file_name,
-            "category_id": model.category_ids[label],
-            "category_name": model.class_names[label],
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "segmentation": rle,
-            "score": score,
-        }
-        for (label, score, (x0, y0, x1, y1)), rle in zip(rows, result["masks"], strict=True)
-    ]
-
-
-def _predict_all(model: SOLOv2, jobs: Sequence[tuple[Path, Path]], args: argparse.Namespace, max_pixels: int) -> int:
-    """Predict the images; while an accelerator computes a batch, two threads read the next and draw the last."""
-    from solov2.ops.images import to_rgb_tensor
-    from solov2.predict import predict_images
-    from solov2.visualize import draw_instances
-    from solov2.visualize_panoptic import draw_panoptic
-
-    def read(job: tuple[Path, Path]) -> Tensor:
-        return to_rgb_tensor(job[0], max_pixels=max_pixels)
-
-    def draw(found: tuple[int, Tensor, Mapping[str, Any]]) -> None:
-        number, pixels, result = found
-        picture = jobs[number][1]
-        if segments is None:
-            drawn = draw_instances(pixels, result, model.class_names, score_threshold=0.0)
-        else:
-            segments.add(number + 1, picture.relative_to(args.output).as_posix(), result)
-            drawn = draw_panoptic(pixels, result, model)
-        write_picture(picture, drawn)
-
-    segments = _panoptic_writer(args.output, model) if args.panoptic else None
-    args.output.mkdir(parents=True, exist_ok=True)
-    ahead = _images_ahead(model.device, args.batch_size)
-    entries: list[dict[str, Any]] = []
-    done = 0
-    waiting: deque[tuple[int, Tensor]] = deque()  # images whose results have not arrived: one batch at most
-    with (
-        contextlib.nullcontext() if segments is None else contextlib.closing(segments),  # after Ctrl-C as well
-        _thread() as reader,
-        _thread() as writer,
-        tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress,
-    ):
-        images = _readable(_ahead(reader, read, jobs, ahead), waiting)
-        results = predict_images(model, images, args.batch_size, "rle", args.precision, {}, panoptic=args.panoptic)
-        found = ((*waiting.popleft(), _on_host(result)) for result in results)
-        for (number, _, result), written in _ahead(writer, draw, found, ahead):
-            written.result()
-            done += 1
-            image, picture = jobs[number]
-            entries += coco_entries(number + 1, str(image), result, model)
-            line = printable(_report(image, picture, result, model))
-            progress.write(line, file=text_stream(args.results))
-            progress.update(number + 1 - progress.n)  # also past images that could not be read
-    if args.results is not None:
-        write_json(args.results, entries)
-    return 0 if done == len(jobs) else 1
+    stream = text_stream(args.results)
+    main = distributed.is_main()
+    if main and not args.resume:
+        remove_logs(args.output)
+    distributed.barrier()
+    left = [job for job in jobs if not (args.resume and job.name.as_posix() in finished)]
+    share = left[distributed.rank() :: distributed.world_size()]
+    panoptic = _panoptic_writer(args.output, model) if args.panoptic else None
+    writer = ResultWriter(args.output, args.format, model, panoptic)
+    predictor = ImagePredictor(model, args.batch_size, args.precision, args.panoptic)
+    log = FinishedLog(args.output, distributed.rank(), settings)
+    try:
+        unreadable = predict_jobs(
+            share, predictor, writer, log, max_pixels=max_pixels, stream=stream, show_progress=main
+        )
+    except BaseException:
+        if panoptic is not None and distributed.world_size() == 1:  # after Ctrl-C, what there is
+            _close_panoptic(writer, read_finished(args.output) or {})
+        raise
+    finally:
+        log.close()
+    not_read = [name for names in distributed.all_gather_objects(unreadable) for name in names]
+    if main:
+        lines, image_ids = ordered_lines(jobs, read_finished(args.output) or {}, ids)
+        write_outcome(writer, lines, image_ids, args.results)
+        remove_logs(args.output)
+        text = summary(lines, not_read, len(jobs))
+        if text:
+            show(*text, file=sys.stderr)
+    return 1 if not_read else 0
 
 
 def _panoptic_writer(folder: Path, model: SOLOv2) -> PanopticWriter:
@@ -266,65 +265,9 @@ def _panoptic_writer(folder: Path, model: SOLOv2) -> PanopticWriter:
     return PanopticWriter(folder, categories, model.category_ids, model.stuff_category_ids)
 
 
-def _images_ahead(device: torch.device, batch_size: int) -> int:
-    """How many images each thread works ahead. On a CPU none, because all would compete for the same cores."""
-    return 0 if device.type == "cpu" else batch_size
-
-
-@contextlib.contextmanager
-def _thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread that in the end completes what it has begun, such as writing a file, and drops everything else."""
-    thread = ThreadPoolExecutor(max_workers=1)
-    try:
-        yield thread
-    finally:
-        thread.shutdown(cancel_futures=True)
-
-
-def _ahead(
-    thread: ThreadPoolExecutor, function: Callable[[Item], Made], items: Iterable[Item], count: int
-) -> Iterator[tuple[Item, Future[Made]]]:
-    """Each item, in order, with the future of function(item), which the thread computes while the caller does other
-    work; the items are taken at most `count` ahead of the caller, so that memory is bounded.
-    """
-    begun: deque[tuple[Item, Future[Made]]] = deque()
-    for item in items:
-        begun.append((item, thread.submit(function, item)))
-        if len(begun) > count:
-            yield begun.popleft()
-    while begun:
-        yield begun.popleft()
-
-
-def _readable(
-    images: Iterable[tuple[tuple[Path, Path], Future[Tensor]]], waiting: deque[tuple[int, Tensor]]
-) -> Iterator[Tensor]:
-    """Yield each readable image, uint8 [3, H, W], upright by EXIF, and append it to `waiting` with its number; report
-    the others on stderr.
-    """
-    for number, (_, reading) in enumerate(images):
-        try:
-            pixels = reading.result()
-        except InputError as error:
-            tqdm.write(f"error: {printable(str(error))}", file=sys.stderr)
-            continue
-        waiting.append((number, pixels))
-        yield pixels
-
-
-def _on_host(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the tensors of a result to the host now: later, a copy would wait for the network of the next batch."""
-    lists = ("masks", "segments")  # the masks are RLEs
-    return {key: value if key in lists else value.cpu() for key, value in result.items()}
-
-
-def _report(image: Path, picture: Path, result: Mapping[str, Any], model: SOLOv2) -> str:
-    """The line for an image: how many instances or things of each class, and which stuff."""
-    labels, stuff, nothing = result["labels"].tolist(), [], f"at score {model.settings.score_threshold:g} or above"
-    if "segments" in result:
-        labels = [segment["label"] for segment in result["segments"] if segment["is_thing"]]
-        stuff = [model.stuff_names[segment["label"]] for segment in result["segments"] if not segment["is_thing"]]
-        nothing = "that becomes a segment"
-    counts = Counter(model.class_names[label] for label in labels)
-    found = ", ".join([*(f"{count} {name}" for name, count in counts.most_common()), *stuff])
-    return f"{image}: {found or f'nothing found {nothing}, picture unchanged'} -> {picture}"
+def _close_panoptic(writer: ResultWriter, finished: dict[str, Any]) -> None:
+    """Write panoptic.json for the images that are finished."""
+    if writer.panoptic is not None:
+        lines = [line for lines in finished.values() for line in lines]
+        writer.panoptic.merge([{line["panoptic"][0]["id"]: line["panoptic"] for line in lines}])
+        writer.panoptic.close()

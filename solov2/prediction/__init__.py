@@ -1,0 +1,1 @@
+"""What `solov2 predict` does with many images: sources, output formats, resuming, videos."""
