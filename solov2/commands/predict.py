@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SCORE_THRESHOLD = 0.3
 FORMATS = ("pictures", "coco", "labelme", "yolo", "geojson", "png", "csv")
 AGE = 7 * 24 * 3600.0  # seconds that a process waits for the share of another
-# Arguments that the results depend on: a run with others does not go on with this one.
+# Arguments that the results depend on: a run with others cannot resume this one.
 SETTINGS = ("weights", "model", "set", "classes", "panoptic", "format", "score_threshold", "max_instances", "precision")
 
 
@@ -75,7 +75,7 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         "image in this run)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with a run in DIR that was killed, with the same arguments"
+        "--resume", action="store_true", help="continue a run in DIR that was killed, with the same arguments"
     )
     parser.add_argument(
         "--panoptic",

@@ -6,6 +6,7 @@ Each process appends to a file of its own. A line is written and flushed once al
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -25,15 +26,21 @@ class FinishedLog:
         folder: of the outputs; created as needed.
         rank: of this process.
         settings: what the results depend on, ready for JSON; a run with others must not resume this one.
+
+    Raises:
+        InputError: a process of an earlier run is still alive and writes there.
     """
 
     def __init__(self, folder: Path, rank: int, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / PATTERN.replace("*", str(rank))
-        if path.exists():  # a killed process may have left a part of a line
-            text = path.read_bytes()
-            path.write_bytes(text[: text.rfind(b"\n") + 1])
         self._file = open(path, "a", encoding="ascii")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+        except BlockingIOError:
+            raise InputError(f"a process of an earlier run still writes to {folder}; end it first") from None
+        text = path.read_bytes()
+        self._file.truncate(text.rfind(b"\n") + 1)  # a killed process may have left a part of a line
         self.add({"settings": dict(settings)})
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -53,7 +60,7 @@ def read_finished(folder: Path, settings: Mapping[str, Any] | None = None) -> di
 
     Args:
         folder: of the outputs.
-        settings: of the run that goes on; None: not compared.
+        settings: of the run that is resumed; None: not compared.
 
     Raises:
         InputError: the log was written with other settings.
