@@ -31,6 +31,8 @@ from solov2.outputs import check_outputs
 from solov2.prediction import run as loop
 from solov2.prediction import writers
 from solov2.prediction.sources import Source, find_sources, plan_jobs
+from solov2.tiles import predict_tiles
+from solov2.views import parse_views, predict_views
 from solov2.visualize_panoptic import draw_panoptic
 
 NAMES = ["disc", "ring", "square", "star"]
@@ -315,6 +317,29 @@ def test_results_on_the_screen_and_settings(
         found.append([entry["score"] for entry in json.loads(output.out)])
         assert "b.png: " in output.err
     assert found[0] != found[1] and found[0] != found[2] and not (tmp_path / "-").exists()
+
+
+def test_tiles_and_views(
+    weights: Path, panoptic_weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They reach the results, as the functions for Python give them; panoptic models refuse both."""
+    model = build_model(weights=weights, score_threshold=0.3, max_instances=4)
+    shared = (photos / "b.png", "--weights", weights, "--device", "cpu", "--results", "-", "--max-instances", "4")
+    views = parse_views("flip,0.75")
+    for more, expected in (
+        (("--tile", "64"), predict_tiles(model, photos / "b.png", 64)),
+        (("--tta", "flip,0.75"), next(predict_views(model, [photos / "b.png"], views))),
+        (("--tta", "flip,0.75", "--tile", "64"), predict_tiles(model, photos / "b.png", 64, views=views)),
+    ):
+        assert run(*shared, "--output", tmp_path / "-".join(more), *more) == 0
+        entries = json.loads(capsys.readouterr().out)
+        assert [entry["segmentation"] for entry in entries] == expected["masks"] and len(entries) > 0
+    for more in (("--tile", "64"), ("--tta", "flip")):
+        assert run(photos / "b.png", "--weights", panoptic_weights, "--output", tmp_path / "p", *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "panoptic" in error
+    assert run(*shared, "--output", tmp_path / "p", "--tta", "flop") == 2
+    assert "flop" in capsys.readouterr().err and not (tmp_path / "p").exists()
 
 
 def test_a_cpu_does_one_thing_at_a_time() -> None:

@@ -130,6 +130,16 @@ def add_setting(parser: argparse.ArgumentParser, flag: str, *aliases: str, defau
     parser.add_argument(flag, *aliases, help=f"{RULES[name].doc} (default: {default})", **options)
 
 
+def _views(text: str) -> str:
+    from solov2.views import parse_views  # which imports torch
+
+    try:
+        parse_views(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def _names(text: str) -> list[str]:
     """The names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -149,6 +159,12 @@ SHARED: dict[str, dict[str, Any]] = {
         "type": _names,
         "metavar": "A,B",
         "help": "only these classes, by name; others are treated as if they were not annotated (default: all)",
+    },
+    "--tta": {
+        "type": _views,
+        "metavar": "VIEWS",
+        "help": "test-time augmentation: predict several views of each image, which vote; flip mirrors, and factors "
+        "resize, as in flip,0.75,1.25 (default: none)",
     },
     "--nproc": {
         "type": at_least(1),

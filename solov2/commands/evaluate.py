@@ -73,6 +73,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         "--classes",
         "--json",
         "--results",
+        "--tta",
         *RUN_FLAGS,
         notes={
             "--weights": "required unless --oracle is given; default: none",
@@ -98,6 +99,8 @@ def _run(args: argparse.Namespace) -> int:
             "give the weights to evaluate: --weights FILE (a checkpoint of this library needs no model name); the data "
             "is expected in data/coco or --data-root"
         )
+    if args.oracle and args.tta is not None:
+        raise InputError("--tta predicts with a network, which --oracle does not use; leave one of them out")
     outputs = [("--json", args.json)]
     if args.results is None or not Path(args.results).is_dir():  # which panoptic models take: known later
         outputs.append(("--results", args.results))
@@ -149,6 +152,7 @@ def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | 
     from solov2.evaluation.coco import limit_warning
     from solov2.evaluation.oracle import Oracle
     from solov2.predict import Predictor
+    from solov2.views import ViewPredictor, parse_views
 
     if args.oracle or checkpoint is None:
         dataset = oracle_dataset(config, args.split)
@@ -173,7 +177,8 @@ def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | 
         ids, stuff_ids = _category_ids(model, checkpoint, dataset)
         settings = model.settings
         compute.place(model)
-        predictor = Predictor(model, compute, panoptic=model.semantic_head is not None)
+        single = Predictor(model, compute, panoptic=model.semantic_head is not None)
+        predictor = single if args.tta is None else ViewPredictor(single, parse_views(args.tta))
         subject = _Subject(config, dataset, predictor, ids, stuff_ids)
     if isinstance(dataset, CocoInstances):
         warning = limit_warning(dataset.coco, config.data.max_detections, settings.max_instances)

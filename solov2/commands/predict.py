@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solov2.commands.arguments import LIMITS, Parser, add_shared_arguments, given, model_settings, text_stream
+from solov2.commands.arguments import (
+    LIMITS,
+    Parser,
+    add_shared_arguments,
+    at_least,
+    given,
+    model_settings,
+    text_stream,
+)
 from solov2.commands.exit import own_command, run_command
 from solov2.commands.screen import show
 from solov2.config import Config, parse_overrides
@@ -25,7 +33,19 @@ SCORE_THRESHOLD = 0.3
 FORMATS = ("pictures", "coco", "labelme", "yolo", "geojson", "png", "csv")
 AGE = 7 * 24 * 3600.0  # seconds that a process waits for the share of another
 # Arguments that the results depend on: a run with others cannot resume this one.
-SETTINGS = ("weights", "model", "set", "classes", "panoptic", "format", "score_threshold", "max_instances", "precision")
+SETTINGS = (
+    "weights",
+    "model",
+    "set",
+    "classes",
+    "panoptic",
+    "format",
+    "score_threshold",
+    "max_instances",
+    "precision",
+    "tile",
+    "tta",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +97,14 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
     parser.add_argument(
         "--resume", action="store_true", help="continue a run in DIR that was killed, with the same arguments"
     )
+    parser.add_argument(
+        "--tile",
+        type=at_least(32),
+        metavar="SIZE",
+        help="predict large photographs in tiles of SIZE x SIZE pixels that overlap by a quarter, and join instances "
+        "across their borders (default: none)",
+    )
+    add_shared_arguments(parser, "--tta")
     parser.add_argument(
         "--panoptic",
         action="store_true",
@@ -187,6 +215,8 @@ def _configuration(args: argparse.Namespace, checkpoint: Any) -> Config:
             "--panoptic needs the weights of a panoptic model, such as solov2_panoptic_r50_fpn_3x; this model has no "
             "semantic head"
         )
+    if config.model.num_stuff and (args.tile is not None or args.tta is not None):
+        raise InputError("--tile and --tta merge instances, so they do not work with panoptic models; leave them out")
     if args.score_threshold is None and "model.score_threshold" not in overrides:
         lowest = config.model.panoptic_score_threshold if args.panoptic else SCORE_THRESHOLD
         args.score_threshold = min(SCORE_THRESHOLD, lowest)
@@ -221,6 +251,7 @@ def _predict_all(
     from solov2.prediction.outcome import ordered_lines, summary, write_outcome
     from solov2.prediction.run import ImagePredictor, predict_jobs
     from solov2.prediction.writers import ResultWriter
+    from solov2.views import parse_views
 
     stream = text_stream(args.results)
     main = distributed.is_main()
@@ -231,7 +262,14 @@ def _predict_all(
     share = left[distributed.rank() :: distributed.world_size()]
     panoptic = _panoptic_writer(args.output, model) if args.panoptic else None
     writer = ResultWriter(args.output, args.format, model, panoptic)
-    predictor = ImagePredictor(model, args.batch_size, args.precision, args.panoptic)
+    predictor = ImagePredictor(
+        model,
+        args.batch_size,
+        args.precision,
+        args.panoptic,
+        args.tile,
+        () if args.tta is None else parse_views(args.tta),
+    )
     log = FinishedLog(args.output, distributed.rank(), settings)
     try:
         unreadable = predict_jobs(

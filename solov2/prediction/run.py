@@ -20,6 +20,8 @@ from solov2.predict import predict_images
 from solov2.prediction.finished import FinishedLog
 from solov2.prediction.sources import Job, read_source
 from solov2.prediction.writers import Item, ResultWriter
+from solov2.tiles import predict_tiles
+from solov2.views import View, predict_views
 
 Made = TypeVar("Made")
 Given = TypeVar("Given")
@@ -27,23 +29,34 @@ Given = TypeVar("Given")
 
 @dataclass(frozen=True)
 class ImagePredictor:
-    """How images are predicted: by batches, in a given precision.
+    """How images are predicted: by batches, in a given precision, or tile by tile.
 
     Attributes:
         model: in any mode, which it keeps.
         batch_size: images per forward pass.
         precision: of the network, see `SOLOv2.predict`.
         panoptic: results have the panoptic segments, too.
+        tile: side of the tiles of large photographs, see `solov2.tiles.predict_tiles`; None: each image as a whole.
+        views: of test-time augmentation, see `solov2.views.parse_views`; none: only the image itself.
     """
 
     model: SOLOv2
     batch_size: int = 1
     precision: str = "tf32"
     panoptic: bool = False
+    tile: int | None = None
+    views: Sequence[View] = ()
 
     def predict(self, images: Iterable[Tensor]) -> Iterator[dict[str, Any]]:
         """The result of each image, uint8 [3, H, W], with masks as RLEs; images are taken one batch ahead."""
-        return predict_images(self.model, images, self.batch_size, "rle", self.precision, {}, panoptic=self.panoptic)
+        model, size, precision = self.model, self.batch_size, self.precision
+        if self.tile is not None:
+            for image in images:
+                yield predict_tiles(model, image, self.tile, views=self.views, batch_size=size, precision=precision)
+        elif self.views:
+            yield from predict_views(model, images, self.views, batch_size=size, precision=precision)
+        else:
+            yield from predict_images(model, images, size, "rle", precision, {}, panoptic=self.panoptic)
 
 
 def predict_jobs(
