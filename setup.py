@@ -29,6 +29,7 @@ DOCS = ["mkdocs-material>=9.5"]
 TIMM = ["timm>=1.0"]
 COMPLETION = ["shtab>=1.7"]
 HUB = ["huggingface_hub>=0.30", "safetensors>=0.4"]
+VIDEO = ["av>=12.0"]
 SUPERVISION = ["supervision>=0.25"]
 # setuptools builds the wheel that tests/test_packaging.py inspects
 TEST = [
@@ -44,6 +45,7 @@ TEST = [
     *HUB,
     "fastapi>=0.110",  # of examples/server.py
     "httpx>=0.27",
+    *VIDEO,
 ]
 
 setup(
@@ -96,6 +98,8 @@ setup(
         "timm": TIMM,
         "hub": HUB,
         "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *HUB, *SUPERVISION],
+        "video": VIDEO,
+        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *SUPERVISION, *VIDEO],
     },
     entry_points={
         "console_scripts": [

@@ -323,8 +323,9 @@ def test_tiles_and_views(
     weights: Path, panoptic_weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They reach the results, as the functions for Python give them; panoptic models refuse both."""
-    model = build_model(weights=weights, score_threshold=0.3, max_instances=4)
-    shared = (photos / "b.png", "--weights", weights, "--device", "cpu", "--results", "-", "--max-instances", "4")
+    model = build_model(weights=weights, score_threshold=0.3, max_instances=4, input_scale=[64, 64])
+    shared = (photos / "b.png", "--weights", weights, "--device", "cpu", "--results", "-", "--max-instances", "4",
+              "--set", "model.input_scale=[64,64]")  # fmt: skip
     views = parse_views("flip,0.75")
     for more, expected in (
         (("--tile", "64"), predict_tiles(model, photos / "b.png", 64)),

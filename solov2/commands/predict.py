@@ -74,8 +74,8 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         "images",
         nargs="+",
         metavar="SOURCE",
-        help="image file, folder of images with its subfolders, pattern such as 'photos/**/*.jpg', http(s) URL, or - "
-        "for an image on standard input",
+        help="image file, folder of images with its subfolders, pattern such as 'photos/**/*.jpg', http(s) URL, - "
+        "for an image on standard input, video file, or number of a camera",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), metavar="DIR", help="folder for the outputs"
@@ -176,6 +176,8 @@ def _plan(args: argparse.Namespace) -> list[Job]:
     from solov2.prediction.sources import find_sources, plan_jobs
 
     jobs = plan_jobs(find_sources(args.images, args.output), unique_stems=args.panoptic or args.format != ["pictures"])
+    if (args.panoptic or args.annotations is not None) and any(job.source.has_frames for job in jobs):
+        raise InputError("--panoptic and --annotations are about images; leave them out for videos and cameras")
     processes = args.nproc or distributed.launched_world_size()
     if processes > 1 and any(job.source.kind == "stdin" for job in jobs):
         raise InputError("standard input cannot be shared by several processes; leave out --nproc")
@@ -192,7 +194,8 @@ def _check_outputs(args: argparse.Namespace, jobs: Sequence[Job], finished: dict
     if finished is not None and not args.resume and not args.overwrite:
         raise InputError(f"{args.output} has a run that was not completed; add --resume, or --overwrite to start again")
     left = [job for job in jobs if not (goes_on and finished and job.name.as_posix() in finished)]
-    files = [file for job in left for file in planned_files(args.output, args.format, job.name, job.picture)]
+    names = [(job.name / "000001.png" if job.source.has_frames else job.name, job.picture) for job in left]
+    files = [file for name in names for file in planned_files(args.output, args.format, *name)]
     files += planned_tables(args.output, args.format)
     if args.panoptic:
         segments = args.output / "panoptic"
@@ -249,7 +252,7 @@ def _predict_all(
     from solov2 import distributed
     from solov2.prediction.finished import FinishedLog, read_finished, remove_logs
     from solov2.prediction.outcome import ordered_lines, summary, write_outcome
-    from solov2.prediction.run import ImagePredictor, predict_jobs
+    from solov2.prediction.run import ImagePredictor, predict_jobs, predict_video, report_unreadable
     from solov2.prediction.writers import ResultWriter
     from solov2.views import parse_views
 
@@ -271,10 +274,16 @@ def _predict_all(
         () if args.tta is None else parse_views(args.tta),
     )
     log = FinishedLog(args.output, distributed.rank(), settings)
+    images = [job for job in share if not job.source.has_frames]
     try:
         unreadable = predict_jobs(
-            share, predictor, writer, log, max_pixels=max_pixels, stream=stream, show_progress=main
+            images, predictor, writer, log, max_pixels=max_pixels, stream=stream, show_progress=main
         )
+        for job in (job for job in share if job.source.has_frames):
+            try:
+                predict_video(job, predictor, writer, log, max_pixels=max_pixels, stream=stream)
+            except InputError as error:
+                report_unreadable(job, error, unreadable)
     except BaseException:
         if panoptic is not None and distributed.world_size() == 1:  # after Ctrl-C, what there is
             _close_panoptic(writer, read_finished(args.output) or {})

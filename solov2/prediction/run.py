@@ -19,6 +19,7 @@ from solov2.models.solov2 import SOLOv2
 from solov2.predict import predict_images
 from solov2.prediction.finished import FinishedLog
 from solov2.prediction.sources import Job, read_source
+from solov2.prediction.video import open_video, video_writer
 from solov2.prediction.writers import Item, ResultWriter
 from solov2.tiles import predict_tiles
 from solov2.views import View, predict_views
@@ -90,7 +91,8 @@ def predict_jobs(
 
     def write(found: tuple[Job, Tensor, Mapping[str, Any]]) -> None:
         job, pixels, result = found
-        log.add(writer.write(Item(job.name, job.source.name, job.picture), job.number, pixels, result))
+        line = writer.write(Item(job.name, job.source.name, job.picture), job.number, pixels, result)
+        log.add({"name": job.name.as_posix(), **line})
 
     ahead = _images_ahead(model.device, predictor.batch_size)
     waiting: deque[tuple[Job, Tensor]] = deque()  # images whose results have not arrived: one batch at most
@@ -107,6 +109,49 @@ def predict_jobs(
             progress.write(printable(report(job, result, writer)), file=stream)
             progress.update(places[job.number] - progress.n)  # also past images that could not be read
     return unreadable
+
+
+def predict_video(
+    job: Job, predictor: ImagePredictor, writer: ResultWriter, log: FinishedLog, *, max_pixels: int, stream: TextIO
+) -> None:
+    """Predict the frames of a video, or of a camera until Ctrl-C, and write each like an image and their pictures as a
+    video.
+
+    Arguments are those of `predict_jobs`. The log has a line for each frame, and one that counts them in the end.
+
+    Raises:
+        InputError: the video cannot be read; frames before a damaged one are lost with it.
+    """
+    counts, number = Counter[str](), 0
+    with contextlib.ExitStack() as stack:
+        video = stack.enter_context(open_video(job.source, max_pixels))
+        drawn = None
+        if "pictures" in writer.formats:
+            drawn = stack.enter_context(video_writer(writer.folder / job.picture, video.rate))
+        waiting: deque[Tensor] = deque()
+        frames = tqdm(_kept(video.frames, waiting), desc=job.source.name, unit="frame", leave=False, disable=None)
+        with contextlib.suppress(*([KeyboardInterrupt] if job.source.kind == "camera" else [])):
+            for number, result in enumerate(map(on_host, predictor.predict(frames)), start=1):
+                pixels = waiting.popleft()
+                name = job.name / f"{number:06d}.png"
+                line = writer.write(Item(name, f"{job.source.name}/{number:06d}", None), job.number, pixels, result)
+                log.add({"name": job.name.as_posix(), "frame": number, **line})
+                counts.update(writer.model.class_names[label] for label in result["labels"].tolist())
+                if drawn is not None:
+                    drawn.add(writer.draw(pixels, result))
+        if number == 0:
+            raise InputError(f"{job.source.name} has no pictures")
+    log.add({"name": job.name.as_posix(), "frames": number})
+    found = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing found"
+    place = writer.folder / job.picture if "pictures" in writer.formats else writer.folder
+    tqdm.write(printable(f"{job.source.name}: {number} frames, {found} -> {place}"), file=stream)
+
+
+def _kept(frames: Iterable[Tensor], waiting: deque[Tensor]) -> Iterator[Tensor]:
+    """The frames, each also appended to `waiting`."""
+    for frame in frames:
+        waiting.append(frame)
+        yield frame
 
 
 def _images_ahead(device: torch.device, batch_size: int) -> int:

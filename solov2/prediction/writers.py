@@ -91,7 +91,7 @@ class ResultWriter:
         """
         height, width = pixels.shape[1:]
         line: dict[str, Any] = {
-            "name": item.name.as_posix(),
+            "output": item.name.as_posix(),
             "file_name": item.file_name,
             "height": height,
             "width": width,
@@ -159,7 +159,7 @@ class ResultWriter:
                 "names": dict(enumerate(self.model.class_names)),
             }
             _write_text(table, yaml.safe_dump(names, sort_keys=False, allow_unicode=True))
-            _write_text(listed, "".join(f"./images/{line['name']}\n" for line in lines))
+            _write_text(listed, "".join(f"./images/{line['output']}\n" for line in lines))
         if "png" in self.formats:
             _write_text(self.folder / TABLES["png"][0], "".join(f"{name}\n" for name in self.model.class_names))
         if self.panoptic is not None:
@@ -227,7 +227,7 @@ def coco_dataset(
     """The results as a COCO dataset, whose annotations keep their scores: for tools that read nothing else."""
     sizes = {image_id: (line["height"], line["width"]) for line, image_id in zip(lines, image_ids, strict=True)}
     images = [
-        {"id": image_id, "file_name": line["name"], "height": line["height"], "width": line["width"]}
+        {"id": image_id, "file_name": line["output"], "height": line["height"], "width": line["width"]}
         for line, image_id in zip(lines, image_ids, strict=True)
     ]
     annotations = [
