@@ -97,9 +97,8 @@ setup(
         "completion": COMPLETION,
         "timm": TIMM,
         "hub": HUB,
-        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *HUB, *SUPERVISION],
         "video": VIDEO,
-        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *SUPERVISION, *VIDEO],
+        "all": [*FAST, *TENSORBOARD, *EXPORT, *COMPLETION, *TIMM, *HUB, *SUPERVISION, *VIDEO],
     },
     entry_points={
         "console_scripts": [

@@ -131,6 +131,10 @@ WEIGHTS = {
 RUNS = {
     "python train.py configs/quickstart.yaml": f"{HERE} --epochs 1 --set data.shapes_train=16",
     "solov2 predict street.jpg folder/ --weights FILE --results results.json": CPU,
+    "solov2 predict folder/ --weights FILE --output found --format pictures,yolo,coco": CPU,
+    "solov2 predict folder/ --weights FILE --output found --nproc 2 --continue": CPU,
+    "solov2 predict street.jpg --weights FILE --tile 1000": CPU,
+    "python eval.py --weights runs/quickstart/best.pth --tta flip": HERE,
     "solov2 check-data mine/train.json --images mine/images": "",
     "solov2 check-data data/panoptic/annotations/panoptic_val2017.json --images data/panoptic/val2017": "",
     "solov2 panoptic-quality data/panoptic/annotations/panoptic_val2017.json found/panoptic.json --json pq.json": "",

@@ -12,7 +12,7 @@ import pytest
 
 DEPENDENCIES = {"torch", "torchvision", "pycocotools", "numpy", "PIL", "yaml", "tqdm"}
 EXTRAS = {  # imported inside functions only
-    "cv2", "faster_coco_eval", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors",
+    "av", "cv2", "faster_coco_eval", "huggingface_hub", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors",
     "shtab", "supervision", "timm",
 }  # fmt: skip
 # Hard-coded devices, and loading that could run code.

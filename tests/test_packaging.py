@@ -190,7 +190,8 @@ def test_entry_points_and_requirements(wheel: Path) -> None:
     required = set(re.findall(r"^Requires-Dist: ([A-Za-z]+)[^;\n]*$", metadata, re.MULTILINE))
     assert required == {"torch", "torchvision", "pycocotools", "numpy", "pillow", "pyyaml", "tqdm"}
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE))
-    assert extras == {"test", "dev", "docs", "fast", "tensorboard", "export", "completion", "timm", "hub", "all"}
+    wanted = {"test", "dev", "docs", "fast", "tensorboard", "export", "completion", "timm", "hub", "video", "all"}
+    assert extras == wanted
     assert re.search(r"^Version: (\S+)$", metadata, re.MULTILINE)[1] == solov2.__version__
 
 

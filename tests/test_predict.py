@@ -323,9 +323,10 @@ def test_tiles_and_views(
     weights: Path, panoptic_weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They reach the results, as the functions for Python give them; panoptic models refuse both."""
-    model = build_model(weights=weights, score_threshold=0.3, max_instances=4, input_scale=[64, 64])
+    model = build_model(weights=weights, score_threshold=0.1, max_instances=4, input_scale=[64, 64], max_candidates=40)
     shared = (photos / "b.png", "--weights", weights, "--device", "cpu", "--results", "-", "--max-instances", "4",
-              "--set", "model.input_scale=[64,64]")  # fmt: skip
+              "--score-threshold", "0.1",
+              "--set", "model.input_scale=[64,64]", "--set", "model.max_candidates=40")  # fmt: skip
     views = parse_views("flip,0.75")
     for more, expected in (
         (("--tile", "64"), predict_tiles(model, photos / "b.png", 64)),

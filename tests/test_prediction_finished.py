@@ -110,7 +110,7 @@ def test_a_run_that_was_not_completed(
     assert run(*arguments) == 0
     complete = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     whole = json.loads((tmp_path / "found.json").read_text())
-    assert run(*arguments, "--resume") == 2  # complete: nothing to resume
+    assert run(*arguments, "--continue") == 2  # complete: nothing to resume
     assert "already exists" in capsys.readouterr().err
 
     settings = {"weights": str(weights)}
@@ -120,10 +120,10 @@ def test_a_run_that_was_not_completed(
     (tmp_path / "out" / "0.png").write_text("finished")
     (tmp_path / "out" / "3.png").write_text("not finished")
     assert run(*arguments) == 2
-    assert "--resume" in capsys.readouterr().err
-    assert run(*arguments, "--resume", "--weights", weights.with_name("other.pth")) == 2
+    assert "--continue" in capsys.readouterr().err
+    assert run(*arguments, "--continue", "--weights", weights.with_name("other.pth")) == 2
     assert "other.pth" in capsys.readouterr().err
-    assert run(*arguments, "--resume") == 0
+    assert run(*arguments, "--continue") == 0
     assert (tmp_path / "out" / "0.png").read_text() == "finished"
     assert (tmp_path / "out" / "3.png").read_bytes() == complete["3.png"]
     assert json.loads((tmp_path / "found.json").read_text()) == [x for x in whole if x["image_id"] > 1]
@@ -167,7 +167,7 @@ def test_two_processes_killed_and_resumed(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root)}
     for finished in kills:
         process = subprocess.Popen(
-            [*map(str, command), "--nproc", "2", "--resume"],
+            [*map(str, command), "--nproc", "2", "--continue"],
             cwd=repo_root, env=environment,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -178,7 +178,7 @@ def test_two_processes_killed_and_resumed(
     before = count_lines(out)
     assert kills[-1] <= before < count and not (tmp_path / "out.json").exists()
     done = subprocess.run(
-        [*map(str, command), "--nproc", "2", "--resume"],
+        [*map(str, command), "--nproc", "2", "--continue"],
         cwd=repo_root, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

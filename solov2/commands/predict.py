@@ -95,7 +95,10 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         "image in this run)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue a run in DIR that was killed, with the same arguments"
+        "--continue",
+        dest="resume",
+        action="store_true",
+        help="continue a run in DIR that was killed, with the same arguments",
     )
     parser.add_argument(
         "--tile",
@@ -192,7 +195,9 @@ def _check_outputs(args: argparse.Namespace, jobs: Sequence[Job], finished: dict
 
     goes_on = args.resume and finished is not None
     if finished is not None and not args.resume and not args.overwrite:
-        raise InputError(f"{args.output} has a run that was not completed; add --resume, or --overwrite to start again")
+        raise InputError(
+            f"{args.output} has a run that was not completed; add --continue, or --overwrite to start again"
+        )
     left = [job for job in jobs if not (goes_on and finished and job.name.as_posix() in finished)]
     names = [(job.name / "000001.png" if job.source.has_frames else job.name, job.picture) for job in left]
     files = [file for name in names for file in planned_files(args.output, args.format, *name)]
