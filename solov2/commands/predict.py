@@ -194,7 +194,7 @@ def _check_outputs(args: argparse.Namespace, jobs: Sequence[Job], finished: dict
     from solov2.prediction.writers import planned_files, planned_tables
 
     goes_on = args.resume and finished is not None
-    if finished is not None and not args.resume and not args.overwrite:
+    if finished and not args.resume and not args.overwrite:
         raise InputError(
             f"{args.output} has a run that was not completed; add --continue, or --overwrite to start again"
         )
