@@ -53,7 +53,7 @@ def build_parser(typed: str = "solov2 export") -> Parser:
         "--precision",
         choices=("float32", "bf16", "fp16", "int8"),
         default="float32",
-        help="of the network: also bf16 in a .pt2, fp16 and int8 in an .onnx",
+        help="precision of the network (also bf16 in a .pt2, fp16 and int8 in an .onnx)",
     )
     parser.add_argument(
         "--calibrate",

@@ -6,7 +6,6 @@ Each process appends to a file of its own. A line is written and flushed once al
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -15,6 +14,11 @@ from typing import Any
 
 from solov2.errors import InputError
 from solov2.outputs import NAME_LENGTH
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing stops two runs in one folder
+    fcntl = None  # type: ignore[assignment]
 
 PATTERN = "finished_*.jsonl"
 
@@ -36,7 +40,8 @@ class FinishedLog:
         path = folder / PATTERN.replace("*", str(rank))
         self._file = open(path, "a", encoding="ascii")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
         except BlockingIOError:
             raise InputError(f"a process of an earlier run still writes to {folder}; end it first") from None
         text = path.read_bytes()
