@@ -212,10 +212,10 @@ def test_csv(written: Path) -> None:
 def test_what_formats_cannot_hold_is_counted(written: Path) -> None:
     lines = (written / "losses").read_text().splitlines()
     assert lines[0].startswith("not read: 1 of 3 sources") and "broken.jpg" in lines[0]
-    assert "4 x csv: masks, of which it has box and area" in lines
-    assert "22 x png: pixels of overlaps, kept by the last instance" in lines
+    assert "csv: 4 masks, of which it has only box and area" in lines
+    assert "png: 22 pixels of overlaps, kept by the last instance" in lines
     for name in ("labelme", "yolo", "png"):
-        assert f"3 x {name}: scores, left out" in lines and f"1 x {name}: instances without a pixel, left out" in lines
+        assert f"{name}: 3 scores, left out" in lines and f"{name}: 1 instances without a pixel, left out" in lines
 
 
 def test_image_ids_of_an_annotation_file(tmp_path: Path) -> None:

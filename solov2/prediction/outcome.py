@@ -76,10 +76,12 @@ def write_outcome(
 def summary(lines: Sequence[Mapping[str, Any]], unreadable: Sequence[str], total: int) -> list[str]:
     """What could not be read, and what the formats cannot hold, each kind with its number."""
     names = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
-    lost = Counter[str]()
+    lost = Counter[tuple[str, str]]()
     for line in lines:
-        lost.update(line["losses"])
+        for kind, number in line["losses"].items():
+            name, _, what = kind.partition(": ")
+            lost[name, what] += number
     return [
         *([f"not read: {len(unreadable):,} of {total:,} sources ({names})"] if unreadable else []),
-        *(f"{count:,} x {kind}" for kind, count in lost.most_common()),
+        *(f"{name}: {count:,} {what}" for (name, what), count in lost.most_common()),
     ]

@@ -107,7 +107,7 @@ class ResultWriter:
             self._write_format(name, item, self._annotated(item, line, lost), lost, line)
             losses |= {f"{name}: {kind}": count for kind, count in lost.counts.items()}
         if "csv" in self.formats and line["entries"]:
-            losses["csv: masks, of which it has box and area"] = len(line["entries"])
+            losses["csv: masks, of which it has only box and area"] = len(line["entries"])
         if "pictures" in self.formats and item.picture is not None:
             write_picture(self.folder / item.picture, self.draw(pixels, result))
         return line | {"losses": losses}
