@@ -13,13 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from helpers.tiny_models import save_content
+from helpers.tiny_models import save_finder
 from PIL import Image
 
-from solov2.build import build_model
 from solov2.commands.predict import main
-from solov2.config import load_config
 from solov2.errors import InputError
 from solov2.prediction.finished import FinishedLog, read_finished, remove_logs, remove_temporary_files
 
@@ -32,17 +29,7 @@ def run(*arguments: str | Path) -> int:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small untrained network that finds something everywhere, on small inputs."""
-    config = load_config("quickstart", {"input_scale": [64, 64], "max_instances": 3})
-    torch.manual_seed(0)
-    model = build_model(config)
-    torch.nn.init.zeros_(model.head.category_predictor.bias)
-    for predictor in (model.head.category_predictor, model.head.kernel_predictor):
-        torch.nn.init.normal_(predictor.weight, std=6.0)
-    path = tmp_path_factory.mktemp("weights") / "small.pth"
-    names = ["disc", "ring", "square", "star"]
-    save_content(path, {"model": model.state_dict(), "config": config.to_dict(), "class_names": names, "traits": {}})
-    return path
+    return save_finder(tmp_path_factory.mktemp("weights") / "small.pth", max_instances=3)
 
 
 @pytest.fixture(scope="module")

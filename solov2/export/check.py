@@ -40,7 +40,7 @@ class Comparison:
             lowest score that is returned.
         score_difference: the largest one in a pair.
         different_pixels, pixels: of the masks of the pairs at the original size of their images: pixels set in only one
-            of both, and all pixels of the images, once per pair.
+            of both, and in at least one. Background does not count.
         min_iou: the lowest IoU of the masks of a pair.
         different_stuff, stuff_pixels: of a panoptic model: pixels at stride 4 with another best semantic channel, and
             all pixels.
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def equal_pixels(self) -> float:
-        """Share of the pixels of all paired masks that are equal."""
+        """Share of the pixels of all paired masks that both have."""
         return 1 - self.different_pixels / max(1, self.pixels)
 
     @property
@@ -104,7 +104,7 @@ class Comparison:
             both = [wanted["masks"][i], found["masks"][j]]
             areas = [int(coco_mask.area(coco_mask.merge(both, intersect=part))) for part in (False, True)]
             self.different_pixels += areas[0] - areas[1]
-            self.pixels += both[0]["size"][0] * both[0]["size"][1]
+            self.pixels += areas[0]
             self.min_iou = min(self.min_iou, iou)
         for result, paired in ((wanted, {i for i, _, _ in pairs}), (found, {j for _, j, _ in pairs})):
             scores = result["scores"].tolist()

@@ -67,7 +67,6 @@ def prepare_job(
     Raises:
         InputError: the model name, a setting, the run folder, the weights or the checkpoint is invalid.
     """
-
     sources = user_datasets(data)
     located: Any = None if sources else data
 
@@ -83,10 +82,9 @@ def prepare_job(
         stored = checkpoint.configuration()
         config = config if stored is None else override(stored)
     search = folder_to_search(config, located)
-    is_new = checkpoint is None
-    if checkpoint is not None and (search or sources) and (stored := checkpoint.configuration()) is not None:
-        config, search = override_config(stored, overrides or {}), None  # the data and the proposal of its start
     if checkpoint is not None:
+        if (search or sources) and (stored := checkpoint.configuration()) is not None:
+            config, search = override_config(stored, overrides or {}), None  # the data and the proposal of its start
         check_resumable(config, checkpoint)
     initial = find_checkpoint(weights, config) if checkpoint is None else None
     source = checkpoint or initial  # a resumed run keeps the metadata of the weights it started from
@@ -104,12 +102,12 @@ def prepare_job(
             inputs.append(Path(name_or_config))
         check_cleared_folder(folder, inputs)
     job = Job(config, folder, initial, checkpoint, clear, sources=sources)
-    place = data_folder(folder)
-    if sources and is_new:
-        check_data_folder(place)
-        found: FoundData | None = read_datasets(sources, place, config, divide=not isinstance(data, Mapping))
-    else:
-        found = None if search is None else find_data(search)
+    place, found = data_folder(folder), None
+    if search is not None:
+        found = find_data(search)
+    elif sources and checkpoint is None:
+        check_data_folder(place)  # before every item is asked for
+        found = read_datasets(sources, place, config, divide=not isinstance(data, Mapping))
     if found is None:
         return job
     check_data_folder(place)

@@ -10,6 +10,7 @@ import torch
 
 from solov2.build import build_model
 from solov2.checkpoint import FORMAT, Checkpoint, load_file, write_file
+from solov2.config import load_config
 from solov2.models.solov2 import SOLOv2
 from solov2.targets import TargetAssigner
 
@@ -51,6 +52,19 @@ def lively(model: SOLOv2) -> SOLOv2:
             part.weight.mul_(30)
         model.head.category_predictor.bias.fill_(-2.0)
     return model
+
+
+def save_finder(path: Path, *, max_instances: int) -> Path:
+    """Write a small untrained network that finds something everywhere, on inputs of 64 pixels."""
+    config = load_config("quickstart", {"input_scale": [64, 64], "max_instances": max_instances})
+    torch.manual_seed(0)
+    model = build_model(config)
+    torch.nn.init.zeros_(model.head.category_predictor.bias)
+    for predictor in (model.head.category_predictor, model.head.kernel_predictor):
+        torch.nn.init.normal_(predictor.weight, std=6.0)
+    names = ["disc", "ring", "square", "star"]
+    save_content(path, {"model": model.state_dict(), "config": config.to_dict(), "class_names": names, "traits": {}})
+    return path
 
 
 def tiny_targets(model: SOLOv2, counts: Sequence[int], size: tuple[int, int]) -> dict[str, Any]:
