@@ -101,6 +101,13 @@ def test_what_is_within_the_tolerance(found: tuple, within: bool) -> None:
     assert (comparison.instances, comparison.found) == (2, len(found))
 
 
+def test_the_background_does_not_count_as_equal() -> None:
+    """A mask of 80 pixels of 160, of which the file has 76 and no other: 95 % are equal."""
+    comparison = Comparison("a runtime")
+    comparison.add(result((0.9, 1, LEFT)), result((0.9, 1, slice(0, 19))), lowest_score=0.1)
+    assert comparison.equal_pixels == pytest.approx(0.95) and not comparison.within_tolerance
+
+
 def test_images_fit_into_the_input_of_a_file(images: Path) -> None:
     model = tiny()
     for size in ((64, 64), (32, 96)):
