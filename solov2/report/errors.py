@@ -1,0 +1,257 @@
+"""Where average precision goes: each wrong or missed instance by its kind, and what AP50 would be without the kind.
+
+The kinds are those of TIDE (Bolya et al., arXiv 2008.08115), for masks at an IoU of 0.5, with its thresholds:
+
+    classification  IoU of 0.5 or more with an instance of another class
+    localization    IoU of 0.1 to 0.5 with an instance of its class
+    both            IoU of 0.1 to 0.5 with an instance of another class
+    duplicate       of an instance that a prediction with a higher score has found
+    background      IoU of at most 0.1 with everything
+    missed          an instance that no prediction finds, and no wrong class or wrong outline explains
+
+Which prediction finds which instance is pycocotools' answer, and so is AP50.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+FOUND, IGNORED = "found", "ignored"
+WRONG = ("classification", "localization", "both", "duplicate", "background")  # kinds of predictions
+MISSED = "missed"
+KINDS = (*WRONG, MISSED)
+FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU
+RECALLS = np.linspace(0, 1, 101)
+
+
+class Prediction(NamedTuple):
+    """A prediction and what became of it.
+
+    Attributes:
+        image_id, category_id, score: of the result.
+        kind: `FOUND`, `IGNORED` (in a crowd) or one of `WRONG`.
+        truth: the annotation that it finds, or would without its error; None for background and what is ignored.
+        iou: with `truth`; 0 without.
+        row: its position in the results.
+    """
+
+    image_id: int
+    category_id: int
+    score: float
+    kind: str
+    truth: int | None
+    iou: float
+    row: int
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The errors of a set of results.
+
+    Attributes:
+        predictions: those that count, by image and falling score.
+        missed: the annotations that are missed.
+        categories: annotation id -> category id, of the instances that count.
+        ap50: of the masks, as a fraction; -1 without ground truth.
+        gains: {kind: what AP50 gains without the errors of this kind}.
+    """
+
+    predictions: list[Prediction]
+    missed: list[int]
+    categories: dict[int, int]
+    ap50: float
+    gains: dict[str, float] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """{kind: number of errors}."""
+        kinds = [prediction.kind for prediction in self.predictions]
+        return {kind: kinds.count(kind) for kind in WRONG} | {MISSED: len(self.missed)}
+
+
+def find_errors(truth: COCO, results: Sequence[Mapping[str, Any]], *, max_detections: int = 100) -> Errors:
+    """Sort every prediction and every instance of the ground truth into a kind.
+
+    Args:
+        truth: the annotations; ids are from 1, as pycocotools needs them.
+        results: instances in COCO's results format, with RLE masks.
+        max_detections: how many count per image and class, those with the highest scores.
+    """
+    evaluation = _matches(truth, results, max_detections)
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for part in evaluation.evalImgs:
+        if part is not None:
+            by_image[part["image_id"]].append(part)
+    rows = {entry["id"]: row for row, entry in enumerate(evaluation.cocoDt.dataset["annotations"])}
+    predictions: list[Prediction] = []
+    missed: list[int] = []
+    categories: dict[int, int] = {}
+    for image_id in sorted(by_image):
+        found, unexplained, counted = _errors_of_image(evaluation, image_id, by_image[image_id], rows)
+        predictions += found
+        missed += unexplained
+        categories |= counted
+    errors = Errors(predictions, missed, categories, _ap50(predictions, categories, {}))
+    errors.gains.update({kind: _ap50(*_without(errors, kind)) - errors.ap50 for kind in KINDS})
+    return errors
+
+
+def _matches(truth: COCO, results: Sequence[Mapping[str, Any]], max_detections: int) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()):
+        empty = COCO()
+        empty.dataset = {**truth.dataset, "annotations": []}
+        empty.createIndex()
+        found = truth.loadRes([dict(entry) for entry in results]) if results else empty
+        evaluation = COCOeval(truth, found, "segm")
+        evaluation.params.iouThrs = np.array([FOREGROUND])
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.maxDets = [max_detections]
+        evaluation.evaluate()
+    return evaluation
+
+
+def _errors_of_image(
+    evaluation: Any, image_id: int, parts: Sequence[Mapping[str, Any]], rows: Mapping[int, int]
+) -> tuple[list[Prediction], list[int], dict[int, int]]:
+    """(predictions, missed annotations, {annotation that counts: its category}) of an image."""
+    known = {
+        annotation["id"]: annotation
+        for part in parts
+        for annotation, ignored in zip(map(evaluation.cocoGt.anns.get, part["gtIds"]), part["gtIgnore"], strict=True)
+        if not ignored
+    }
+    predictions, wrong = [], []
+    for part in parts:
+        for number, found in enumerate(part["dtIds"]):
+            entry = evaluation.cocoDt.anns[found]
+            match, ignored = int(part["dtMatches"][0, number]), bool(part["dtIgnore"][0, number])
+            if match and not ignored:
+                iou = _ious(evaluation, [entry], [known[match]])[0, 0]
+                predictions.append(_prediction(entry, FOUND, match, iou, rows))
+            elif ignored:
+                predictions.append(_prediction(entry, IGNORED, None, 0.0, rows))
+            else:
+                wrong.append(entry)
+    used = {prediction.truth for prediction in predictions}
+    ious = _ious(evaluation, wrong, list(known.values()))
+    explained: set[int] = set()
+    for entry, row in zip(wrong, ious, strict=True):
+        kind, match, iou = _kind(entry["category_id"], row, list(known.values()), used)
+        predictions.append(_prediction(entry, kind, match, iou, rows))
+        if match is not None and kind in ("classification", "localization"):
+            explained.add(match)
+    predictions.sort(key=lambda prediction: (-prediction.score, prediction.row))  # equal scores as in pycocotools
+    missed = [number for number in known if number not in used | explained]
+    return predictions, missed, {number: annotation["category_id"] for number, annotation in known.items()}
+
+
+def _prediction(
+    entry: Mapping[str, Any], kind: str, truth: int | None, iou: float, rows: Mapping[int, int]
+) -> Prediction:
+    return Prediction(
+        entry["image_id"], entry["category_id"], entry["score"], kind, truth, float(iou), rows[entry["id"]]
+    )
+
+
+def _ious(evaluation: Any, found: Sequence[Any], known: Sequence[Any]) -> np.ndarray:
+    """IoU of masks, float64 [found, known]."""
+    if not found or not known:
+        return np.zeros((len(found), len(known)))
+    masks = [[coco.annToRLE(entry) for entry in entries] for coco, entries in
+             ((evaluation.cocoDt, found), (evaluation.cocoGt, known))]  # fmt: skip
+    return np.asarray(mask_api.iou(*masks, [0] * len(known)))
+
+
+def _kind(
+    category: int, ious: np.ndarray, known: Sequence[Mapping[str, Any]], used: set[int | None]
+) -> tuple[str, int | None, float]:
+    """(kind, annotation, IoU with it) of a prediction that finds nothing; in TIDE's order."""
+    same = np.array([annotation["category_id"] == category for annotation in known], dtype=bool)
+    best_same, best_other = (_best(ious, chosen) for chosen in (same, ~same))
+    if best_same is not None and BACKGROUND <= ious[best_same] < FOREGROUND:
+        return "localization", known[best_same]["id"], ious[best_same]
+    if best_other is not None and ious[best_other] >= FOREGROUND:
+        return "classification", known[best_other]["id"], ious[best_other]
+    taken = np.array([annotation["id"] in used for annotation in known], dtype=bool)
+    best_taken = _best(ious, same & taken)
+    if best_taken is not None and ious[best_taken] >= FOREGROUND:
+        return "duplicate", known[best_taken]["id"], ious[best_taken]
+    if best_other is not None and ious[best_other] > BACKGROUND:
+        return "both", known[best_other]["id"], ious[best_other]
+    return "background", None, 0.0
+
+
+def _best(ious: np.ndarray, chosen: np.ndarray) -> int | None:
+    """Position of the highest IoU among the chosen; None if none is."""
+    return int(np.where(chosen, ious, -1).argmax()) if chosen.any() else None
+
+
+def _without(errors: Errors, kind: str) -> tuple[list[Prediction], dict[int, int], dict[int, int]]:
+    """(predictions, categories of the instances that count, those taken off them) as if a kind of error did not occur.
+
+    A wrong class or outline becomes right if the instance is still to be found, by the prediction with the highest
+    score of those that would; all other predictions of the kind vanish.
+    """
+    if kind == MISSED:
+        gone = {number: errors.categories[number] for number in errors.missed}
+        return errors.predictions, {n: c for n, c in errors.categories.items() if n not in gone}, gone
+    taken = {prediction.truth for prediction in errors.predictions if prediction.kind == FOUND}
+    kept = []
+    for prediction in sorted(errors.predictions, key=lambda prediction: -prediction.score):
+        if prediction.kind != kind:
+            kept.append(prediction)
+        elif kind in ("classification", "localization") and prediction.truth not in taken:
+            assert prediction.truth is not None
+            taken.add(prediction.truth)
+            kept.append(prediction._replace(kind=FOUND, category_id=errors.categories[prediction.truth]))
+    return kept, errors.categories, {}
+
+
+def _ap50(predictions: Sequence[Prediction], categories: Mapping[int, int], gone: Mapping[int, int]) -> float:
+    """The mean over the classes with instances; a class all of whose instances were taken off counts as perfect."""
+    numbers: dict[int, int] = defaultdict(int)
+    for category in categories.values():
+        numbers[category] += 1
+    values = [value for _, value in _ap50_of_classes(predictions, numbers)]
+    values += [1.0 for category in set(gone.values()) if category not in numbers]
+    return float(np.mean(values)) if values else -1.0
+
+
+def _ap50_of_classes(predictions: Sequence[Prediction], numbers: Mapping[int, int]) -> Iterator[tuple[int, float]]:
+    by_class: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for prediction in predictions:
+        if prediction.kind != IGNORED:
+            by_class[prediction.category_id].append((prediction.score, prediction.kind == FOUND))
+    for category, number in numbers.items():
+        rows = np.array(by_class.get(category, []), dtype=np.float64).reshape(-1, 2)
+        yield category, average_precision(rows[:, 0], rows[:, 1] > 0, number)
+
+
+def average_precision(scores: np.ndarray, right: np.ndarray, number: int) -> float:
+    """COCO's interpolated average precision at 101 recalls.
+
+    Args:
+        scores: float64 [N], in the order in which equal ones count.
+        right: bool [N].
+        number: of instances to find, at least 1.
+    """
+    precision, recall = precision_recall(scores, right, number)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, RECALLS, side="left")
+    return float(np.append(best, 0.0)[np.minimum(places, len(best))].mean())
+
+
+def precision_recall(scores: np.ndarray, right: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall, float64 [N] each, of the N highest scores; arguments as for `average_precision`."""
+    right = right[np.argsort(-scores, kind="mergesort")]
+    hits = np.cumsum(right)
+    return hits / (np.arange(1, len(right) + 1) + np.spacing(1)), hits / number

@@ -1,0 +1,84 @@
+"""The ranked list names a planted fault first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_report_errors import plant, scene
+
+from solov2.report.errors import find_errors
+from solov2.report.ranking import rank
+
+NAMES = {1: "cat", 2: "dog", 3: "owl"}
+GOOD = {"AP50": 0.99, "AP75": 0.97}
+
+
+def first(results: list[dict[str, Any]], coco: Any, **options: Any) -> tuple[str, str]:
+    findings = rank(find_errors(coco, results), NAMES, **{"ceiling": GOOD, **options})
+    assert [x.gain for x in findings] == sorted((x.gain for x in findings), reverse=True)
+    return findings[0].area, findings[0].kind
+
+
+@pytest.mark.parametrize(
+    ("fault", "area"),
+    [
+        ("localization", "training"),
+        ("missed", "training"),
+        ("duplicate", "thresholds"),
+        ("background", "data"),
+        ("classification", "training"),
+    ],
+)
+def test_planted_faults(fault: str, area: str) -> None:
+    coco, results = scene(5)
+    low = [{**entry, "score": entry["score"] - 0.45} for entry in results]  # as a model whose threshold is low
+    assert first(plant(fault, coco, low), coco) == (area, fault)
+
+
+def test_swapped_classes() -> None:
+    coco, results = scene(6)
+    swap = {1: 2, 2: 1, 3: 3}
+    swapped = [
+        {**entry, "category_id": swap[entry["category_id"]], "score": entry["score"] - 0.45} for entry in results
+    ]
+    findings = rank(find_errors(coco, swapped), NAMES, ceiling=GOOD)
+    assert (findings[0].area, findings[0].kind) == ("data", "classification")
+    assert "cat" in findings[0].what and "dog" in findings[0].what
+
+
+def test_a_threshold_too_high() -> None:
+    """Calibrated scores, cut at 0.5: what is missed is laid to the threshold."""
+    coco, results = scene(7, images=40)
+    generator = np.random.default_rng(0)
+    scored = []
+    for entry in results:
+        score = float(generator.uniform(0.02, 1))
+        scored.append({**entry, "score": score})
+        if generator.random() > score:
+            scored.append(
+                {**entry, "score": score, "segmentation": plant("background", coco, [entry])[1]["segmentation"]}
+            )
+    assert first([entry for entry in scored if entry["score"] > 0.5], coco) == ("thresholds", "threshold")
+    assert first(scored, coco)[0] != "thresholds"
+
+
+def test_grids_too_coarse() -> None:
+    """What the targets cannot hold is not laid to training."""
+    coco, results = scene(8)
+    assert first(plant("missed", coco, results), coco, ceiling={"AP50": 0.6, "AP75": 0.6}) == ("grids", "grids")
+
+
+def test_resolution() -> None:
+    coco, results = scene(9)
+    blurred = {"AP50": 0.99, "AP75": 0.5}
+    assert first(plant("localization", coco, results), coco, ceiling=blurred) == ("resolution", "localization")
+    low = [{**entry, "score": entry["score"] - 0.45} for entry in results]
+    sides = dict.fromkeys((annotation["id"] for annotation in coco.dataset["annotations"]), 20.0)
+    assert first(plant("missed", coco, low), coco, sides=sides) == ("resolution", "missed")
+
+
+def test_nothing_to_mend() -> None:
+    coco, results = scene(0)
+    assert rank(find_errors(coco, results), NAMES, ceiling={"AP50": 1.0, "AP75": 1.0}) == []
