@@ -9,53 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools import mask as mask_api
+from helpers.scenes import plant, scene, shifted
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from solov2.report.errors import KINDS, average_precision, find_errors
-
-SIZE = 96
-
-
-def rle(y: int, x: int, height: int = 20, width: int = 20) -> dict[str, Any]:
-    mask = np.zeros((SIZE, SIZE), dtype=np.uint8, order="F")
-    mask[max(0, y) : y + height, max(0, x) : x + width] = 1
-    counts = mask_api.encode(mask)
-    return {"size": counts["size"], "counts": counts["counts"].decode()}
-
-
-def scene(seed: int, images: int = 12) -> tuple[COCO, list[dict[str, Any]]]:
-    """Four squares of three classes in each image, one of them a crowd in every fourth; and a perfect result."""
-    generator = np.random.default_rng(seed)
-    annotations, results = [], []
-    for image in range(1, images + 1):
-        for number, (y, x) in enumerate(((4, 4), (4, 54), (54, 4), (54, 54))):
-            mask, category = rle(y, x), int(generator.integers(1, 4))
-            crowd = int(number == 3 and image % 4 == 0)
-            box = mask_api.toBbox({**mask, "counts": mask["counts"].encode()}).tolist()
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": image, "category_id": category, "segmentation": mask,
-                 "iscrowd": crowd, "area": 400.0, "bbox": box}
-            )  # fmt: skip
-            if not crowd:
-                score = float(generator.uniform(0.5, 1))
-                results.append({"image_id": image, "category_id": category, "segmentation": mask, "score": score})
-    coco = COCO()
-    coco.dataset = {
-        "info": {},
-        "images": [{"id": i, "height": SIZE, "width": SIZE} for i in range(1, images + 1)],
-        "categories": [{"id": i, "name": f"c{i}"} for i in (1, 2, 3)],
-        "annotations": annotations,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco, results
-
-
-def shifted(mask: dict[str, Any], pixels: int) -> dict[str, Any]:
-    x, y, *_ = mask_api.toBbox({**mask, "counts": mask["counts"].encode()}).astype(int).tolist()
-    return rle(y, x + pixels)
 
 
 def reference_ap50(coco: COCO, results: list[dict[str, Any]]) -> float:
@@ -65,29 +23,6 @@ def reference_ap50(coco: COCO, results: list[dict[str, Any]]) -> float:
         evaluation.accumulate()
         evaluation.summarize()
     return float(evaluation.stats[1])
-
-
-def plant(kind: str, coco: COCO, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results with every third one made wrong."""
-    chosen = {id(entry) for entry in results[::3]}
-    others = {1: 2, 2: 3, 3: 1}
-    if kind == "missed":
-        return [entry for entry in results if id(entry) not in chosen]
-    found = []
-    for entry in results:
-        if id(entry) in chosen and kind == "classification":
-            entry = {**entry, "category_id": others[entry["category_id"]]}
-        if id(entry) in chosen and kind == "localization":
-            entry = {**entry, "segmentation": shifted(entry["segmentation"], 9)}  # IoU 0.38
-        if id(entry) in chosen and kind == "both":
-            moved = shifted(entry["segmentation"], 9)
-            entry = {**entry, "segmentation": moved, "category_id": others[entry["category_id"]]}
-        found.append(entry)
-        if id(entry) in chosen and kind == "duplicate":
-            found.append({**entry, "score": entry["score"] - 0.01, "segmentation": shifted(entry["segmentation"], 1)})
-        if id(entry) in chosen and kind == "background":
-            found.append({**entry, "segmentation": rle(38, 38, 12, 12)})
-    return found
 
 
 def test_a_perfect_result_has_no_errors() -> None:

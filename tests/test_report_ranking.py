@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report_errors import plant, scene
+from helpers.scenes import plant, scene
 
 from solov2.report.errors import find_errors
 from solov2.report.ranking import rank

@@ -7,8 +7,8 @@ import io
 
 import numpy as np
 import pytest
+from helpers.scenes import plant, scene
 from pycocotools.cocoeval import COCOeval
-from test_report_errors import plant, scene
 
 from solov2.report.errors import find_errors
 from solov2.report.scores import calibration, calibration_error, confusion, mean_precision, operating_points

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +28,10 @@ if TYPE_CHECKING:
     from solov2.checkpoint import Checkpoint
     from solov2.compute import Compute
     from solov2.data.annotations import ImageId
-    from solov2.data.image_dataset import ImageDataset
     from solov2.data.panoptic_results import PanopticWriter
+    from solov2.evaluate import Subject
     from solov2.evaluation.coco import CocoEvaluator
-    from solov2.evaluation.loop import LaunchAndCollect
     from solov2.evaluation.panoptic import PanopticEvaluator
-    from solov2.models.solov2 import SOLOv2
-    from solov2.targets import TargetAssigner
-
-LOG = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +85,7 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.build import build_compute
     from solov2.compute import reuse_freed_memory, select_device
     from solov2.data.build import prepare_data
+    from solov2.evaluate import model_subject, oracle_subject
     from solov2.weights import find_checkpoint
 
     if args.weights is None and not args.oracle:
@@ -115,7 +109,13 @@ def _run(args: argparse.Namespace) -> int:
     with distributed.process_group(device, timeout=config.train.stall_seconds):
         prepare_data(config, splits=[args.split])
         compute = build_compute(config, device, args.precision)
-        subject = _subject(args, config, checkpoint, compute)
+        if args.oracle or checkpoint is None:
+            subject = oracle_subject(config, args.split)
+        else:
+            changes = model_settings(parse_overrides(args.set))
+            subject = model_subject(
+                checkpoint, config, args.split, compute, named=bool(args.model), changes=changes, views=args.tta
+            )
         source = None if checkpoint is None else checkpoint.source
         checkpoint = None  # frees its large training state
         evaluator, summary = _evaluate(args, subject, compute)
@@ -131,104 +131,34 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass
-class _Subject:
-    """What is evaluated, and on what."""
-
-    config: Config
-    dataset: ImageDataset
-    predictor: LaunchAndCollect
-    category_ids: list[int | None]  # of the annotation file, by label
-    stuff_category_ids: list[int | None]
-    assigner: TargetAssigner | None = None  # of the oracle
-
-
-def _subject(args: argparse.Namespace, config: Config, checkpoint: Checkpoint | None, compute: Compute) -> _Subject:
-    """The model, or the oracle, with the data, checked."""
-    from solov2.build import build_assigner, build_model
-    from solov2.class_rows import restrict_classes
-    from solov2.data.build import oracle_dataset, validation_dataset, with_classes
-    from solov2.data.coco import CocoInstances
-    from solov2.evaluation.coco import limit_warning
-    from solov2.evaluation.oracle import Oracle
-    from solov2.predict import Predictor
-    from solov2.views import ViewPredictor, parse_views
-
-    if args.oracle or checkpoint is None:
-        dataset = oracle_dataset(config, args.split)
-        config = with_classes(config, dataset)
-        architecture = config.model
-        settings = architecture.postprocess_settings
-        oracle = Oracle(
-            architecture.grid_sizes,
-            architecture.num_classes,
-            settings,
-            num_stuff=architecture.num_stuff,
-            panoptic=architecture.panoptic_settings,
-        )
-        assigner = build_assigner(architecture)
-        subject = _Subject(config, dataset, oracle, [*dataset.category_ids], [*dataset.stuff_category_ids], assigner)
-    else:
-        dataset = validation_dataset(config, args.split)
-        changes = model_settings(parse_overrides(args.set))
-        model = build_model(config if args.model else None, weights=checkpoint, device=compute.device, **changes)
-        if config.data.classes:
-            restrict_classes(model, config.data.classes, checkpoint.source)
-        ids, stuff_ids = _category_ids(model, checkpoint, dataset)
-        settings = model.settings
-        compute.place(model)
-        single = Predictor(model, compute, panoptic=model.semantic_head is not None)
-        predictor = single if args.tta is None else ViewPredictor(single, parse_views(args.tta))
-        subject = _Subject(config, dataset, predictor, ids, stuff_ids)
-    if isinstance(dataset, CocoInstances):
-        warning = limit_warning(dataset.coco, config.data.max_detections, settings.max_instances)
-        if warning is not None:
-            LOG.warning(warning)
-    return subject
-
-
 def _evaluate(
-    args: argparse.Namespace, subject: _Subject, compute: Compute
+    args: argparse.Namespace, subject: Subject, compute: Compute
 ) -> tuple[CocoEvaluator | PanopticEvaluator, dict[str, Any]]:
     """The evaluator, with all results, and its figures; panoptic results are written on the way."""
     from solov2 import distributed
-    from solov2.data.build import validation_loader
-    from solov2.data.watch import watched
-    from solov2.evaluation.loop import evaluate
-    from solov2.evaluation.summary import build_evaluator
+    from solov2.evaluate import evaluate_subject
 
-    config, dataset, device = subject.config, subject.dataset, compute.device
+    config, dataset = subject.config, subject.dataset
     names = {record.image_id: record.file_name for record in map(dataset.record, range(len(dataset)))}
     images = [dataset.image_root / name for name in names.values()]
     writer = _panoptic_writer(args, subject)
     written = [] if writer is None else [writer.path(name) for name in names.values()]
     _check_outputs(args, config, inputs=[dataset.annotation_file, *images], pngs=written)
     distributed.barrier()  # no process writes a PNG while another still looks for existing ones
-    evaluator = build_evaluator(
-        dataset,
-        subject.category_ids,
-        subject.stuff_category_ids,
-        backend="faster-coco-eval" if args.fast else "pycocotools",
-        max_detections=config.data.max_detections,
-    )
 
     def write(image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
         if writer is not None:
             for image_id, result in zip(image_ids, results, strict=True):
                 writer.add(image_id, names[image_id], result)
 
-    batch = args.batch_size
-    loader = validation_loader(config, dataset, device=device, batch_size=batch, assigner=subject.assigner)
-    with compute.arithmetic():  # for both threads of the evaluation
-        summary = evaluate(
-            subject.predictor,
-            watched(loader, dataset, stall_seconds=config.train.stall_seconds),
-            evaluator,
-            overlap=device.type != "cpu",
-            progress=len(loader) if distributed.is_main() else None,
-            per_class=args.per_class,
-            write=write,
-        )
+    evaluator, summary = evaluate_subject(
+        subject,
+        compute,
+        batch_size=args.batch_size,
+        backend="faster-coco-eval" if args.fast else "pycocotools",
+        per_class=args.per_class,
+        write=write,
+    )
     if writer is not None:
         writer.merge(distributed.gather_objects(writer.entries))
         if distributed.is_main():
@@ -251,7 +181,7 @@ def _check_outputs(
     check_outputs(outputs, overwrite=args.overwrite, inputs=inputs)
 
 
-def _panoptic_writer(args: argparse.Namespace, subject: _Subject) -> PanopticWriter | None:
+def _panoptic_writer(args: argparse.Namespace, subject: Subject) -> PanopticWriter | None:
     from solov2.data.panoptic import CocoPanoptic
     from solov2.data.panoptic_results import PanopticWriter
 
@@ -271,37 +201,6 @@ def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> C
         overrides = {"data.shapes": False, **overrides}
     config = resolve_config(args.model, checkpoint, overrides)
     return locate_data(config, data_places(args), chosen=overrides)
-
-
-def _category_ids(
-    model: SOLOv2, checkpoint: Checkpoint, dataset: ImageDataset
-) -> tuple[list[int | None], list[int | None]]:
-    """The file's category id of each class of the model, and of its stuff: by name, or by position if the checkpoint
-    has no names.
-    """
-    from solov2.data.class_matching import can_match, check_categories, match_names
-
-    stored = checkpoint.class_names and [name for name in checkpoint.class_names if name in model.class_names]
-    groups = (
-        (model.class_names, stored, dataset.class_names, dataset.category_ids, "classes"),
-        (model.stuff_names, checkpoint.stuff_names, dataset.stuff_names, dataset.stuff_category_ids, "stuff classes"),
-    )
-    known, ids = [], list[list[int | None]]()
-    for names, known_names, found, category_ids, what in groups:
-        if names == known_names and can_match(names, found):
-            known.append(names)
-            ids.append([None if i is None else category_ids[i] for i in match_names(names, found)])
-        elif len(names) == len(found):
-            known.append(found)
-            ids.append([*category_ids])
-        else:
-            raise InputError(
-                f"{checkpoint.source} has no class names to match by, and {len(names)} {what}, but "
-                f"{dataset.annotation_file} {len(found)}; evaluate on the data it was trained on, or "
-                "fine-tune it with train.py --weights"
-            )
-    check_categories(known[0], dataset, checkpoint.source, stuff_names=known[1])
-    return ids[0], ids[1]
 
 
 def _report(

@@ -145,10 +145,10 @@ def _errors_of_image(
     ious = _ious(evaluation, wrong, list(known.values()))
     explained: set[int] = set()
     for entry, row in zip(wrong, ious, strict=True):
-        kind, match, iou = _kind(entry["category_id"], row, list(known.values()), used)
-        predictions.append(_prediction(entry, kind, match, iou, rows))
-        if match is not None and kind in ("classification", "localization"):
-            explained.add(match)
+        kind, near, iou = _kind(entry["category_id"], row, list(known.values()), used)
+        predictions.append(_prediction(entry, kind, near, iou, rows))
+        if near is not None and kind in ("classification", "localization"):
+            explained.add(near)
     predictions.sort(key=lambda prediction: (-prediction.score, prediction.row))  # equal scores as in pycocotools
     missed = [number for number in known if number not in used | explained]
     return predictions, missed, {number: annotation["category_id"] for number, annotation in known.items()}
