@@ -120,6 +120,8 @@ def evaluate_subject(
     *,
     batch_size: int = 1,
     backend: str = "pycocotools",
+    boundary: bool = False,
+    lvis: bool = False,
     per_class: bool = False,
     write: Callable[[Sequence[ImageId], Sequence[Mapping[str, Any]]], None] | None = None,
 ) -> tuple[CocoEvaluator | PanopticEvaluator, dict[str, Any]]:
@@ -129,7 +131,7 @@ def evaluate_subject(
         subject: what is evaluated.
         compute: where and how to compute.
         batch_size: images per batch.
-        backend: of `solov2.evaluation.coco.CocoEvaluator`.
+        backend, boundary, lvis: of `solov2.evaluation.coco.CocoEvaluator`.
         per_class: add the figures of each class.
         write: called with the image ids and results of each batch.
 
@@ -142,6 +144,8 @@ def evaluate_subject(
         subject.category_ids,
         subject.stuff_category_ids,
         backend=backend,
+        boundary=boundary,
+        lvis=lvis,
         max_detections=config.data.max_detections,
     )
     loader = validation_loader(config, dataset, device=device, batch_size=batch_size, assigner=subject.assigner)

@@ -19,7 +19,8 @@ from pycocotools.cocoeval import COCOeval
 from solov2.config import load_config
 from solov2.data_check.statistics import suggest_limits
 from solov2.errors import InputError
-from solov2.evaluation.coco import BACKENDS, FIGURES, CocoEvaluator, format_table, limit_warning
+from solov2.evaluation.coco import CocoEvaluator, format_table, limit_warning
+from solov2.evaluation.curves import BACKENDS, FIGURES
 from solov2.ops.masks import encode_rle, masks_to_boxes, segmentation_to_mask
 from solov2.outputs import write_json
 
@@ -353,7 +354,7 @@ def test_one_class_is_evaluated_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
             evaluated.append((self.params.catIds, len(self.evalImgs)))
             super().accumulate(p)
 
-    monkeypatch.setattr("solov2.evaluation.coco.COCOeval", Recorded)
+    monkeypatch.setattr("solov2.evaluation.curves.COCOeval", Recorded)
     dataset, image_ids, results = scene()
     evaluator = CocoEvaluator(load(dataset), CATEGORY_IDS)
     evaluator.update(image_ids, results)

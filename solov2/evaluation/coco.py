@@ -1,45 +1,35 @@
 """COCO average precision of masks and boxes, equal to pycocotools' to the last digit.
 
-It is computed by pycocotools or, on request, by faster-coco-eval, its rewrite in C++. The latter omits the 2e-16 that
-pycocotools adds to a divisor, so its figures agree to 15 decimals.
+On request also that of boundaries, and all of it by the rules of LVIS.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from solov2.data.class_matching import distinct_names
 from solov2.errors import InputError, count, printable
+from solov2.evaluation.curves import (
+    FASTER,
+    Curves,
+    Found,
+    GroundTruth,
+    class_curves,
+    coco_figures,
+    load_backend,
+    mean_precision,
+)
+from solov2.evaluation.lvis import LVIS_DETECTIONS, highest, lvis_curves, lvis_figures, require_lvis
 from solov2.ops.masks import encode_rle
 
-LOG = logging.getLogger(__name__)
 MAX_DETECTIONS = 100  # COCO's limit per image and class
-FIGURES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR1",
-    "AR10",
-    "AR100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
-)
-BACKENDS = ("pycocotools", "faster-coco-eval")
+TITLES = {"segm": "mask", "bbox": "box", "boundary": "boundary"}  # of the kinds of figures, in tables
 
 
 class Predictions(NamedTuple):
@@ -64,12 +54,17 @@ class CocoEvaluator:
             predictions are dropped. A category that is not listed counts with AP 0.
         image_ids: the images to evaluate; None means all images of the file. An image without predictions counts as
             one without detections.
-        backend: one of `BACKENDS`; faster-coco-eval needs the extra `fast`.
+        backend: one of `solov2.evaluation.curves.BACKENDS`; faster-coco-eval needs the extra `fast`.
         max_detections: how many predictions count per image and class, those with the highest scores, at least 100.
             At 100 the figures are COCO's.
+        boundary: also compute the figures of boundaries, with faster-coco-eval.
+        lvis: also compute figures by the rules of LVIS, with faster-coco-eval.
+
+    Attributes:
+        predictions: by image id.
 
     Raises:
-        InputError: an id is not in the annotation file, or the backend is not installed.
+        InputError: an id is not in the annotation file, a backend is not installed, or the file lacks a key of LVIS.
     """
 
     def __init__(
@@ -80,8 +75,14 @@ class CocoEvaluator:
         image_ids: Iterable[int] | None = None,
         backend: str = "pycocotools",
         max_detections: int = MAX_DETECTIONS,
+        boundary: bool = False,
+        lvis: bool = False,
     ) -> None:
-        self._ground_truth_class, self._evaluation_class = _backend_classes(backend)
+        for name in (backend, FASTER) if boundary or lvis else (backend,):
+            load_backend(name)  # now, not after all predictions
+        if lvis:
+            require_lvis(coco, "the annotation file")
+        self._backend, self._boundary, self._lvis = backend, boundary, lvis
         self.max_detections = max_detections
         self.category_ids = [None if category is None else int(category) for category in category_ids]
         self.file_image_ids = set(coco.imgs)
@@ -90,12 +91,8 @@ class CocoEvaluator:
         unknown = sorted({category for category in self.category_ids if category is not None} - set(coco.cats))
         if unknown:
             raise InputError(f"category id {unknown[0]} is not in the annotation file; pass only ids that are")
-        self._coco = coco
-        self.images: dict[int, dict[str, Any]] = {i: image for i, image in coco.imgs.items() if i in wanted}
-        """The images to evaluate, in the order of the file: id -> entry of the file."""
-        self._truth = _by_category(coco, wanted)
+        self.truth = GroundTruth(coco, wanted)
         self.predictions: dict[int, Predictions] = {}
-        """By image id."""
 
     def update(self, image_ids: Sequence[int], results: Sequence[Mapping[str, Any]]) -> None:
         """Add the results of some images; images that are not evaluated or already have results are skipped.
@@ -110,7 +107,7 @@ class CocoEvaluator:
         """
         self._require_known(image_ids)
         for image_id, result in zip(image_ids, results, strict=True):
-            if int(image_id) in self.images and int(image_id) not in self.predictions:
+            if int(image_id) in self.truth.images and int(image_id) not in self.predictions:
                 self.predictions[int(image_id)] = self._pack(int(image_id), result)
 
     def merge(self, shares: Iterable[Mapping[int, Predictions]]) -> None:
@@ -118,7 +115,7 @@ class CocoEvaluator:
         for predictions in shares:
             self._require_known(predictions)
             for image_id, found in predictions.items():
-                if image_id in self.images:
+                if image_id in self.truth.images:
                     self.predictions.setdefault(image_id, found)
 
     def results(self) -> list[dict[str, Any]]:
@@ -127,86 +124,39 @@ class CocoEvaluator:
         Images are in the order of the annotation file, ids are those of the file. There is no `bbox`: with it,
         pycocotools would use the area of the box instead of the mask's to sort instances into small, medium and large.
         """
-        return list(self._entries("segm", self._in_file_order()))
+        return list(self.entries("segm", self._in_file_order()))
 
     def box_results(self) -> list[dict[str, Any]]:
         """The same instances as boxes: image_id, category_id, bbox (x, y, width, height), score."""
-        return list(self._entries("bbox", self._in_file_order()))
+        return list(self.entries("bbox", self._in_file_order()))
 
     def summarize(self, *, per_class: bool = False) -> dict[str, Any]:
-        """Compute the twelve COCO figures (`FIGURES`, fractions of 1) for masks and for boxes.
+        """Compute the figures, see `summarize`."""
+        return summarize(
+            self.truth,
+            self,
+            backend=self._backend,
+            max_detections=self.max_detections,
+            boundary=self._boundary,
+            lvis=self._lvis,
+            per_class=per_class,
+        )
 
-        A figure without any ground truth is -1, as in pycocotools; without predictions it is 0. With a higher
-        `max_detections`, all figures but AR1 and AR10 count that many, and AR100 is called AR300 (for example).
-
-        Args:
-            per_class: add the AP of each class.
-
-        Returns:
-            {"max_detections": int, "segm": {figure: value}, "bbox": {figure: value}} and, if asked for,
-            "per_class": {class name: {"segm_AP": value, "bbox_AP": value}}.
-        """
+    def by_category(self, most: int | None = None) -> dict[int, list[tuple[int, int]]]:
+        """Category id -> (image id, row of its `predictions`), see `solov2.evaluation.curves.Found`."""
         found: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for image_id, row in self._in_file_order():
+        for image_id, row in self._in_file_order(most):
             found[int(self.predictions[image_id].categories[row])].append((image_id, row))
-        categories = sorted(self._coco.cats)
-        # Class by class, because pycocotools keeps Python objects for every image, class and range of areas.
-        curves = [self._evaluate(category, found.pop(category, [])) for category in categories]
-        summary: dict[str, Any] = {"max_detections": self.max_detections}
-        for kind in ("segm", "bbox"):
-            summary[kind] = _figures([curve[kind] for curve in curves], self.max_detections)
-        if per_class:
-            names = distinct_names([self._coco.cats[category]["name"] for category in categories])
-            summary["per_class"] = {
-                name: {f"{kind}_AP": _mean(precision[:, :, 0]) for kind, (precision, _) in curve.items()}
-                for name, curve in zip(names, curves, strict=True)
-            }
-        return summary
+        return found
 
-    def _evaluate(self, category: int, rows: Sequence[tuple[int, int]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The curves of a class, for masks and boxes.
-
-        Returns:
-            {kind: (precision float64 [10 IoU, 101 recall, 4 ranges of areas], of `max_detections`;
-            recall float64 [10 IoU, 4 ranges of areas, 3 limits])}, -1 without ground truth.
-        """
-        # Copies, because pycocotools turns their polygons into RLE.
-        truth = [_with_required_keys(self._coco, annotation) for annotation in self._truth.get(category, ())]
-        if not truth:
-            nothing = -np.ones((10, 101, 4)), -np.ones((10, 4, 3))
-            return {"segm": nothing, "bbox": nothing}
-        used = {image_id for image_id, _ in rows} | {annotation["image_id"] for annotation in truth}
-        dataset = {
-            "info": {},
-            "images": [image for image_id, image in self.images.items() if image_id in used],
-            "categories": [self._coco.cats[category]],
-        }
-        return {kind: self._curves(kind, {**dataset, "annotations": truth}, rows) for kind in ("segm", "bbox")}
-
-    def _curves(
-        self, kind: str, dataset: dict[str, Any], rows: Sequence[tuple[int, int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(precision, recall) of a dataset with a single class; in a function of its own, so that the rest is freed."""
-        found = list(self._entries(kind, rows))
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = _coco_from(dataset, self._ground_truth_class)
-            # loadRes inspects the first result to find out the type, so it fails if there is none.
-            empty = {**dataset, "annotations": []}
-            detections = truth.loadRes(found) if found else _coco_from(empty, self._ground_truth_class)
-            evaluation = self._evaluation_class(truth, detections, kind)
-            evaluation.params.maxDets = [1, 10, self.max_detections]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        return evaluation.eval["precision"][:, :, 0, :, -1].copy(), evaluation.eval["recall"][:, 0].copy()
-
-    def _in_file_order(self) -> Iterator[tuple[int, int]]:
-        """Yield (image id, row of its `predictions`)."""
-        for image_id in self.images:
+    def _in_file_order(self, most: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield (image id, row of its `predictions`); at `most` so many per image."""
+        for image_id in self.truth.images:
             if image_id in self.predictions:
-                yield from ((image_id, row) for row in range(len(self.predictions[image_id].masks)))
+                yield from ((image_id, row) for row in highest(self.predictions[image_id].scores, most).tolist())
 
-    def _entries(self, kind: str, rows: Iterable[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-        """Yield these predictions in COCO results format, in plain Python types."""
+    def entries(self, kind: str, rows: Iterable[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """Yield these predictions in COCO results format, in plain Python types: masks, or boxes for "bbox"."""
         for image_id, row in rows:
             found = self.predictions[image_id]
             x0, y0, x1, y1 = found.boxes[row].tolist()
@@ -214,9 +164,9 @@ class CocoEvaluator:
                 "image_id": image_id,
                 "category_id": int(found.categories[row]),
                 **(
-                    {"segmentation": {"size": found.size, "counts": found.masks[row]}}
-                    if kind == "segm"
-                    else {"bbox": [x0, y0, x1 - x0, y1 - y0]}
+                    {"bbox": [x0, y0, x1 - x0, y1 - y0]}
+                    if kind == "bbox"
+                    else {"segmentation": {"size": found.size, "counts": found.masks[row]}}
                 ),
                 "score": float(found.scores[row]),
             }
@@ -272,88 +222,93 @@ def limit_warning(coco: COCO, max_detections: int, max_instances: int) -> str | 
     )
 
 
+def summarize(
+    truth: GroundTruth,
+    found: Found,
+    *,
+    backend: str = "pycocotools",
+    max_detections: int = MAX_DETECTIONS,
+    boundary: bool = False,
+    lvis: bool = False,
+    per_class: bool = False,
+) -> dict[str, Any]:
+    """Compute the twelve COCO figures (`FIGURES`, fractions of 1) for masks and for boxes.
+
+    A figure without any ground truth is -1, as in pycocotools; without predictions it is 0. With a higher
+    `max_detections`, all figures but AR1 and AR10 count that many, and AR100 is called AR300 (for example).
+
+    Args:
+        truth, found: what to compare.
+        backend, max_detections, boundary, lvis: as for `CocoEvaluator`.
+        per_class: add the AP of each class.
+
+    Returns:
+        {"max_detections": int, "segm": {figure: value}, "bbox": {figure: value}} and, if asked for,
+        "boundary": {figure: value}; "per_class": {class name: {"segm_AP": value, "bbox_AP": value}}, "boundary_AP" too;
+        "lvis": all of these again by the rules of LVIS, with its figures (`solov2.evaluation.lvis.lvis_figures`).
+
+    Raises:
+        InputError: a backend is not installed.
+    """
+    backends = dict.fromkeys(("segm", "bbox"), load_backend(backend))
+    if boundary:
+        backends["boundary"] = load_backend(FASTER)
+    names = distinct_names([category["name"] for category in truth.categories.values()]) if per_class else []
+    curves = class_curves(truth, found, found.by_category(), backends, max_detections=max_detections)
+    summary: dict[str, Any] = {
+        "max_detections": max_detections,
+        **{kind: coco_figures(each, max_detections) for kind, each in curves.items()},
+        **_per_class(names, curves),
+    }
+    if lvis:
+        curves, categories = lvis_curves(truth, found, backends), [*truth.categories.values()]
+        summary["lvis"] = {
+            "max_detections": LVIS_DETECTIONS,
+            **{kind: lvis_figures(categories, each) for kind, each in curves.items()},
+            **_per_class(names, curves),
+        }
+    return summary
+
+
+def _per_class(names: Sequence[str], curves: Mapping[str, Sequence[Curves]]) -> dict[str, Any]:
+    """The AP of each class, if they have `names`."""
+    figures = {
+        name: {f"{kind}_AP": mean_precision([each[position]]) for kind, each in curves.items()}
+        for position, name in enumerate(names)
+    }
+    return {"per_class": figures} if names else {}
+
+
 def format_table(summary: Mapping[str, Any]) -> str:
     """The summary as a text table: figures in percent, "-" without ground truth."""
-    lines = ["".join(f"{title:>11}" for title in ("", "mask", "box"))]
+    lines = []
     if summary["max_detections"] != MAX_DETECTIONS:
-        lines.insert(0, f"up to {summary['max_detections']} detections per image and class (COCO: {MAX_DETECTIONS})")
-    lines += [_row(figure, value, summary["bbox"][figure], 11) for figure, value in summary["segm"].items()]
-    classes = {printable(name): aps for name, aps in summary.get("per_class", {}).items()}
-    if classes:
-        width = max(11, *(len(name) + 1 for name in classes))
-        lines += ["", f"{'class':>{width}}{'mask AP':>11}{'box AP':>11}"]
-        lines += [_row(name, aps["segm_AP"], aps["bbox_AP"], width) for name, aps in classes.items()]
+        lines = [f"up to {summary['max_detections']} detections per image and class (COCO: {MAX_DETECTIONS})"]
+    lines += _table(summary)
+    if "lvis" in summary:
+        lines += ["", f"by the rules of LVIS, up to {LVIS_DETECTIONS} detections per image", *_table(summary["lvis"])]
     return "\n".join(lines)
 
 
-def _row(title: str, mask: float, box: float, width: int) -> str:
-    return f"{title:>{width}}{percent(mask):>11}{percent(box):>11}"
+def _table(summary: Mapping[str, Any]) -> list[str]:
+    kinds = {kind: title for kind, title in TITLES.items() if kind in summary}
+    column = max(11, *(len(f"{title} AP ") for title in kinds.values()))
+    lines = [_row("", kinds.values(), 11, column)]
+    for figure in summary["segm"]:
+        lines.append(_row(figure, [percent(summary[kind][figure]) for kind in kinds], 11, column))
+    classes = {printable(name): aps for name, aps in summary.get("per_class", {}).items()}
+    if classes:
+        width = max(11, *(len(name) + 1 for name in classes))
+        lines += ["", _row("class", [f"{title} AP" for title in kinds.values()], width, column)]
+        for name, aps in classes.items():
+            lines.append(_row(name, [percent(aps[f"{kind}_AP"]) for kind in kinds], width, column))
+    return lines
+
+
+def _row(title: str, cells: Iterable[str], width: int, column: int) -> str:
+    return f"{title:>{width}}" + "".join(f"{cell:>{column}}" for cell in cells)
 
 
 def percent(value: float) -> str:
     """AP or AR, a fraction, as it is printed: "37.5"; "-" for the -1 that means no ground truth."""
     return "-" if value < 0 else f"{100 * value:.1f}"
-
-
-def _backend_classes(backend: str) -> tuple[type, type]:
-    """The classes (ground truth, evaluation): `COCO` and `COCOeval` of pycocotools, or their counterparts."""
-    if backend not in BACKENDS:
-        raise InputError(f"unknown evaluation backend {backend}; choose one of {', '.join(BACKENDS)}")
-    if backend == "pycocotools":
-        return COCO, COCOeval
-    try:
-        import faster_coco_eval
-    except ImportError as error:
-        raise InputError("faster-coco-eval is not installed: pip install 'solov2[fast]'") from error
-    return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
-
-
-def _figures(curves: Sequence[tuple[np.ndarray, np.ndarray]], max_detections: int) -> dict[str, float]:
-    """The twelve figures from the curves of all classes, as pycocotools' `summarize` computes them at 100."""
-    precision = np.stack([precision for precision, _ in curves], axis=2)  # [IoU, recall, class, area]
-    recall = np.stack([recall for _, recall in curves], axis=1)  # [IoU, class, area, limit]
-    values = (
-        *(precision[..., 0], precision[:1, ..., 0], precision[5:6, ..., 0]),  # IoU 0.5 to 0.95, 0.5, 0.75
-        *(precision[..., area] for area in (1, 2, 3)),
-        *(recall[:, :, 0, limit] for limit in (0, 1, 2)),
-        *(recall[:, :, area, -1] for area in (1, 2, 3)),
-    )
-    names = [f"AR{max_detections}" if figure == "AR100" else figure for figure in FIGURES]
-    return dict(zip(names, map(_mean, values), strict=True))
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of the entries with ground truth; -1 if there are none."""
-    values = values[values > -1]
-    return float(np.mean(values)) if values.size else -1.0
-
-
-def _by_category(coco: COCO, image_ids: set[int]) -> dict[int, list[dict[str, Any]]]:
-    """Category id -> its annotations in some images, as they are in the file."""
-    annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in coco.dataset.get("annotations", []):
-        if annotation["image_id"] in image_ids:
-            annotations[annotation["category_id"]].append(annotation)
-    if any(annotation["id"] == 0 for each in annotations.values() for annotation in each):
-        LOG.warning(
-            "annotation id 0: pycocotools mistakes it for 'no match' and counts that instance as missed; number "
-            "annotations from 1"
-        )
-    return annotations
-
-
-def _with_required_keys(coco: COCO, annotation: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of an annotation with the keys that pycocotools requires and hand-made files often lack."""
-    complete = {"iscrowd": 0, **annotation}
-    if "area" not in complete or "bbox" not in complete:
-        rle = coco.annToRLE(complete)
-        complete.setdefault("area", float(mask_api.area(rle)))
-        complete.setdefault("bbox", mask_api.toBbox(rle).tolist())
-    return complete
-
-
-def _coco_from(dataset: dict[str, Any], kind: type) -> Any:
-    coco = kind()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco

@@ -10,6 +10,7 @@ from solov2.data.image_dataset import ImageDataset
 from solov2.data.panoptic import CocoPanoptic
 from solov2.evaluation import coco, panoptic
 from solov2.evaluation.coco import CocoEvaluator
+from solov2.evaluation.lvis import require_lvis
 from solov2.evaluation.panoptic import GROUPS, PanopticEvaluator
 
 
@@ -20,6 +21,8 @@ def build_evaluator(
     *,
     max_detections: int,
     backend: str = "pycocotools",
+    boundary: bool = False,
+    lvis: bool = False,
 ) -> CocoEvaluator | PanopticEvaluator:
     """The evaluator of COCO AP, or of panoptic quality for panoptic annotations.
 
@@ -27,12 +30,19 @@ def build_evaluator(
         dataset: what to compare with.
         category_ids, stuff_category_ids: the file's category id of each label of the model, None for a class that it
             lacks.
-        max_detections, backend: of `CocoEvaluator`.
+        max_detections, backend, boundary, lvis: of `CocoEvaluator`.
+
+    Raises:
+        InputError: a backend is not installed, or the annotation file lacks a key of LVIS.
     """
     if isinstance(dataset, CocoPanoptic):
         return PanopticEvaluator(dataset.panoptic, category_ids, stuff_category_ids)
     assert isinstance(dataset, CocoInstances)
-    return CocoEvaluator(dataset.coco, category_ids, backend=backend, max_detections=max_detections)
+    if lvis:
+        require_lvis(dataset.coco, dataset.annotation_file)
+    return CocoEvaluator(
+        dataset.coco, category_ids, backend=backend, max_detections=max_detections, boundary=boundary, lvis=lvis
+    )
 
 
 def format_table(summary: Mapping[str, Any]) -> str:

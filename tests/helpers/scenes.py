@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
@@ -74,3 +77,26 @@ def plant(kind: str, coco: COCO, results: list[dict[str, Any]]) -> list[dict[str
         if id(entry) in chosen and kind == "background":
             found.append({**entry, "segmentation": rle(38, 38, 12, 12)})
     return found
+
+
+def as_predictions(
+    results: Sequence[dict[str, Any]], category_ids: Sequence[int]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Results in COCO's format as a model gives them: image ids, and a dictionary of each."""
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for entry in results:
+        by_image[entry["image_id"]].append(entry)
+    found = []
+    for entries in by_image.values():
+        masks = [entry["segmentation"] for entry in entries]
+        boxes = np.array([mask_api.toBbox({**mask, "counts": mask["counts"].encode()}) for mask in masks])
+        boxes[:, 2:] += boxes[:, :2]
+        found.append(
+            {
+                "scores": torch.tensor([entry["score"] for entry in entries]),
+                "labels": torch.tensor([category_ids.index(entry["category_id"]) for entry in entries]),
+                "masks": masks,
+                "boxes": torch.from_numpy(boxes).float(),
+            }
+        )
+    return [*by_image], found
