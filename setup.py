@@ -22,7 +22,8 @@ class BuildWithConfigurations(build_py):
                 shutil.copyfile(path, copy)
 
 
-FAST = ["faster-coco-eval>=1.8", "opencv-python-headless>=4.9"]
+REPORT = ["faster-coco-eval>=1.8"]  # AP of boundaries
+FAST = [*REPORT, "opencv-python-headless>=4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # for .onnx; .pt2 needs nothing more
 DOCS = ["mkdocs-material>=9.5"]
@@ -92,6 +93,7 @@ setup(
         "docs": DOCS,
         "dev": [*TEST, *DOCS, "ruff>=0.9", "import-linter>=2.3", "mypy>=1.15", "types-PyYAML", "types-tqdm"],
         "fast": FAST,
+        "report": REPORT,
         "tensorboard": TENSORBOARD,
         "export": EXPORT,
         "completion": COMPLETION,

@@ -35,7 +35,8 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_of_the_design() -> None:
     others = {"panoptic-quality", "predict", "benchmark", "check-data", "import", "export", "convert", "models"} | {
-        "weights"
+        "weights",
+        "report",
     }
     assert set(COMMANDS) == {"train", "eval", *others}
     for name, parser in parsers().items():

@@ -190,7 +190,20 @@ def test_entry_points_and_requirements(wheel: Path) -> None:
     required = set(re.findall(r"^Requires-Dist: ([A-Za-z]+)[^;\n]*$", metadata, re.MULTILINE))
     assert required == {"torch", "torchvision", "pycocotools", "numpy", "pillow", "pyyaml", "tqdm"}
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE))
-    wanted = {"test", "dev", "docs", "fast", "tensorboard", "export", "completion", "timm", "hub", "video", "all"}
+    wanted = {
+        "test",
+        "dev",
+        "docs",
+        "fast",
+        "tensorboard",
+        "export",
+        "completion",
+        "timm",
+        "hub",
+        "video",
+        "report",
+        "all",
+    }
     assert extras == wanted
     assert re.search(r"^Version: (\S+)$", metadata, re.MULTILINE)[1] == solov2.__version__
 

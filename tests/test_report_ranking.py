@@ -9,10 +9,10 @@ import pytest
 from helpers.scenes import plant, scene
 
 from solov2.report.errors import find_errors
-from solov2.report.ranking import rank
+from solov2.report.ranking import Ceiling, rank
 
 NAMES = {1: "cat", 2: "dog", 3: "owl"}
-GOOD = {"AP50": 0.99, "AP75": 0.97}
+GOOD = Ceiling(cells=0.01, outlines=0.0, sharpness=0.98)
 
 
 def first(results: list[dict[str, Any]], coco: Any, **options: Any) -> tuple[str, str]:
@@ -67,12 +67,12 @@ def test_a_threshold_too_high() -> None:
 def test_grids_too_coarse() -> None:
     """What the targets cannot hold is not laid to training."""
     coco, results = scene(8)
-    assert first(plant("missed", coco, results), coco, ceiling={"AP50": 0.6, "AP75": 0.6}) == ("grids", "grids")
+    assert first(plant("missed", coco, results), coco, ceiling=Ceiling(0.4, 0.0, 1.0)) == ("grids", "grids")
 
 
 def test_resolution() -> None:
     coco, results = scene(9)
-    blurred = {"AP50": 0.99, "AP75": 0.5}
+    blurred = Ceiling(0.01, 0.0, 0.5)
     assert first(plant("localization", coco, results), coco, ceiling=blurred) == ("resolution", "localization")
     low = [{**entry, "score": entry["score"] - 0.45} for entry in results]
     sides = dict.fromkeys((annotation["id"] for annotation in coco.dataset["annotations"]), 20.0)
@@ -81,4 +81,4 @@ def test_resolution() -> None:
 
 def test_nothing_to_mend() -> None:
     coco, results = scene(0)
-    assert rank(find_errors(coco, results), NAMES, ceiling={"AP50": 1.0, "AP75": 1.0}) == []
+    assert rank(find_errors(coco, results), NAMES, ceiling=Ceiling(0.0, 0.0, 1.0)) == []

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model on data in COCO's format",
     "eval": "evaluate COCO mask AP and box AP of a model",
     "panoptic-quality": "compute the panoptic quality of two files in COCO's panoptic format",
+    "report": "write a page about a run, with what to mend first",
     "predict": "segment images and draw the results",
     "benchmark": "measure images per second, by stage",
     "check-data": "check a dataset and write a repaired copy",
@@ -29,7 +30,19 @@ COMMANDS = {
 }
 MODULES = {"eval": "evaluate", "import": "import_data"}  # commands whose module has another name
 # metavars that a shell completes with paths
-PATH_NAMES = ("ANNOTATIONS", "DIR", "FILE", "FILE.json", "GT.json", "IN", "OUT", "PRED.json", "SOURCE")
+PATH_NAMES = (
+    "ANNOTATIONS",
+    "DIR",
+    "FILE",
+    "FILE.html",
+    "FILE.json",
+    "GT.json",
+    "IN",
+    "OUT",
+    "PRED.json",
+    "RUN",
+    "SOURCE",
+)
 SHELLS = ("bash", "zsh", "tcsh")
 
 

@@ -145,9 +145,16 @@ class PanopticEvaluator:
         self._require_known(image_ids)
         for image_id, result in zip(image_ids, results, strict=True):
             if image_id in self._wanted and image_id not in self.predictions:
-                found = {segment["id"]: self._category(image_id, segment) for segment in result["segments"]}
-                kept = {number: category for number, category in found.items() if category is not None}
-                self.add(image_id, result["panoptic_map"].cpu().numpy(), kept)
+                self.add(image_id, result["panoptic_map"].cpu().numpy(), self.categories_of(image_id, result))
+
+    def categories_of(self, image_id: ImageId, result: Mapping[str, Any]) -> dict[int, int]:
+        """{segment id: category id} of the result of an image, without classes that the file lacks.
+
+        Raises:
+            InputError: a label has no category.
+        """
+        found = {segment["id"]: self._category(image_id, segment) for segment in result["segments"]}
+        return {number: category for number, category in found.items() if category is not None}
 
     def add(self, image_id: ImageId, found_map: np.ndarray, found: Mapping[int, int]) -> None:
         """Add the segments of an image: a map int32 [H, W] and {id: category id}, as in `match_segments`."""
@@ -172,10 +179,7 @@ class PanopticEvaluator:
             {"all" | "things" | "stuff": {"pq", "sq", "rq", "n"}}, n being how many categories count; without any, the
             figures are None. If asked for, "per_class": {name: {"pq", "sq", "rq", "tp", "fp", "fn"}}, None likewise.
         """
-        totals = {category.id: Counts() for category in self.truth.categories}
-        for image_id in self.image_ids:  # in the order of the file: sums of floats depend on it
-            for category, counts in self._counts_of(image_id).items():
-                totals[category] += counts
+        totals = self.totals()
         summary: dict[str, Any] = {
             group: _mean([totals[x.id].qualities() for x in self.truth.categories if x.is_thing in kinds])
             for group, kinds in GROUPS.items()
@@ -188,7 +192,16 @@ class PanopticEvaluator:
             }
         return summary
 
-    def _counts_of(self, image_id: ImageId) -> dict[int, Counts]:
+    def totals(self) -> dict[int, Counts]:
+        """Category id -> counts over all images, for every category of the file."""
+        totals = {category.id: Counts() for category in self.truth.categories}
+        for image_id in self.image_ids:  # in the order of the file: sums of floats depend on it
+            for category, counts in self.counts_of(image_id).items():
+                totals[category] += counts
+        return totals
+
+    def counts_of(self, image_id: ImageId) -> dict[int, Counts]:
+        """Category id -> counts of an image, for the categories of which something was counted."""
         if image_id in self.predictions:
             return self.predictions[image_id]
         missed = Counter(x.category_id for x in self.truth[image_id].segments if not x.is_crowd)

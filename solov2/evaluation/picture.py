@@ -1,9 +1,9 @@
-"""The picture saved at the end of a run: ground truth beside predictions."""
+"""Ground truth beside predictions, for the picture saved at the end of a run and for its report."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,34 +21,45 @@ from solov2.ops.panoptic import measure_segments, replace_ids
 from solov2.visualize import contact_sheet, draw_instances, instance_color
 from solov2.visualize_panoptic import draw_panoptic
 
+SHARP = 512  # smaller images are enlarged to about this many pixels, or labels would hide them
+
 
 def draw_predictions(model: SOLOv2, validation: ImageDataset, *, count: int, score_threshold: float) -> Image.Image:
     """One sheet with ground truth and predictions of the first `count` validation images that have annotations.
 
     `score_threshold` is for instances; a panoptic model draws what its own settings leave.
     """
-    if isinstance(validation, CocoPanoptic):
-        return contact_sheet(itertools.islice(_panoptic_pairs(model, validation), count))
-    assert isinstance(validation, CocoInstances)
-    return contact_sheet(itertools.islice(_pairs(model, validation, score_threshold), count))
+    pairs = (
+        _panoptic_pairs(model, validation)
+        if isinstance(validation, CocoPanoptic)
+        else _pairs(model, validation, score_threshold)
+    )
+    return contact_sheet(itertools.islice(pairs, count))
 
 
 def _panoptic_pairs(model: SOLOv2, validation: CocoPanoptic) -> Iterator[tuple[Image.Image, Image.Image]]:
     """Pictures of ground truth and predictions of each validation image that has segments, at their full size."""
     for position in range(len(validation)):
         truth = _panoptic_truth(model, validation, position)
-        if not truth["segments"]:
-            continue
-        image = validation.image(position)
-        scale = max(1, 512 // max(image.shape[1:]))
-        [found] = model.predict_panoptic([image])
-        things = [_things(result) for result in (truth, found)]
-        ranks = matching_ranks(things[1], things[0])
-        known, predicted = (
-            draw_panoptic(image, result, model, scale=scale, colors=[instance_color(rank) for rank in own])
-            for result, own in ((truth, range(len(things[0]["labels"]))), (found, ranks))
-        )
-        yield known, predicted
+        if truth["segments"]:
+            yield draw_panoptic_pair(model, validation, position, truth)
+
+
+def draw_panoptic_pair(
+    model: SOLOv2, validation: CocoPanoptic, position: int, truth: Mapping[str, Any] | None = None
+) -> tuple[Image.Image, Image.Image]:
+    """Ground truth and predictions of a panoptic model on the image at a position, in matching colors."""
+    truth = _panoptic_truth(model, validation, position) if truth is None else truth
+    image = validation.image(position)
+    scale = max(1, SHARP // max(image.shape[1:]))
+    [found] = model.predict_panoptic([image])
+    things = [_things(result) for result in (truth, found)]
+    ranks = matching_ranks(things[1], things[0])
+    known, predicted = (
+        draw_panoptic(image, result, model, scale=scale, colors=[instance_color(rank) for rank in own])
+        for result, own in ((truth, range(len(things[0]["labels"]))), (found, ranks))
+    )
+    return known, predicted
 
 
 def _panoptic_truth(model: SOLOv2, validation: CocoPanoptic, position: int) -> dict[str, Any]:
@@ -83,34 +94,64 @@ def _things(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(
-    model: SOLOv2, validation: CocoInstances, score_threshold: float
+    model: SOLOv2, validation: ImageDataset, score_threshold: float
 ) -> Iterator[tuple[Image.Image, Image.Image]]:
     """Pictures of ground truth and predictions of each validation image that has instances, at their full size."""
-    labels = {category: label for label, category in enumerate(match_categories(model.class_names, validation))}
-    for position, image_id in enumerate(validation.image_ids):
-        entries = [a for a in validation.coco.imgToAnns[image_id] if not a["iscrowd"] and a["category_id"] in labels]
-        if not entries:
-            continue
-        image = validation.image(position)
-        truth = {
-            "labels": [labels[a["category_id"]] for a in entries],
-            "masks": [validation.coco.annToRLE(a) for a in entries],
-        }
-        scale = max(1, 512 // max(image.shape[1:]))
-        [found] = model.predict([image], score_threshold=score_threshold, mask_format="rle")
-        ranks = {"truth": range(len(entries)), "found": matching_ranks(found, truth)}
-        known, predicted = (
-            draw_instances(
-                image,
-                result,
-                model.class_names,
-                score_threshold=score_threshold,
-                scale=scale,
-                colors=[instance_color(rank) for rank in ranks[side]],
+    assert isinstance(validation, CocoInstances)
+    category_ids = match_categories(model.class_names, validation)
+    for position in range(len(validation)):
+        if _instances(validation, position, category_ids):
+            [found] = model.predict([validation.image(position)], score_threshold=score_threshold, mask_format="rle")
+            known, predicted = draw_instance_views(
+                validation, position, [found], model.class_names, category_ids, score_threshold=score_threshold
             )
-            for side, result in (("truth", truth), ("found", found))
+            yield known, predicted
+
+
+def draw_instance_views(
+    validation: CocoInstances,
+    position: int,
+    found: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    category_ids: Sequence[int | None],
+    *,
+    score_threshold: float,
+) -> list[Image.Image]:
+    """Ground truth of the image at a position, then each of several results, in matching colors.
+
+    Args:
+        validation: has the image.
+        position: of the image.
+        found: results with `labels` int64 [N], `scores` float32 [N] and `masks` (N RLE dicts), by descending score.
+        class_names, category_ids: name, and category id in the annotation file, of each label of these results.
+        score_threshold: minimum score of the predictions that are drawn.
+    """
+    labels = {category: label for label, category in enumerate(category_ids)}
+    entries = _instances(validation, position, category_ids)
+    truth = {
+        "labels": [labels[a["category_id"]] for a in entries],
+        "masks": [validation.coco.annToRLE(a) for a in entries],
+    }
+    image = validation.image(position)
+    scale = max(1, SHARP // max(image.shape[1:]))
+    drawn = [(truth, range(len(entries))), *((result, matching_ranks(result, truth)) for result in found)]
+    return [
+        draw_instances(
+            image,
+            result,
+            class_names,
+            score_threshold=score_threshold,
+            scale=scale,
+            colors=[instance_color(rank) for rank in ranks],
         )
-        yield known, predicted
+        for result, ranks in drawn
+    ]
+
+
+def _instances(validation: CocoInstances, position: int, category_ids: Sequence[int | None]) -> list[Mapping[str, Any]]:
+    """The annotations of an image that are no crowds and have one of some categories."""
+    annotations = validation.coco.imgToAnns[validation.image_ids[position]]
+    return [a for a in annotations if not a["iscrowd"] and a["category_id"] in category_ids]
 
 
 def matching_ranks(found: Mapping[str, Any], truth: Mapping[str, Any], *, min_iou: float = 0.5) -> list[int]:

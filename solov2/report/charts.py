@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-WIDTH, HEIGHT = 640, 280
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 44  # margins
+WIDTH, HEIGHT = 440, 250  # narrow, so that texts stay readable on a phone
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 14, 44  # margins
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "5 5", "1 4")
 TICKS = 5
 MAX_POINTS = 400  # of a series; more cannot be seen at this width
+MAX_DOTS = 30  # points of a series that are drawn one by one
 _Place = Callable[[float, float], tuple[float, float]]  # value -> position in the picture
 
 
@@ -61,10 +62,13 @@ def line_chart(
         left, bottom = place(x, y_low)
         parts.append(
             f'<line class="mark" x1="{left:.1f}" y1="{TOP}" x2="{left:.1f}" y2="{bottom:.1f}"/>'
-            f'<text class="tick" x="{left + 4:.1f}" y="{TOP + 10}">{escape(text)}</text>'
+            f'<text class="tick" x="{left + 4:.1f}" y="{bottom - 6:.1f}">{escape(text)}</text>'
         )
     for number, entry in enumerate(series):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, entry.x, entry.y))
+        places = [place(x, y) for x, y in zip(entry.x, entry.y, strict=True)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        if len(places) <= MAX_DOTS:
+            parts += [f'<circle class="dot c{number % 6}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
         parts.append(
             f'<polyline class="line c{number % 6}" stroke-dasharray="{DASHES[number % 6]}" points="{points}">'
             f"<title>{escape(entry.name)}</title></polyline>"
@@ -80,10 +84,10 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], *, title: str, high: float
     if not rows:
         return '<p class="empty">No values.</p>'
     full = high or max(value for _, value, _ in rows) or 1.0
-    room, step = 170, 24
+    room, step = 156, 24
     parts = []
     for number, (name, value, text) in enumerate(rows):
-        y, length = number * step, value / full * (WIDTH - room - 110)
+        y, length = number * step, value / full * (WIDTH - room - 90)
         parts.append(
             f'<text class="name" x="{room - 8}" y="{y + 16}">{escape(_short(name))}<title>{escape(name)}</title></text>'
             f'<rect class="bar" x="{room}" y="{y + 4}" width="{max(length, 0.5):.1f}" height="16"/>'

@@ -1,194 +1,246 @@
-"""The sections of the page about a model of instances: figures, curves, errors, pictures, and what to mend first."""
+"""The sections of a page, of one run or of two side by side; what they show of panoptic models is in
+`solov2.report.panoptic_content`."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import yaml
 
+from solov2.config import changed_settings
 from solov2.evaluation.coco import percent
 from solov2.report.charts import Series, bar_chart, line_chart, matrix
 from solov2.report.errors import KINDS, RECALLS, Errors
-from solov2.report.page import Section, cards, paragraph, picture, table
+from solov2.report.facts import Picture, RunFacts
+from solov2.report.page import Section, cards, paragraph, table, views
+from solov2.report.panoptic_content import class_rows, confusion_tables, figure_table, loss_chart
+from solov2.report.panoptic_errors import PanopticErrors
 from solov2.report.ranking import Finding
 from solov2.report.scores import calibration, calibration_error, confusion, mean_precision, operating_points
 
-MAX_CLASSES = 20  # of the table of confusions: those with most errors
+MAX_CLASSES = 20  # of a table of confusions: those with most errors
+PERCENTS = (0.0, 100.0)
+VALIDATION = (
+    ("mask AP", "segm_AP"), ("mask AP50", "segm_AP50"), ("box AP", "bbox_AP"), ("PQ", "all_pq"),
+    ("PQ of things", "things_pq"), ("PQ of stuff", "stuff_pq"),
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a page shows of a run; every part but the figures may be missing.
+def sections(runs: Sequence[RunFacts], pictures: Sequence[Picture]) -> list[Section]:
+    """All sections that there is something for.
 
-    Attributes:
-        name: of the run.
-        summary: of the evaluation, with "per_class".
-        errors: of its results.
-        findings: ranked.
-        names: category id -> name of the class.
-        ceiling: the figures of the training targets.
-        log: the rows of log.jsonl.
-        instances: category id -> number of instances in training.
-        pictures: (what it shows, the picture).
-        speed: name -> text.
-        configuration: YAML.
-        environment: name -> text.
+    Args:
+        runs: one, or two that were evaluated on the same images.
+        pictures: of images, with ground truth and the predictions of each run.
     """
-
-    name: str
-    summary: Mapping[str, Any]
-    errors: Errors
-    findings: Sequence[Finding]
-    names: Mapping[int, str]
-    ceiling: Mapping[str, float] | None = None
-    log: Sequence[Mapping[str, Any]] = ()
-    instances: Mapping[int, int] = field(default_factory=dict)
-    pictures: Sequence[tuple[str, Image.Image]] = ()
-    speed: Mapping[str, str] = field(default_factory=dict)
-    configuration: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def sections(facts: RunFacts) -> list[Section]:
-    """All sections that there is something for."""
+    panoptic = isinstance(runs[0].errors, PanopticErrors)
     made = [
-        Section("Figures", _figures(facts)),
-        Section("Training", _training(facts)),
-        Section("Classes", _classes(facts)),
-        Section("Scores", _scores(facts)),
-        Section("Confusion of classes", _confusion(facts)),
-        Section("Errors", _errors(facts)),
-        Section("Pictures", _pictures(facts)),
-        Section("What to mend first", findings_list(facts.findings)),
-        Section("Run", _run(facts)),
+        Section("Figures", figure_table(runs) if panoptic else _figures(runs)),
+        Section("Training", _training(runs)),
+        Section("Classes", _classes(runs)),
+        Section("Scores", "" if panoptic else _scores(runs)),
+        Section("Confusion", each(runs, confusion_tables if panoptic else _confusion)),
+        Section("Errors", each(runs, loss_chart if panoptic else _errors)),
+        Section("Pictures", _pictures(pictures)),
+        Section("Run", _run(runs)),
+        Section("What to mend first", each(runs, _findings)),
     ]
     return [section for section in made if section.body]
 
 
-def _figures(facts: RunFacts) -> str:
-    masks, boxes = facts.summary["segm"], facts.summary["bbox"]
-    head, ceiling = ["", "mask", "box"], facts.ceiling or {}
-    rows = [[name, percent(masks[name]), percent(boxes[name])] for name in masks]
-    if ceiling:
-        head.append("ceiling")
-        rows = [[*row, percent(ceiling[row[0]]) if row[0] in ceiling else ""] for row in rows]
+def each(runs: Sequence[RunFacts], part: Any) -> str:
+    """A part of the page for each run, side by side if there are two."""
+    bodies = [part(facts) for facts in runs]
+    return bodies[0] if len(runs) == 1 else cards((facts.name, body) for facts, body in zip(runs, bodies) if body)
+
+
+def _name(facts: RunFacts, what: str, runs: Sequence[RunFacts]) -> str:
+    """The name of a series: what it shows, and of which run if there are two."""
+    return what if len(runs) == 1 else f"{facts.name}: {what}"
+
+
+def _figures(runs: Sequence[RunFacts]) -> str:
+    head, columns = [""], list[list[float]]()
+    figures = [*runs[0].summary["segm"]]
+    for kind, title in (("segm", "mask"), ("bbox", "box"), ("boundary", "boundary")):
+        values = [[facts.summary[kind].get(x, -1.0) for x in figures] for facts in runs if kind in facts.summary]
+        head += [_name(facts, title, runs) for facts in runs if kind in facts.summary]
+        columns += values
+    limits = (runs[0].ceiling or {}).get("segm", {})
+    if limits:
+        head.append("mask ceiling")
+        columns.append([limits.get(x, -1.0) for x in figures])
+    rows = [[name, *map(percent, values)] for name, *values in zip(figures, *columns, strict=True)]
+    if len(runs) == 2:
+        head.append("change of mask")
+        for row, before, now in zip(rows, *columns[:2], strict=True):
+            row.append("-" if min(before, now) < 0 else f"{100 * (now - before):+.1f}")
     note = "Average precision and recall in percent, as COCO defines them"
-    return table(head, rows, caption=f"{note}; ceiling: masks of the training targets themselves" if ceiling else note)
+    shown = table(head, rows, caption=f"{note}; ceiling: what the training targets reach" if limits else note)
+    missing = "boundary" not in runs[0].summary
+    return shown + (paragraph("Boundary AP needs faster-coco-eval: pip install 'solov2[report]'") if missing else "")
 
 
-def _training(facts: RunFacts) -> str:
-    steps = [row for row in facts.log if row.get("kind") == "train"]
-    evaluations = [row for row in facts.log if row.get("kind") == "evaluation"]
+def _training(runs: Sequence[RunFacts]) -> str:
+    steps = [[row for row in facts.log if row.get("kind") == "train"] for facts in runs]
+    evaluations = [[row for row in facts.log if row.get("kind") == "evaluation"] for facts in runs]
     charts = []
-    names = sorted({key for row in steps for key in row if key.startswith("loss_")})
-    losses = [Series(name.removeprefix("loss_"), *_points(steps, name)) for name in names]
-    if steps:
+    if any(steps):
+        keys = sorted({key for rows in steps for row in rows for key in row if key.startswith("loss")})
+        keys = [key for key in keys if len(runs) == 1 or key == "loss"]
+        losses = [
+            Series(_name(facts, key.removeprefix("loss_"), runs), *_points(rows, key))
+            for facts, rows in zip(runs, steps)
+            for key in keys
+        ]
+        rates = [
+            Series(_name(facts, "learning rate", runs), *_points(rows, "learning_rate"))
+            for facts, rows in zip(runs, steps)
+        ]
         charts.append(("Loss", line_chart(losses, x_label="step", y_label="loss")))
-        rate = Series("learning rate", *_points(steps, "learning_rate"))
-        charts.append(("Learning rate", line_chart([rate], x_label="step", y_label="learning rate")))
-    if evaluations:
-        figures = [Series(name, *_points(evaluations, key, 100)) for name, key in
-                   (("mask AP", "segm_AP"), ("mask AP50", "segm_AP50"), ("box AP", "bbox_AP"))]  # fmt: skip
-        charts.append(("Validation", line_chart(figures, x_label="step", y_label="%", y_range=(0, 100))))
+        charts.append(("Learning rate", line_chart(rates, x_label="step", y_label="learning rate")))
+    if any(evaluations):
+        figures = [
+            Series(_name(facts, name, runs), *_points(rows, key, 100))
+            for facts, rows in zip(runs, evaluations)
+            for name, key in (VALIDATION if len(runs) == 1 else (VALIDATION[0], VALIDATION[3]))
+        ]
+        charts.append(("Validation", line_chart(figures, x_label="step", y_label="%", y_range=PERCENTS)))
     return cards(charts) if charts else ""
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str, factor: float = 1) -> tuple[list[float], list[float]]:
-    pairs = [(row["step"], factor * row[key]) for row in rows if key in row and np.isfinite(row[key])]
+    found = [(row.get("step"), row.get(key)) for row in rows]
+    pairs = [(x, factor * y) for x, y in found if isinstance(x, int) and isinstance(y, int | float) and np.isfinite(y)]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _classes(facts: RunFacts) -> str:
-    numbers = Counter(facts.errors.categories.values())
-    per_class = facts.summary.get("per_class", {})
-    head = ["class", "training", "validation", "mask AP", "box AP"]
+def _classes(runs: Sequence[RunFacts]) -> str:
+    panoptic = isinstance(runs[0].errors, PanopticErrors)
+    head = ["class", "in training", "evaluated"]
+    columns = [class_rows(facts) if panoptic else _class_rows(facts) for facts in runs]
+    for facts, (titles, _) in zip(runs, columns):
+        head += [_name(facts, title, runs) for title in titles]
     rows = []
-    for (category, name), figures in zip(sorted(facts.names.items()), per_class.values(), strict=False):
-        trained = f"{facts.instances[category]:,}" if category in facts.instances else ""
-        rows.append((name, trained, f"{numbers[category]:,}", percent(figures["segm_AP"]), percent(figures["bbox_AP"])))
-    return table(head, rows, caption="Instances and average precision in percent") if rows else ""
+    for category, name in runs[0].names.items():
+        counts = [f"{numbers[category]:,}" if numbers else "" for numbers in (runs[0].trained, runs[0].evaluated)]
+        rows.append([name, *counts, *(text for _, cells in columns for text in cells.get(name, ()))])
+    noun = "Segments and panoptic quality" if panoptic else "Instances and average precision"
+    return table(head, rows, caption=f"{noun} (percent)") if rows else ""
 
 
-def _scores(facts: RunFacts) -> str:
-    errors, points = facts.errors, operating_points(facts.errors)
-    threshold, f1 = points.best()
-    bins = calibration(errors)
-    scores = list(points.scores[::-1])
-    marks = [(threshold, f"F1 {100 * f1:.0f} % at {threshold:.2f}")]
-    by_score = [Series(name, scores, list(100 * values[::-1])) for name, values in
-                (("F1", points.f1), ("precision", points.precision), ("recall", points.recall))]  # fmt: skip
-    recalls = Series("mean of the classes", list(100 * RECALLS), list(100 * mean_precision(errors)))
-    reliable = [Series("right", [x.score for x in bins], [100 * x.right for x in bins]),
-                Series("as the score says", [0, 1], [0, 100])]  # fmt: skip
-    error = f"Scores and shares differ by {100 * calibration_error(bins):.1f} points in the mean."
-    note = f"A threshold of {threshold:.2f} gives the best F1, {100 * f1:.1f} %, at an IoU of 0.5."
-    percents = (0.0, 100.0)
-    return paragraph(note) + cards(
-        [
-            ("By threshold", line_chart(by_score, x_label="score", y_label="%", y_range=percents, marks=marks)),
-            (
-                "Precision and recall",
-                line_chart([recalls], x_label="recall, %", y_label="precision, %", y_range=percents),
-            ),
-            (
-                "Calibration",
-                line_chart(reliable, x_label="score", y_label="right, %", y_range=percents) + paragraph(error),
-            ),
+def _class_rows(facts: RunFacts) -> tuple[list[str], dict[str, list[str]]]:
+    """(titles, name of a class -> cells)."""
+    per_class = facts.summary.get("per_class", {})
+    return ["mask AP", "box AP"], {
+        name: [percent(own["segm_AP"]), percent(own["bbox_AP"])] for name, own in per_class.items()
+    }
+
+
+def _scores(runs: Sequence[RunFacts]) -> str:
+    parts, curves, marks, precisions, reliable = [], [], [], [], []
+    for facts in runs:
+        errors = facts.errors
+        assert isinstance(errors, Errors)
+        points, bins = operating_points(errors), calibration(errors)
+        threshold, f1 = points.best()
+        text = f"A threshold of {threshold:.2f} gives the best F1, {100 * f1:.1f} %, at an IoU of 0.5; scores and the "
+        text += f"share that is right differ by {100 * calibration_error(bins):.1f} points in the mean."
+        parts.append(paragraph(_name(facts, text, runs)))
+        marks.append((threshold, f"F1 {100 * f1:.0f} % at {threshold:.2f}"))
+        shown = {"F1": points.f1, "precision": points.precision, "recall": points.recall}
+        curves += [
+            Series(_name(facts, what, runs), list(points.scores[::-1]), list(100 * values[::-1]))
+            for what, values in shown.items()
+            if len(runs) == 1 or what == "F1"
         ]
-    )
+        precisions.append(
+            Series(_name(facts, "mean of the classes", runs), list(100 * RECALLS), list(100 * mean_precision(errors)))
+        )
+        reliable.append(Series(_name(facts, "right", runs), [x.score for x in bins], [100 * x.right for x in bins]))
+    reliable.append(Series("as the score says", [0, 1], [0, 100]))
+    charts = [
+        ("By threshold", line_chart(curves, x_label="score", y_label="%", y_range=PERCENTS, marks=marks)),
+        ("Precision and recall at an IoU of 0.5",
+         line_chart(precisions, x_label="recall, %", y_label="precision, %", y_range=PERCENTS)),
+        ("Calibration", line_chart(reliable, x_label="score", y_label="right, %", y_range=PERCENTS)),
+    ]  # fmt: skip
+    return "".join(parts) + cards(charts)
 
 
 def _confusion(facts: RunFacts) -> str:
+    assert isinstance(facts.errors, Errors)
     threshold, _ = operating_points(facts.errors).best()
     categories = sorted(facts.names)
     counts = confusion(facts.errors, categories, threshold)
     wrong = counts.sum(axis=1)[:-1] + counts.sum(axis=0)[:-1] - 2 * np.diag(counts)[:-1]
     shown = sorted(np.argsort(-wrong, kind="stable")[:MAX_CLASSES].tolist())
     names = [facts.names[categories[row]] for row in shown]
-    rows, columns = [*names, "background"], [*names, "missed"]
     places = [*shown, len(categories)]
-    title = f"Rows: annotated, columns: predicted, with scores of at least {threshold:.2f}"
-    if len(categories) > MAX_CLASSES:
-        title += f"; the {MAX_CLASSES} classes with most errors"
-    return matrix(rows, columns, counts[np.ix_(places, places)], title=title)
+    text = f"Rows: annotated as; columns: predicted as, with scores of at least {threshold:.2f}"
+    if len(shown) < len(categories):
+        text += f"; the {len(shown)} classes with most errors"
+    return matrix([*names, "background"], [*names, "missed"], counts[np.ix_(places, places)], title=text)
 
 
 def _errors(facts: RunFacts) -> str:
+    assert isinstance(facts.errors, Errors)
     counts, gains = facts.errors.counts(), facts.errors.gains
     rows = [(kind, max(0.0, 100 * gains[kind]), f"{100 * gains[kind]:.1f} ({counts[kind]:,})") for kind in KINDS]
     note = "Points of AP50 that each kind of error costs (and their number), as TIDE defines them. They do not add up."
-    if facts.ceiling:
-        lost = 100 * (1 - facts.ceiling["AP50"])
-        rows.append(("ceiling", lost, f"{lost:.1f}"))
-        note += " Ceiling: what the training targets lose at this resolution and with these grids."
+    limit = (facts.ceiling or {}).get("segm", {}).get("AP50", -1)
+    if limit >= 0:
+        lost = 100 * (1 - limit)
+        rows.append(("training targets", lost, f"{lost:.1f}"))
+        note += " Training targets: what they lose themselves, at this resolution and with these grids."
     return paragraph(note) + bar_chart(rows, title="AP50 lost by kind of error")
 
 
-def _pictures(facts: RunFacts) -> str:
-    return cards((text, picture(image, text)) for text, image in facts.pictures) if facts.pictures else ""
+def _pictures(pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return ""
+    note = "The same color is the same object; what has no counterpart has a color of its own. Quality is that of PQ: "
+    note += "the IoU of the matches by their number and half of what is left over on both sides."
+    return paragraph(note) + "".join(
+        f"<h3>{escape(shown.text)}</h3>{views(shown.views, shown.text)}" for shown in pictures
+    )
 
 
-def findings_list(findings: Sequence[Finding]) -> str:
-    """The ranked list."""
+def _findings(facts: RunFacts) -> str:
+    return findings_list(facts.findings, "PQ" if isinstance(facts.errors, PanopticErrors) else "AP50")
+
+
+def findings_list(findings: Sequence[Finding], figure: str = "AP50") -> str:
+    """The ranked list; gains are points of `figure`."""
     if not findings:
-        return paragraph("No loss is larger than half a point of AP50.")
+        return paragraph(f"No loss is larger than half a point of {figure}.")
     lines = "".join(
-        f'<li><span class="gain">{100 * x.gain:.1f} points</span> <span class="area">{escape(x.area)}</span> '
-        f"{escape(x.what)}<br>{escape(x.remedy)}</li>"
+        f'<li><span class="gain">{100 * x.gain:.1f} points of {figure}</span> '
+        f'<span class="area">{escape(x.area)}</span> {escape(x.what)}<br>{escape(x.remedy)}</li>'
         for x in findings
     )
     return f'<ol class="findings">{lines}</ol>'
 
 
-def _run(facts: RunFacts) -> str:
+def _run(runs: Sequence[RunFacts]) -> str:
+    parts = [each(runs, _facts)]
+    if len(runs) == 2 and runs[0].config and runs[1].config:
+        before, now = (facts.config.to_dict() for facts in runs if facts.config)
+        changes = changed_settings(before, now)
+        parts.insert(0, "<h3>Settings that differ</h3>" + ("".join(map(paragraph, changes)) or paragraph("None.")))
+    for facts in runs:
+        if facts.config is not None:
+            text = escape(yaml.safe_dump(facts.config.to_dict(), sort_keys=False))
+            title = escape(_name(facts, "configuration", runs).capitalize())
+            parts.append(f"<details><summary>{title}</summary><pre>{text}</pre></details>")
+    return "".join(parts)
+
+
+def _facts(facts: RunFacts) -> str:
     parts = [table(("", ""), facts.speed.items(), caption="Speed and memory")] if facts.speed else []
     if facts.environment:
         parts.append(table(("", ""), facts.environment.items(), caption="Environment"))
-    if facts.configuration:
-        parts.append(f"<details><summary>Configuration</summary><pre>{escape(facts.configuration)}</pre></details>")
     return "".join(parts)

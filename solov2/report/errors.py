@@ -43,6 +43,8 @@ class Prediction(NamedTuple):
         truth: the annotation that it finds, or would without its error; None for background and what is ignored.
         iou: with `truth`; 0 without.
         row: its position in the results.
+        shift: (x, y) of the center of its box against that of `truth`, in pixels; 0 without.
+        side: of `truth`: the square root of its box's area, in pixels; 0 without.
     """
 
     image_id: int
@@ -52,6 +54,8 @@ class Prediction(NamedTuple):
     truth: int | None
     iou: float
     row: int
+    shift: tuple[float, float] = (0.0, 0.0)
+    side: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _errors_of_image(
             match, ignored = int(part["dtMatches"][0, number]), bool(part["dtIgnore"][0, number])
             if match and not ignored:
                 iou = _ious(evaluation, [entry], [known[match]])[0, 0]
-                predictions.append(_prediction(entry, FOUND, match, iou, rows))
+                predictions.append(_prediction(entry, FOUND, known[match], iou, rows))
             elif ignored:
                 predictions.append(_prediction(entry, IGNORED, None, 0.0, rows))
             else:
@@ -146,7 +150,7 @@ def _errors_of_image(
     explained: set[int] = set()
     for entry, row in zip(wrong, ious, strict=True):
         kind, near, iou = _kind(entry["category_id"], row, list(known.values()), used)
-        predictions.append(_prediction(entry, kind, near, iou, rows))
+        predictions.append(_prediction(entry, kind, None if near is None else known[near], iou, rows))
         if near is not None and kind in ("classification", "localization"):
             explained.add(near)
     predictions.sort(key=lambda prediction: (-prediction.score, prediction.row))  # equal scores as in pycocotools
@@ -155,11 +159,17 @@ def _errors_of_image(
 
 
 def _prediction(
-    entry: Mapping[str, Any], kind: str, truth: int | None, iou: float, rows: Mapping[int, int]
+    entry: Mapping[str, Any], kind: str, truth: Mapping[str, Any] | None, iou: float, rows: Mapping[int, int]
 ) -> Prediction:
-    return Prediction(
-        entry["image_id"], entry["category_id"], entry["score"], kind, truth, float(iou), rows[entry["id"]]
+    found = Prediction(
+        entry["image_id"], entry["category_id"], entry["score"], kind, None, float(iou), rows[entry["id"]]
     )
+    if truth is None:
+        return found
+    x, y, width, height = truth["bbox"]
+    left, top, across, down = entry["bbox"]
+    shift = (left + across / 2 - x - width / 2, top + down / 2 - y - height / 2)
+    return found._replace(truth=truth["id"], shift=shift, side=float(np.sqrt(width * height)))
 
 
 def _ious(evaluation: Any, found: Sequence[Any], known: Sequence[Any]) -> np.ndarray:

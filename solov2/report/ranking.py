@@ -1,26 +1,31 @@
 """What to mend first: the losses of average precision, largest first, each with its place and what to do about it.
 
-Losses are points of AP50 as `solov2.report.errors` measures them. They do not add up: two errors may cost the same
-instance.
+Losses are points of AP50 as `solov2.report.errors` measures them, or of PQ as `solov2.report.panoptic_errors` does.
+They do not add up: two errors may cost the same instance.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from solov2.report.errors import FOUND, KINDS, MISSED, Errors, Prediction
+from solov2.report.panoptic_errors import Loss, PanopticErrors
+from solov2.report.scores import confusion
 
-MIN_GAIN = 0.005  # AP50 below which a loss is not worth a place in the list
+MIN_GAIN = 0.005  # AP50 or PQ below which a loss is not worth a place in the list
 HIGH_CUT = 0.1  # lowest score above which a score threshold may cost recall
 TAIL = 0.2  # share of the predictions with the lowest scores
 PRECISE = 0.5  # precision of that tail from which a lower threshold would find more
 SHARP = 0.9  # AP75 / AP50 of the targets below which their resolution blurs outlines
 SMALL = 32.0  # pixels of the network's input, the side of a small instance
 MOST = 0.5
+SHIFTED = 0.1  # median shift, in sides of the instances, from which it is named
+STEADY = 0.8  # share of the predictions that must be shifted in this direction
+FEW = 100  # instances of a class in training
 
 
 class Finding(NamedTuple):
@@ -28,8 +33,9 @@ class Finding(NamedTuple):
 
     Attributes:
         area: "data", "grids", "resolution", "training" or "thresholds".
-        kind: one of `solov2.report.errors.KINDS`, "grids" or "threshold".
-        gain: AP50 lost to it, a fraction.
+        kind: one of `KINDS` of `solov2.report.errors` or `solov2.report.panoptic_errors`, "grids", "threshold"
+            or "targets".
+        gain: what is lost to it, a fraction: AP50 of instances, PQ of panoptic models.
         what: the loss, in one sentence.
         remedy: what to do, in one sentence.
     """
@@ -41,50 +47,84 @@ class Finding(NamedTuple):
     remedy: str
 
 
+class Ceiling(NamedTuple):
+    """What the training targets themselves lose, if a network predicts them exactly.
+
+    Attributes:
+        cells: AP50 lost to instances that have no cell of their own.
+        outlines: AP50 lost to outlines at a quarter of the input's resolution.
+        sharpness: AP75 / AP50.
+    """
+
+    cells: float
+    outlines: float
+    sharpness: float
+
+    @classmethod
+    def of(cls, errors: Errors, figures: Mapping[str, float]) -> Ceiling | None:
+        """From the errors and the mask figures of the training targets; None without ground truth."""
+        if errors.ap50 <= 0:
+            return None
+        outlines = errors.gains["localization"]
+        return cls(max(0.0, 1 - errors.ap50 - outlines), outlines, figures["AP75"] / errors.ap50)
+
+
 def rank(
     errors: Errors,
     names: Mapping[int, str],
     *,
-    ceiling: Mapping[str, float] | None = None,
+    ceiling: Ceiling | None = None,
     sides: Mapping[int, float] | None = None,
+    trained: Mapping[int, int] | None = None,
 ) -> list[Finding]:
     """The losses above `MIN_GAIN`, the largest first.
 
     Args:
         errors: of the results.
         names: of the classes, by category id.
-        ceiling: the figures "AP50" and "AP75" of the training targets (`eval --oracle`); None: not known.
+        ceiling: of the training targets; None: not known.
         sides: square root of the area of each annotation, in pixels of the network's input.
+        trained: number of instances of each category in training.
     """
     gains = dict(errors.gains)
     findings = []
-    if ceiling is not None and ceiling["AP50"] >= 0:
-        lost = 1 - ceiling["AP50"]
-        gains[MISSED] = max(0.0, gains[MISSED] - lost)  # what has no cell cannot be found
-        findings.append(_grids(lost))
+    if ceiling is not None:
+        gains[MISSED] = max(0.0, gains[MISSED] - ceiling.cells)  # what has no cell cannot be found
+        gains["localization"] = max(0.0, gains["localization"] - ceiling.outlines)
+        findings += [_grids(ceiling.cells), _targets(ceiling.outlines)]
     if _cut_high(errors.predictions):
         findings.append(_threshold(gains.pop(MISSED), min(x.score for x in errors.predictions)))
     makers = {
         "classification": lambda gain: _classification(errors, names, gain),
-        "localization": lambda gain: _localization(ceiling, gain),
+        "localization": lambda gain: _localization(errors, ceiling, gain),
         "background": lambda gain: _background(errors.predictions, gain),
-        MISSED: lambda gain: _missed(errors, sides or {}, gain),
+        MISSED: lambda gain: _missed(errors, names, sides or {}, trained, gain),
         "duplicate": _duplicate,
         "both": _both,
     }
-    findings += [makers[kind](gains[kind]) for kind in KINDS if kind in gains]
+    return ordered([*findings, *(makers[kind](gains[kind]) for kind in KINDS if kind in gains)])
+
+
+def ordered(findings: Iterable[Finding]) -> list[Finding]:
+    """Those above `MIN_GAIN`, the largest first."""
     return sorted((x for x in findings if x.gain >= MIN_GAIN), key=lambda finding: -finding.gain)
 
 
 def _grids(gain: float) -> Finding:
     return Finding(
-        "grids",
-        "grids",
-        gain,
-        f"The training targets themselves reach an AP50 of only {100 * (1 - gain):.1f}: some instances have no cell.",
+        "grids", "grids", gain,
+        f"The training targets themselves lose {100 * gain:.1f} points of AP50: some instances have no cell.",
         "Compare model.grid_sizes, model.scale_ranges and the input size with the data: solov2 check-data proposes all "
         "three.",
-    )
+    )  # fmt: skip
+
+
+def _targets(gain: float) -> Finding:
+    return Finding(
+        "resolution", "targets", gain,
+        "At this resolution the training targets themselves overlap some instances by less than half.",
+        "Raise model.input_scale and data.train_scales, or predict in tiles (solov2 predict --tile).",
+    )  # fmt: skip
 
 
 def _cut_high(predictions: Sequence[Prediction]) -> bool:
@@ -99,27 +139,28 @@ def _cut_high(predictions: Sequence[Prediction]) -> bool:
 
 def _threshold(gain: float, lowest: float) -> Finding:
     return Finding(
-        "thresholds",
-        "threshold",
-        gain,
+        "thresholds", "threshold", gain,
         f"No prediction scores below {lowest:.2f}, and most of the lowest are right: a threshold cuts off instances.",
         "Lower model.score_threshold for evaluation (COCO's AP ranks all predictions), and choose one for use from the "
         "curve of F1.",
-    )
+    )  # fmt: skip
 
 
 def _classification(errors: Errors, names: Mapping[int, str], gain: float) -> Finding:
-    wrong = [x for x in errors.predictions if x.kind == "classification" and x.truth is not None]
-    pairs = Counter((errors.categories[x.truth], x.category_id) for x in wrong if x.truth is not None)
-    if not pairs:
-        return Finding("training", "classification", gain, "Some instances get the wrong class.", "")
-    (true, said), number = pairs.most_common(1)[0]
-    instances = Counter(errors.categories.values())[true]
-    both_ways = all(
-        pairs[pair] > MOST * Counter(errors.categories.values())[pair[0]] for pair in ((true, said), (said, true))
-    )
-    what = f"{names[true]} is taken for {names[said]} ({number} of {instances:,} instances)."
-    if both_ways:
+    categories = sorted(names)
+    table = confusion(errors, categories, 0.0)[:-1, :-1]  # by the prediction with the highest score of each instance
+    shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    np.fill_diagonal(table, 0)
+    true, said = divmod(int(table.argmax()), len(categories))
+    number, instances = int(table[true, said]), Counter(errors.categories.values())[categories[true]]
+    if not number:
+        return Finding(
+            "thresholds", "classification", gain,
+            "Instances are found, but also predicted as other classes with lower scores.",
+            "Use the score threshold with the best F1, which leaves these out; add examples of similar classes.",
+        )  # fmt: skip
+    what = f"{names[categories[true]]} is taken for {names[categories[said]]} ({number:,} of {instances:,} instances)."
+    if min(shares[true, said], shares[said, true]) > MOST:
         return Finding(
             "data", "classification", gain, f"{what} The same happens the other way round.",
             "Compare the names and ids of the classes in the annotations of training and validation.",
@@ -129,17 +170,38 @@ def _classification(errors: Errors, names: Mapping[int, str], gain: float) -> Fi
     )
 
 
-def _localization(ceiling: Mapping[str, float] | None, gain: float) -> Finding:
+def _localization(errors: Errors, ceiling: Ceiling | None, gain: float) -> Finding:
     what = "Instances are found in the right place, but with an outline that overlaps them by less than half."
-    if ceiling is not None and ceiling["AP75"] < SHARP * ceiling["AP50"]:
+    shift = _common_shift(errors.predictions)
+    if shift is not None:
+        x, y = (f"{abs(pixels):.0f} px to the {side[pixels > 0]}" for pixels, side in
+                zip(shift, (("left", "right"), ("top", "bottom")), strict=True))  # fmt: skip
+        return Finding(
+            "data", "localization", gain, f"Predictions are shifted against the annotations: {x} and {y}, the median.",
+            "Compare annotations with their images, in training and in validation: one of them is shifted.",
+        )  # fmt: skip
+    if ceiling is not None and ceiling.sharpness < SHARP:
         return Finding(
             "resolution", "localization", gain, what,
             "The targets' own outlines are coarse at this size: raise model.input_scale and data.train_scales.",
         )  # fmt: skip
     return Finding(
         "training", "localization", gain, what,
-        "Compare some annotations with their images (shifted or coarse outlines are learned), then train longer.",
+        "Compare some annotations with their images (coarse outlines are learned), then train longer.",
     )  # fmt: skip
+
+
+def _common_shift(predictions: Sequence[Prediction]) -> tuple[float, float] | None:
+    """Median shift (x, y) in pixels of the masks against their instances; None if they are not shifted alike."""
+    rows = [(*x.shift, x.side) for x in predictions if x.kind in (FOUND, "localization")]
+    if not rows:
+        return None
+    table = np.array(rows)  # [N, 3]
+    middle = np.median(table[:, :2], axis=0)
+    length = float(np.hypot(*middle))
+    along = table[:, :2] @ middle / max(length, 1e-9)  # in the direction of the median
+    alike = np.mean(along > length / 2) >= STEADY
+    return (float(middle[0]), float(middle[1])) if alike and length > SHIFTED * np.median(table[:, 2]) else None
 
 
 def _background(predictions: Sequence[Prediction], gain: float) -> Finding:
@@ -156,9 +218,23 @@ def _background(predictions: Sequence[Prediction], gain: float) -> Finding:
     )  # fmt: skip
 
 
-def _missed(errors: Errors, sides: Mapping[int, float], gain: float) -> Finding:
+def _missed(
+    errors: Errors,
+    names: Mapping[int, str],
+    sides: Mapping[int, float],
+    trained: Mapping[int, int] | None,
+    gain: float,
+) -> Finding:
     small = [number for number in errors.missed if sides.get(number, np.inf) < SMALL]
     what = f"{len(errors.missed):,} of {len(errors.categories):,} instances are not found."
+    classes = Counter(errors.categories[number] for number in errors.missed)
+    rare = [category for category in classes if trained is not None and trained.get(category, 0) < FEW]
+    if sum(classes[category] for category in rare) > MOST * len(errors.missed):
+        shown = ", ".join(f"{names[x]} ({(trained or {}).get(x, 0):,})" for x in rare[:5])
+        return Finding(
+            "data", MISSED, gain, f"{what} Most are of classes with few instances in training: {shown}.",
+            "Annotate more images of these classes, start from published weights, or set data.copy_paste.",
+        )  # fmt: skip
     if len(small) > MOST * len(errors.missed):
         return Finding(
             "resolution", MISSED, gain, f"{what} {len(small):,} of them are smaller than {SMALL:.0f} px in the input.",
@@ -179,3 +255,51 @@ def _both(gain: float) -> Finding:
         "training", "both", gain, "Predictions of the wrong class overlap an instance by less than half.",
         "Train longer; look at the worst images for what they have in common.",
     )  # fmt: skip
+
+
+def rank_panoptic(
+    errors: PanopticErrors, names: Mapping[int, str], *, ceiling: PanopticErrors | None = None
+) -> list[Finding]:
+    """The losses of PQ above `MIN_GAIN`, the largest first.
+
+    Args:
+        errors: of the results.
+        names: of the classes, by category id.
+        ceiling: the errors of the training targets; None: not known.
+    """
+    findings, limits = [], {} if ceiling is None else {(x.kind, x.group): x.gain for x in ceiling.losses}
+    if limits:
+        outlines = sum(gain for (kind, _), gain in limits.items() if kind == "outline")
+        cells = sum(limits.values()) - outlines
+        findings = [
+            _grids(cells)._replace(what="The training targets themselves miss or mistake some segments."),
+            _targets(outlines)._replace(what="At this resolution the targets' own outlines are not exact."),
+        ]
+    for loss in errors.losses:
+        area, what, remedy = _panoptic_texts(loss, errors, names)
+        gain = max(0.0, loss.gain - limits.get((loss.kind, loss.group), 0.0))
+        findings.append(Finding(area, loss.kind, gain, f"{loss.group.capitalize()}: {what}", remedy))
+    return ordered(findings)
+
+
+def _panoptic_texts(loss: Loss, errors: PanopticErrors, names: Mapping[int, str]) -> tuple[str, str, str]:
+    """(area, what is lost, remedy)."""
+    number, stuff = f"{loss.number:,}", loss.group == "stuff"
+    if loss.kind == "classification":
+        chosen = errors.stuff if stuff else errors.things
+        pairs = {pair: len(ious) for pair, ious in errors.confusion.mistaken.items() if pair[0] in chosen}
+        (true, said), most = max(pairs.items(), key=lambda item: item[1])
+        what = f"{number} segments have the wrong class, mostly {names[true]} taken for {names[said]} ({most:,})."
+        if min(most, pairs.get((said, true), 0)) > MOST * errors.numbers[true]:
+            remedy = "Compare the names and ids of the classes in the annotations of training and validation."
+            return "data", f"{what} The same happens the other way round.", remedy
+        return "training", what, "Add examples of the two classes side by side, or join them."
+    if loss.kind == "missed":
+        remedy = "Train longer, or lower model." + ("stuff_area_limit." if stuff else "panoptic_score_threshold.")
+        return "training", f"{number} segments are missed.", remedy
+    if loss.kind == "background":
+        remedy = "Look at them: objects without an annotation look like this. If they are wrong, raise model."
+        remedy += "stuff_area_limit." if stuff else "panoptic_score_threshold."
+        return "thresholds", f"{number} predicted segments match nothing.", remedy
+    remedy = "Compare some annotations with their images (coarse outlines are learned), then train longer."
+    return "training", "segments are found, but with outlines worse than those of the training targets.", remedy

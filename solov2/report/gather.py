@@ -1,0 +1,265 @@
+"""Evaluate a run for its page: figures, ceiling, errors, what to mend, and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from solov2 import distributed
+from solov2.benchmarking.measure import peak_memory
+from solov2.compute import Compute
+from solov2.config import Config
+from solov2.data.annotations import ImageId
+from solov2.data.class_matching import distinct_names
+from solov2.data.coco import CocoInstances
+from solov2.data.panoptic import CocoPanoptic
+from solov2.evaluate import Subject, evaluate_subject, oracle_subject
+from solov2.evaluation.coco import CocoEvaluator
+from solov2.evaluation.curves import GroundTruth
+from solov2.evaluation.panoptic import Counts, PanopticEvaluator
+from solov2.ops.resize import resized_size
+from solov2.report.errors import FOUND, IGNORED, Errors, find_errors
+from solov2.report.facts import RunFacts
+from solov2.report.panoptic_errors import PanopticErrors, SegmentConfusion, find_losses
+from solov2.report.ranking import Ceiling, rank, rank_panoptic
+from solov2.report.run_files import count_training
+from solov2.report.scores import operating_points
+from solov2.training.environment import environment
+
+Evaluator = CocoEvaluator | PanopticEvaluator
+
+
+@dataclass
+class Evaluated:
+    """A model with its data, and what its evaluation left.
+
+    Attributes:
+        subject: what was evaluated.
+        evaluator: with all results.
+        summary: with "per_class".
+        seconds: that the evaluation took.
+        confusion: of panoptic results.
+        ceiling: the same of the training targets: evaluator and summary.
+    """
+
+    subject: Subject
+    evaluator: Evaluator
+    summary: Mapping[str, Any]
+    seconds: float
+    confusion: SegmentConfusion
+    ceiling: tuple[Evaluator, Mapping[str, Any]]
+
+
+@dataclass
+class ConfusionCounter:
+    """Counts the confusion of panoptic results while a subject is evaluated."""
+
+    subject: Subject
+    confusion: SegmentConfusion = field(default_factory=SegmentConfusion)
+
+    def add(self, image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
+        """Add the results of a batch; those of instances are not counted."""
+        dataset = self.subject.dataset
+        if not isinstance(dataset, CocoPanoptic):
+            return
+        ids = PanopticEvaluator(dataset.panoptic, self.subject.category_ids, self.subject.stuff_category_ids)
+        for image_id, result in zip(image_ids, results, strict=True):
+            found = ids.categories_of(image_id, result)
+            self.confusion.add(dataset.panoptic, image_id, result["panoptic_map"].cpu().numpy(), found)
+
+    def gathered(self) -> SegmentConfusion:
+        """The confusion of all ranks, which call this together; complete on rank 0."""
+        shares = distributed.gather_objects(self.confusion)
+        if distributed.is_main():
+            self.confusion.merge([share for rank, share in enumerate(shares) if rank])
+        return self.confusion
+
+
+def evaluate_for_report(subject: Subject, split: str, compute: Compute, *, batch_size: int = 1) -> Evaluated:
+    """Evaluate a subject, and the training targets of the same images; all ranks call this together."""
+    counter, start = ConfusionCounter(subject), time.perf_counter()
+    evaluator, summary = evaluate_subject(
+        subject, compute, batch_size=batch_size, boundary=has_boundaries(subject), per_class=True, write=counter.add
+    )
+    seconds = time.perf_counter() - start
+    return Evaluated(
+        subject, evaluator, summary, seconds, counter.gathered(), evaluate_targets(subject.config, split, compute)
+    )
+
+
+def has_boundaries(subject: Subject) -> bool:
+    """Whether a report has the AP of boundaries: of instances, where faster-coco-eval is installed."""
+    return isinstance(subject.dataset, CocoInstances) and importlib.util.find_spec("faster_coco_eval") is not None
+
+
+def evaluate_targets(config: Config, split: str, compute: Compute) -> tuple[Evaluator, Mapping[str, Any]]:
+    """What the training targets reach: evaluator and summary; all ranks call this together."""
+    return evaluate_subject(oracle_subject(config, split), compute, per_class=True)
+
+
+def gather_facts(
+    evaluated: Evaluated, compute: Compute, *, name: str, log: Sequence[Mapping[str, Any]] = ()
+) -> RunFacts:
+    """The facts of a run, from its evaluation; on rank 0."""
+    config, evaluator, summary = evaluated.subject.config, evaluated.evaluator, evaluated.summary
+    trained = count_training(config)
+    if isinstance(evaluator, PanopticEvaluator):
+        targets = evaluated.ceiling[0]
+        assert isinstance(targets, PanopticEvaluator)
+        facts = _panoptic_facts(name, evaluator, summary, evaluated.confusion, _losses(targets, SegmentConfusion()))
+    else:
+        truth = complete_truth(evaluator.truth)
+        targets, figures = evaluated.ceiling
+        assert isinstance(targets, CocoEvaluator)
+        limit = Ceiling.of(find_errors(truth, targets.results()), figures["segm"])
+        sides = input_sides(truth, config)
+        facts = instance_facts(
+            name, truth, evaluator.results(), summary, limit=limit, sides=sides, trained=trained,
+            max_detections=config.data.max_detections,
+        )  # fmt: skip
+    rows = [row for row in log if row.get("kind") == "start"]
+    return dataclasses.replace(
+        facts,
+        ceiling=evaluated.ceiling[1],
+        log=log,
+        trained=trained,
+        speed=_speed(evaluated, compute, log),
+        config=config,
+        environment=_environment(rows[-1] if rows else environment(compute.device)),
+    )
+
+
+def instance_facts(
+    name: str,
+    truth: COCO,
+    results: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    *,
+    limit: Ceiling | None = None,
+    sides: Mapping[int, float] | None = None,
+    trained: Mapping[int, int] | None = None,
+    max_detections: int = 100,
+) -> RunFacts:
+    """The facts of instances in COCO's results format, which need no model.
+
+    Args:
+        name: shown as the title.
+        truth: the annotations, see `complete_truth`.
+        results: with RLE masks.
+        summary: of the same results, with "per_class".
+        limit, sides, trained: as for `rank`.
+        max_detections: how many count per image and class.
+    """
+    categories = sorted(truth.cats)
+    names = dict(zip(categories, distinct_names([truth.cats[x]["name"] for x in categories]), strict=True))
+    errors = find_errors(truth, results, max_detections=max_detections)
+    return RunFacts(
+        name,
+        summary,
+        errors,
+        names,
+        image_qualities(errors, truth),
+        rank(errors, names, ceiling=limit, sides=sides, trained=trained or None),
+        evaluated=Counter(errors.categories.values()),
+    )
+
+
+def _panoptic_facts(
+    name: str,
+    evaluator: PanopticEvaluator,
+    summary: Mapping[str, Any],
+    confusion: SegmentConfusion,
+    ceiling: PanopticErrors,
+) -> RunFacts:
+    categories = evaluator.truth.categories
+    names = dict(zip((x.id for x in categories), distinct_names([x.name for x in categories]), strict=True))
+    errors = _losses(evaluator, confusion)
+    qualities = {i: sum(evaluator.counts_of(i).values(), Counts()).qualities()["pq"] for i in evaluator.image_ids}
+    return RunFacts(
+        name,
+        summary,
+        errors,
+        names,
+        {image_id: quality for image_id, quality in qualities.items() if quality is not None},
+        rank_panoptic(errors, names, ceiling=ceiling),
+        evaluated=Counter(errors.numbers),
+    )
+
+
+def _losses(evaluator: PanopticEvaluator, confusion: SegmentConfusion) -> PanopticErrors:
+    return find_losses(evaluator.totals(), {x.id: x.is_thing for x in evaluator.truth.categories}, confusion)
+
+
+def complete_truth(truth: GroundTruth) -> COCO:
+    """The annotations as pycocotools' index, with the keys that it needs and hand-made files often lack."""
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [*truth.images.values()],
+        "categories": [*truth.categories.values()],
+        "annotations": [x for category in truth.categories for x in truth.annotations(category)],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def input_sides(truth: COCO, config: Config) -> dict[int, float]:
+    """Square root of the area of each annotation, in pixels of the network's input."""
+    long, short = config.model.input_scale
+    sizes = {i: (image["height"], image["width"]) for i, image in truth.imgs.items()}
+    factors = {i: resized_size(size, long=long, short=short)[0] / size[0] for i, size in sizes.items()}
+    return {x["id"]: float(np.sqrt(x["area"])) * factors[x["image_id"]] for x in truth.dataset["annotations"]}
+
+
+def image_qualities(errors: Errors, truth: COCO) -> dict[ImageId, float]:
+    """Per image, at the threshold with the best F1: the IoU of its matches by their number and half of the other
+    instances on both sides, as in PQ."""
+    threshold, _ = operating_points(errors).best()
+    counts: dict[ImageId, Counts] = {}
+    for number in errors.categories:
+        image_id = truth.anns[number]["image_id"]
+        counts[image_id] = counts.get(image_id, Counts()) + Counts(fn=1)
+    for x in errors.predictions:
+        if x.kind != IGNORED and x.score >= threshold:
+            own = Counts(x.iou, tp=1, fn=-1) if x.kind == FOUND else Counts(fp=1)
+            counts[x.image_id] = counts.get(x.image_id, Counts()) + own
+    qualities = {image_id: own.qualities()["pq"] for image_id, own in counts.items()}
+    return {image_id: quality for image_id, quality in qualities.items() if quality is not None}
+
+
+def _speed(evaluated: Evaluated, compute: Compute, log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the log says about training, and what this evaluation took."""
+    images, model = len(evaluated.subject.dataset), evaluated.subject.model
+    facts = {}
+    if model is not None:
+        facts["parameters"] = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+    epochs = [row for row in log if row.get("kind") == "epoch" and row.get("images_per_second")]
+    if epochs:
+        facts["training"] = f"{median(row['images_per_second'] for row in epochs):.1f} images/s, median of the epochs"
+        facts["training time"] = f"{sum(row.get('seconds', 0) for row in epochs) / 60:.1f} min, {len(epochs)} epochs"
+    facts["evaluation"] = (
+        f"{images / evaluated.seconds:.1f} images/s with loading, masks and AP ({images:,} images, "
+        f"{compute.precision}, {compute.device})"
+    )
+    memory = peak_memory(compute.device)
+    if memory is not None:
+        facts["peak memory of the evaluation"] = f"{memory:,.0f} MiB"
+    return facts
+
+
+def _environment(row: Mapping[str, Any]) -> dict[str, str]:
+    wanted = ("device_name", "cpu", "cpu_count", "processes", "system", "python", "torch", "torchvision", "solov2",
+              "commit")  # fmt: skip
+    return {name.replace("_", " "): str(row[name]) for name in wanted if row.get(name) is not None}

@@ -1,0 +1,59 @@
+"""What a run has left on disk: its best checkpoint, its log, and the annotations that it was trained with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from solov2.checkpoint import Checkpoint
+from solov2.config import Config
+from solov2.data.annotations import parse_json
+from solov2.data.build import split_paths
+from solov2.errors import InputError
+from solov2.training.folder import newest_loadable
+from solov2.weights import read_checkpoint
+
+
+def read_run(run: str | Path) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """The best checkpoint of a run folder, else its newest, or a checkpoint file; and the log beside it.
+
+    Raises:
+        InputError: there is no readable checkpoint.
+    """
+    path = Path(run)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; name the folder of a run, such as runs/quickstart, or a checkpoint")
+    if path.is_file():
+        return read_checkpoint(path), read_log(path.parent)
+    if (path / "best.pth").is_file():
+        return read_checkpoint(path / "best.pth"), read_log(path)
+    checkpoint, unreadable = newest_loadable(path)
+    if checkpoint is None:
+        reason = f" ({unreadable[0]})" if unreadable else ""
+        raise InputError(f"{path} has no readable checkpoint{reason}; name the folder of a run, or a checkpoint file")
+    return checkpoint, read_log(path)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's log.jsonl, without those that cannot be read, such as one that a kill cut off."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows
+
+
+def count_training(config: Config) -> Counter[int]:
+    """Category id -> number of instances, or of panoptic segments, in training; empty if the file is not there."""
+    try:
+        annotations = parse_json(split_paths(config.data, "train")[0])["annotations"]
+        entries = [entry for x in annotations for entry in x.get("segments_info", [x])]
+        return Counter(entry["category_id"] for entry in entries if not entry.get("iscrowd"))
+    except (InputError, KeyError, TypeError, AttributeError):  # moved or changed since the training
+        return Counter()

@@ -1,0 +1,211 @@
+"""The page of a run through the commands: figures, order of the list, escaping, two runs, a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from helpers.tiny_panoptic import panoptic_arguments
+from helpers.tiny_runs import arguments
+
+from solov2.commands.evaluate import main as evaluate_main
+from solov2.commands.report import main as report_main
+from solov2.commands.train import main as train_main
+
+HOSTILE = "<script>alert(1)</script>"
+WORDS = ("--epochs", "3", "--evaluate-every", "1", "--set", "data.workers=0", "--set", "train.picture_images=0")
+INSTANCE_SECTIONS = ["Figures", "Training", "Classes", "Scores", "Confusion", "Errors", "Pictures", "Run"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """What a browser would find: headings, tags, addresses, and whether all tags are closed."""
+
+    VOID = {"meta", "img", "line", "rect", "polyline", "circle", "br"}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "data")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(dataset, a run of three epochs), with a class and a file whose names are HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    data, output = folder / "data", folder / "run"
+    assert train_main(arguments(data, folder / "first", "--epochs", "1", *WORDS[2:])) == 0  # generates the data
+    for split in ("train", "val"):
+        path = data / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        content["categories"][0]["name"] = HOSTILE
+        path.write_text(json.dumps(content))
+    words = arguments(data, output, *WORDS, "--set", "data.shapes=false")
+    assert train_main(words) == 0
+    return data, output
+
+
+@pytest.fixture(scope="module")
+def panoptic_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("panoptic_report")
+    assert train_main(panoptic_arguments(folder / "data", folder / "run", *WORDS)) == 0
+    return folder / "data", folder / "run"
+
+
+def report(run: tuple[Path, Path], *words: str) -> int:
+    return report_main([str(run[1]), *words, "--data-root", str(run[0]), "--device", "cpu", "--workers", "0"])
+
+
+def test_the_page_of_a_run(run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, figures = tmp_path / "page.html", tmp_path / "report.json"
+    assert report(run, "--output", str(page), "--json", str(figures)) == 0
+    shown = Page(page)
+    assert shown.headings == [*INSTANCE_SECTIONS, "What to mend first"]
+    assert all(address.startswith(("#", "data:image/jpeg;base64,")) for address in shown.addresses)
+    assert not {"script", "link", "iframe", "object"} & set(shown.tags)
+    text = page.read_text()
+    assert HOSTILE not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert page.stat().st_size < 5 * 2**20
+
+    [entry] = json.loads(figures.read_text())["runs"]
+    assert evaluate_main(["--weights", str(run[1] / "best.pth"), "--data-root", str(run[0]), "--device", "cpu",
+                          "--workers", "0", "--per-class", "--json", str(tmp_path / "eval.json")]) == 0  # fmt: skip
+    wanted = json.loads((tmp_path / "eval.json").read_text())
+    for kind in ("segm", "bbox"):
+        assert entry["figures"][kind] == wanted[kind]
+    assert set(entry["figures"]["per_class"]) == set(wanted["per_class"])
+    assert "boundary" in entry["figures"]
+    assert entry["ceiling"]["segm"]["AP50"] > entry["figures"]["segm"]["AP50"]
+    gains = [finding["gain"] for finding in entry["findings"]]
+    assert gains == sorted(gains, reverse=True) and gains[0] > 0.005
+    assert f"1. {entry['findings'][0]['area']}" in capsys.readouterr().out
+
+
+def test_the_page_lies_in_the_run_and_is_not_replaced_unasked(
+    run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(run) == 0
+    page = run[1] / "report.html"
+    before = page.read_bytes()
+    capsys.readouterr()
+    assert report(run) == 2
+    assert str(page) in capsys.readouterr().err and page.read_bytes() == before
+    assert report(run, "--overwrite") == 0
+
+
+def test_a_log_that_was_cut_off_and_a_run_without_one(run: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(run[1] / "best.pth", copy)
+    page = tmp_path / "page.html"
+    assert report((run[0], copy), "--output", str(page)) == 0
+    assert "Training" not in Page(page).headings
+    log = (run[1] / "log.jsonl").read_text()
+    (copy / "log.jsonl").write_text(log[: len(log) // 2] + '\n{"kind": "train", "step": "x", "loss": null}\n[1]\n')
+    assert report((run[0], copy / "best.pth"), "--output", str(page), "--overwrite") == 0
+    assert "Training" in Page(page).headings
+
+
+@pytest.mark.parametrize("kind", ["run", "panoptic_run"])
+def test_two_runs_side_by_side(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    data, output = request.getfixturevalue(kind)
+    shutil.copytree(output, tmp_path / "other")
+    shutil.copy(output / "last.pth", tmp_path / "other" / "best.pth")
+    page = tmp_path / "page.html"
+    assert report((data, output), str(tmp_path / "other"), "--output", str(page)) == 0
+    text = page.read_text()
+    assert Page(page).headings[-1] == "What to mend first"
+    assert text.count("change of") == 1 and "Settings that differ" in text and "run: loss" in text
+
+
+def test_mistakes(run: tuple[Path, Path], panoptic_run: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    page = tmp_path / "page.html"
+    for words in ([str(tmp_path / "nothing")], [str(empty)], [str(run[1]), str(run[1])], [str(panoptic_run[1])]):
+        assert report(run, *words, "--output", str(page)) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len([line for line in errors if line.startswith("error: ")]) == 1, errors
+        assert not page.exists()
+
+
+def test_runs_on_other_annotations_are_not_compared(run: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each is evaluated on the data of its own configuration if no other is named."""
+    other = tmp_path / "other"
+    words = arguments(tmp_path / "more", other, *WORDS, "--set", "data.shapes_seed=1")
+    assert train_main(words) == 0
+    page = tmp_path / "page.html"
+    words = [str(run[1]), str(other), "--device", "cpu", "--workers", "0", "--output", str(page)]
+    assert report_main(words) == 2 and not page.exists()
+    annotations = [f"--val-annotations={run[0]}/annotations/instances_val2017.json", f"--val-images={run[0]}/val2017"]
+    assert report_main([*words, *annotations]) == 0
+
+
+def test_the_page_of_a_panoptic_run(panoptic_run: tuple[Path, Path], tmp_path: Path) -> None:
+    page, figures = tmp_path / "page.html", tmp_path / "report.json"
+    assert report(panoptic_run, "--output", str(page), "--json", str(figures)) == 0
+    shown = Page(page)
+    assert shown.headings == [
+        "Figures", "Training", "Classes", "Confusion", "Errors", "Pictures", "Run", "What to mend first",
+    ]  # fmt: skip
+    [entry] = json.loads(figures.read_text())["runs"]
+    assert evaluate_main(["--weights", str(panoptic_run[1] / "best.pth"), "--data-root", str(panoptic_run[0]),
+                          "--device", "cpu", "--workers", "0", "--json", str(tmp_path / "eval.json")]) == 0  # fmt: skip
+    wanted = json.loads((tmp_path / "eval.json").read_text())
+    assert {name: entry["figures"][name] for name in ("all", "things", "stuff")} == {
+        name: wanted[name] for name in ("all", "things", "stuff")
+    }
+    assert entry["ceiling"]["all"]["pq"] > entry["figures"]["all"]["pq"]
+    assert {"waves", "bricks", "grain"} <= set(re.findall(r">(\w+)</th>", page.read_text()))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
+@pytest.mark.parametrize("kind", ["run", "panoptic_run"])
+def test_a_browser_shows_it(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """No error on the console, nothing refused by the policy, no request, nothing wider than a phone."""
+    page = tmp_path / "page.html"
+    assert report(request.getfixturevalue(kind), "--output", str(page)) == 0
+    text = page.read_text()
+    probe = tmp_path / "probe.html"  # the page itself has no script, so a copy measures it
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert policy in text
+    measure = (
+        "<script>document.title = JSON.stringify([document.documentElement.scrollWidth, window.innerWidth, "
+        "performance.getEntriesByType('resource').length, [...document.images].filter(i => !i.naturalWidth).length, "
+        "document.querySelectorAll('svg polyline, svg rect').length])</script></body>"
+    )
+    probe.write_text(text.replace(policy, f"{policy}; script-src 'unsafe-inline'").replace("</body>", measure))
+    for width in (390, 1400):
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+                   f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]  # fmt: skip
+        for path in (page, probe):
+            done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+            assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+        found = re.search(r"<title>(\[.*?\])</title>", done.stdout)
+        assert found is not None
+        wide, window, requests, broken, shapes = json.loads(found[1])
+        assert wide <= window and requests == 0 and broken == 0 and shapes > 10
