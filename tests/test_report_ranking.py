@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.scenes import plant, scene
+from helpers.scenes import plant, scene, shifted
 
 from solov2.report.errors import find_errors
 from solov2.report.ranking import Ceiling, rank
@@ -82,3 +82,31 @@ def test_resolution() -> None:
 def test_nothing_to_mend() -> None:
     coco, results = scene(0)
     assert rank(find_errors(coco, results), NAMES, ceiling=Ceiling(0.0, 0.0, 1.0)) == []
+
+
+def test_shifted_masks() -> None:
+    """All by nine pixels: the same sideways shift is laid to the data, and named."""
+    coco, results = scene(9)
+    moved = [
+        {**entry, "segmentation": shifted(entry["segmentation"], 9), "score": entry["score"] - 0.45}
+        for entry in results
+    ]
+    findings = rank(find_errors(coco, moved), NAMES, ceiling=GOOD)
+    assert (findings[0].area, findings[0].kind) == ("data", "localization") and "9 px to the right" in findings[0].what
+
+
+def test_missed_classes_with_few_examples() -> None:
+    coco, results = scene(9)
+    found = [{**entry, "score": entry["score"] - 0.45} for entry in results if entry["category_id"] != 3]
+    assert first(found, coco, trained={1: 500, 2: 500, 3: 20}) == ("data", "missed")
+    assert first(found, coco, trained={1: 500, 2: 500, 3: 500}) == ("training", "missed")
+
+
+def test_lower_scores_of_other_classes() -> None:
+    """Each instance is found, and also predicted as the next class with a lower score."""
+    coco, results = scene(9)
+    low = [{**entry, "score": entry["score"] - 0.45} for entry in results]
+    more = [{**entry, "category_id": entry["category_id"] % 3 + 1} for entry in low]
+    more = [{**entry, "score": entry["score"] / 2} for entry in more]
+    findings = rank(find_errors(coco, [*low, *more]), NAMES, ceiling=GOOD)
+    assert [(x.area, x.kind) for x in findings if x.kind == "classification"] == [("thresholds", "classification")]

@@ -61,3 +61,23 @@ def test_confusion() -> None:
     assert confusion(errors, [1, 2, 3], 1.1).sum(axis=0).tolist() == [0, 0, 0, len(results)]
     doubled = confusion(find_errors(coco, plant("duplicate", coco, results)), [1, 2, 3], 0.0)
     assert doubled[-1].sum() == len(results[::3]) and doubled[:, -1].sum() == 0
+
+
+@pytest.mark.parametrize("fault", ["classification", "background", "missed", "localization", "duplicate"])
+def test_curves_and_confusion_are_those_of_faster_coco_eval(fault: str) -> None:
+    extra = pytest.importorskip("faster_coco_eval.extra", reason="needs faster-coco-eval")
+    faster = pytest.importorskip("faster_coco_eval")
+    coco, results = scene(5, crowds=False)
+    planted = plant(fault, coco, results)
+    errors = find_errors(coco, planted)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = faster.COCO(coco.dataset)
+        found = truth.loadRes([dict(entry) for entry in planted])
+        curves = extra.Curves(truth, found, iouType="segm", iou_tresh=0.5, useCats=True).build_curve("class")
+        matrix = extra.PreviewResults(truth, found, iouType="segm", iou_tresh=0.5, min_score=0.6)
+    wanted = np.mean([curve["precision_list"] for curve in curves], axis=0)
+    np.testing.assert_allclose(mean_precision(errors), wanted, rtol=0, atol=1e-6)
+    table, count = confusion(errors, [1, 2, 3], 0.6), matrix.compute_confusion_matrix()  # classes, false, missed
+    assert table[:3, :3].tolist() == count[:, :3].tolist()
+    assert table[:3, -1].tolist() == count[:, -1].tolist()
+    assert table[-1, :3].tolist() == count[:, -2].tolist()

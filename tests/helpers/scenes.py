@@ -23,14 +23,14 @@ def rle(y: int, x: int, height: int = 20, width: int = 20) -> dict[str, Any]:
     return {"size": counts["size"], "counts": counts["counts"].decode()}
 
 
-def scene(seed: int, images: int = 12) -> tuple[COCO, list[dict[str, Any]]]:
-    """Four squares of three classes in each image, one of them a crowd in every fourth; and a perfect result."""
+def scene(seed: int, images: int = 12, *, crowds: bool = True) -> tuple[COCO, list[dict[str, Any]]]:
+    """Four squares of three classes in each image, and a perfect result. With `crowds`, every fourth image has one."""
     generator = np.random.default_rng(seed)
     annotations, results = [], []
     for image in range(1, images + 1):
         for number, (y, x) in enumerate(((4, 4), (4, 54), (54, 4), (54, 54))):
             mask, category = rle(y, x), int(generator.integers(1, 4))
-            crowd = int(number == 3 and image % 4 == 0)
+            crowd = int(crowds and number == 3 and image % 4 == 0)
             box = mask_api.toBbox({**mask, "counts": mask["counts"].encode()}).tolist()
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": image, "category_id": category, "segmentation": mask,
