@@ -22,6 +22,7 @@ from solov2.data.watch import watched
 from solov2.errors import InputError
 from solov2.evaluation.coco import CocoEvaluator, limit_warning
 from solov2.evaluation.loop import LaunchAndCollect, evaluate
+from solov2.evaluation.lvis import LVIS_DETECTIONS
 from solov2.evaluation.oracle import Oracle
 from solov2.evaluation.panoptic import PanopticEvaluator
 from solov2.evaluation.summary import build_evaluator
@@ -139,6 +140,12 @@ def evaluate_subject(
         The evaluator, which holds all results on rank 0, and its summary, the same on every rank.
     """
     config, dataset, device = subject.config, subject.dataset, compute.device
+    limit = 0 if subject.model is None else subject.model.settings.max_instances
+    if lvis and 0 < limit < LVIS_DETECTIONS:
+        LOG.warning(
+            f"LVIS counts {LVIS_DETECTIONS} instances per image, but the model gives {limit} at most: "
+            f"--set model.max_instances={LVIS_DETECTIONS}"
+        )
     evaluator = build_evaluator(
         dataset,
         subject.category_ids,

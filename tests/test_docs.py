@@ -153,6 +153,8 @@ RUNS = {
     "solov2 train solov2_light_r18_fpn_3x --data mine/labelme": "--dry-run --device cpu",
     "solov2 train mine.yaml": f"{HERE} --output runs/yaml {FEW}",
     "python eval.py --weights runs/quickstart/best.pth --results results.json": HERE,
+    "python eval.py --weights runs/quickstart/best.pth --per-class --boundary": HERE,
+    "python eval.py --predictions results.json --data-root data/shapes": "",
     "python benchmark.py --json now.json": TIMED,
     "python benchmark.py solov2_r101_fpn_3x --mode infer": TIMED,
     "python benchmark.py --mode data --data-root data/coco": "--device cpu --iterations 1",

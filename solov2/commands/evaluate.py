@@ -1,4 +1,7 @@
-"""Evaluate COCO mask AP and box AP of a model, or panoptic quality: `python eval.py CONFIG --weights FILE`."""
+"""Evaluate COCO mask AP and box AP of a model, or panoptic quality: `python eval.py CONFIG --weights FILE`.
+
+Or of a file of results, without a model: `python eval.py --predictions FILE`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from solov2.commands.arguments import (
 )
 from solov2.commands.exit import own_command, run_command
 from solov2.commands.screen import show
-from solov2.config import Config, parse_overrides
+from solov2.config import DEFAULT_MODEL, Config, parse_overrides
 from solov2.errors import InputError
 from solov2.outputs import STDOUT, check_outputs, write_json
 
@@ -53,12 +56,26 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         help="evaluate the training targets themselves: the highest AP or PQ that this resolution and these grids "
         "allow",
     )
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="evaluate a file in COCO's results format, without a model, weights or images (default: none)",
+    )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate")
     add_shared_arguments(parser, "--per-class")
     parser.add_argument(
         "--fast",
         action="store_true",
         help="compute AP with faster-coco-eval (pip install 'solov2[fast]'): faster, and equal to 15 decimals",
+    )
+    parser.add_argument(
+        "--boundary", action="store_true", help="also report the AP of boundaries (Boundary IoU; needs solov2[fast])"
+    )
+    parser.add_argument(
+        "--lvis",
+        action="store_true",
+        help="also report figures by the rules of LVIS, whose images are annotated for some classes only (needs "
+        "solov2[fast])",
     )
     add_shared_arguments(
         parser,
@@ -69,7 +86,7 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         "--tta",
         *RUN_FLAGS,
         notes={
-            "--weights": "required unless --oracle is given; default: none",
+            "--weights": "required unless --oracle or --predictions is given; default: none",
             "--results": "panoptic models: a folder, for panoptic.json and the PNGs in COCO's panoptic format",
             "--batch-size": "default: 1, so that the padding of an image does not depend on others",
             "--workers": "per process; default: from the configuration",
@@ -88,6 +105,8 @@ def _run(args: argparse.Namespace) -> int:
     from solov2.evaluate import model_subject, oracle_subject
     from solov2.weights import find_checkpoint
 
+    if args.predictions is not None:
+        return _evaluate_file(args)
     if args.weights is None and not args.oracle:
         raise InputError(
             "give the weights to evaluate: --weights FILE (a checkpoint of this library needs no model name); the data "
@@ -131,6 +150,39 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_file(args: argparse.Namespace) -> int:
+    """--predictions: the figures of a file of results."""
+    from solov2.data.build import split_paths
+    from solov2.evaluation.results_file import evaluate_results
+
+    for flag in ("--weights", "--oracle", "--tta", "--results", "--nproc"):
+        if getattr(args, flag.removeprefix("--")):
+            raise InputError(f"--predictions evaluates a file, without a model; leave {flag} out")
+    config = _configuration(args, None)
+    if config.model.num_stuff:
+        raise InputError(f"{config.name} is panoptic: use solov2 panoptic-quality GT.json {args.predictions}")
+    data = config.data
+    annotations, _ = split_paths(data, args.split)
+    for path, flag in ((args.predictions, "--predictions"), (annotations, f"--{args.split}-annotations")):
+        if not Path(path).exists():
+            raise InputError(f"{path} does not exist; name the file with {flag}")
+    check_outputs([("--json", args.json)], overwrite=args.overwrite, inputs=[args.predictions, annotations, args.model])
+    summary = evaluate_results(
+        args.predictions,
+        annotations,
+        classes=data.classes,
+        crowd=data.crowd,
+        max_pixels=data.max_image_pixels,
+        max_detections=data.max_detections,
+        backend=_backend(args),
+        boundary=args.boundary,
+        lvis=args.lvis,
+        per_class=args.per_class,
+    )
+    _report({"predictions": args.predictions, "annotations": str(annotations)}, summary, None, args)
+    return 0
+
+
 def _evaluate(
     args: argparse.Namespace, subject: Subject, compute: Compute
 ) -> tuple[CocoEvaluator | PanopticEvaluator, dict[str, Any]]:
@@ -155,7 +207,9 @@ def _evaluate(
         subject,
         compute,
         batch_size=args.batch_size,
-        backend="faster-coco-eval" if args.fast else "pycocotools",
+        backend=_backend(args),
+        boundary=args.boundary,
+        lvis=args.lvis,
         per_class=args.per_class,
         write=write,
     )
@@ -166,14 +220,19 @@ def _evaluate(
     return evaluator, summary
 
 
+def _backend(args: argparse.Namespace) -> str:
+    return "faster-coco-eval" if args.fast else "pycocotools"
+
+
 def _check_outputs(
     args: argparse.Namespace, config: Config, *, inputs: Sequence[str | Path | None], pngs: Sequence[Path] = ()
 ) -> None:
     """Check --json and --results, which is a folder for panoptic models."""
     results = args.results
     if config.model.num_stuff:
-        if args.fast:
-            raise InputError(f"--fast computes AP, and {config.name} is evaluated by PQ; leave it out")
+        for flag in ("--fast", "--boundary", "--lvis"):
+            if getattr(args, flag.removeprefix("--")):
+                raise InputError(f"{flag} is for AP, and {config.name} is evaluated by PQ; leave it out")
         if results == STDOUT or results is not None and Path(results).is_file():
             raise InputError(f"--results {results}: panoptic results are several files; name a folder")
         results = None if results is None else Path(results, "panoptic.json")
@@ -192,21 +251,22 @@ def _panoptic_writer(args: argparse.Namespace, subject: Subject) -> PanopticWrit
 
 
 def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Config:
-    """The named configuration, or else the checkpoint's, with the flags applied."""
+    """The named configuration, or else the checkpoint's, or for --predictions the default, with the flags applied."""
     from solov2.build import resolve_config
     from solov2.data.build import locate_data
 
     overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers", "classes": "data.classes"})
     if args.data_root is not None:  # evaluate what is there: a mistyped folder must not be filled with generated shapes
         overrides = {"data.shapes": False, **overrides}
-    config = resolve_config(args.model, checkpoint, overrides)
+    model = args.model or (DEFAULT_MODEL if args.predictions else None)
+    config = resolve_config(model, checkpoint, overrides)
     return locate_data(config, data_places(args), chosen=overrides)
 
 
 def _report(
     head: dict[str, Any],
     summary: dict[str, Any],
-    evaluator: CocoEvaluator | PanopticEvaluator,
+    evaluator: CocoEvaluator | PanopticEvaluator | None,
     args: argparse.Namespace,
 ) -> None:
     from solov2.evaluation.coco import CocoEvaluator

@@ -63,25 +63,25 @@ def load_json(path: Path) -> dict[str, Any]:
     return require_instances(parse_json(path), path)
 
 
-def parse_json(path: Path) -> Any:
-    """Parse an annotation file of any format.
+def parse_json(path: Path, kind: str = "annotation file") -> Any:
+    """Parse an annotation file of any format, or another `kind` of file.
 
     Raises:
         InputError: the file is missing, not JSON, or nested too deeply for a format of COCO.
     """
     if path.is_dir():
-        raise InputError(f"annotation file {path} is a folder; name the JSON file")
+        raise InputError(f"{kind} {path} is a folder; name the JSON file")
     if not path.is_file():
-        raise InputError(f"annotation file {path} does not exist")
-    too_deep = InputError(f"annotation file {path} is nested too deeply to be in COCO's format")
+        raise InputError(f"{kind} {path} does not exist")
+    too_deep = InputError(f"{kind} {path} is nested too deeply to be in COCO's format")
     try:
         data = path.read_bytes()
         content = json.loads(data)
     except OSError as error:
-        raise InputError(f"annotation file {path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{kind} {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         reason = describe_bytes(data) or f"is not valid JSON; it may be truncated ({error})"
-        raise InputError(f"annotation file {path} {reason}") from error
+        raise InputError(f"{kind} {path} {reason}") from error
     except RecursionError as error:
         raise too_deep from error
     if _is_deeper(content, MAX_DEPTH):
@@ -122,7 +122,9 @@ def _is_deeper(content: Any, limit: int) -> bool:
     return bool(level)
 
 
-def read_annotations(path: Path, *, crowd: str = "ignore", max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
+def read_annotations(
+    path: Path, *, crowd: str = "ignore", max_pixels: int = MAX_PIXELS, named: bool = True
+) -> dict[str, Any]:
     """Load a COCO annotation file and check its ids, references, file names and numbers, but not its segmentations.
 
     A missing `iscrowd` is set to 0, as pycocotools' evaluation needs it. The share of crowds is logged.
@@ -131,6 +133,7 @@ def read_annotations(path: Path, *, crowd: str = "ignore", max_pixels: int = MAX
         path: the file.
         crowd: the setting `data.crowd`; "instance" sets every `iscrowd` to 0.
         max_pixels: maximum width x height of an image.
+        named: whether images must have a file name.
 
     Raises:
         InputError: the message names the file and the image, annotation or category.
@@ -139,7 +142,7 @@ def read_annotations(path: Path, *, crowd: str = "ignore", max_pixels: int = MAX
     annotations = content["annotations"]
     if lacks_masks(annotations):
         raise InputError(f"{path} {NO_MASKS}")
-    for problem in find_problems(content, max_pixels=max_pixels):
+    for problem in find_problems(content, max_pixels=max_pixels, named=named):
         raise InputError(problem.sentence(path))
     for annotation in annotations:
         annotation["iscrowd"] = 0 if crowd == "instance" else annotation.get("iscrowd", 0)
@@ -184,13 +187,15 @@ def crowd_message(crowds: int, total: int) -> str:
     )
 
 
-def find_problems(content: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) -> Iterator[Problem]:
-    """All faults that stop loading: first those of ids, then the first of each entry. Segmentations are not checked."""
+def find_problems(content: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS, named: bool = True) -> Iterator[Problem]:
+    """All faults that stop loading: first those of ids, then the first of each entry. Segmentations are not checked,
+    nor file names unless images must be `named`.
+    """
     for section in SECTIONS:
         yield from id_problems(content[section], section)
     image_ids = {image["id"] for image in content["images"] if has_id(image)}
     checks = {
-        "images": lambda image: image_fault(image, max_pixels),
+        "images": lambda image: (name_fault(image) if named else None) or size_fault(image, max_pixels),
         "categories": category_fault,
         "annotations": lambda annotation: annotation_fault(annotation, image_ids),
     }
@@ -234,13 +239,23 @@ def id_problems(entries: list[Any], section: str) -> Iterator[Problem]:
 
 def image_fault(image: dict[str, Any], max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
     """(kind, message) of the first fault in an entry of `images`, or None."""
+    return name_fault(image) or size_fault(image, max_pixels)
+
+
+def name_fault(image: dict[str, Any]) -> tuple[str, str] | None:
+    """(kind, message) of a fault in the file name of an entry of `images`, or None."""
     name = image.get("file_name")
-    size: list[Any] = [image.get("width"), image.get("height")]
     if not isinstance(name, str) or not name:
         hint = ", but a coco_url, as in LVIS (solov2 check-data --fix takes the name from it)" * ("coco_url" in image)
         return "file name", f"has no file_name{hint}"
     if is_outside(name):
         return "file outside", f"has the file_name {name}, which is outside the image folder"
+    return None
+
+
+def size_fault(image: dict[str, Any], max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
+    """(kind, message) of a fault in the size of an entry of `images`, or None."""
+    size: list[Any] = [image.get("width"), image.get("height")]
     if not (all_finite(size) and min(size) >= 1 and all(side == int(side) for side in size)):
         return "size", "has no positive width and height in whole pixels"
     if size[0] * size[1] > max_pixels:

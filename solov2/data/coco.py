@@ -15,7 +15,7 @@ import io
 import logging
 import marshal
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,7 @@ class CocoInstances(ImageDataset):
         content = read_annotations(self.annotation_file, crowd=self._crowd, max_pixels=self.max_pixels)
         if not self._classes:
             return content
-        known = [category["name"] for category in content["categories"]]
-        for name in self._classes:
-            if name not in known:
-                raise InputError(
-                    f"{self.annotation_file} has no class '{name}'{did_you_mean(name, known)}; its classes are "
-                    f"{shorten(known)}"
-                )
+        require_classes(self._classes, content["categories"], self.annotation_file)
         categories = [category for category in content["categories"] if category["name"] in self._classes]
         # Unknown ids stay, to be reported.
         left_out = {category["id"] for category in content["categories"]} - {category["id"] for category in categories}
@@ -151,19 +145,8 @@ class CocoInstances(ImageDataset):
     def coco(self) -> COCO:
         """pycocotools' index of the annotation file, for evaluation; in training, first use reads the file again."""
         if self._coco is None:
-            content = self._read()
-            sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]}
-            known = set(self.category_ids)
-            for annotation in content["annotations"]:  # training checked its instances only
-                if annotation["category_id"] in known:
-                    self._require_segmentation(annotation, sizes[annotation["image_id"]])
-            self._coco = _build_index(content)
+            self._coco = _checked_index(self._read(), self.annotation_file)  # training checked its instances only
         return self._coco
-
-    def _require_segmentation(self, annotation: dict[str, Any], size: tuple[int, int]) -> None:
-        fault = segmentation_fault(annotation, size)
-        if fault is not None:
-            raise InputError(f"annotation {annotation['id']} of {self.annotation_file}: {fault}")
 
     def record(self, position: int) -> ImageRecord:
         """What the annotation file says about the image at a position."""
@@ -230,7 +213,7 @@ class CocoInstances(ImageDataset):
             reason = reason_unusable(annotation, record)
             is_ignored = self._ignored and annotation["iscrowd"]
             if reason is None or not self.training or is_ignored:
-                self._require_segmentation(annotation, (record.height, record.width))
+                _require_segmentation(annotation, (record.height, record.width), self.annotation_file)
                 if count_short_polygons(annotation["segmentation"]):
                     ignored["have polygons with fewer than three points, which are ignored"].append(annotation["id"])
             if reason is None and self.training:
@@ -247,6 +230,45 @@ class CocoInstances(ImageDataset):
                 f"is annotation {found[0]} (solov2 check-data lists them all)"
             )
         return instances, crowds
+
+
+def read_index(path: str | Path, *, crowd: str = "ignore", max_pixels: int = MAX_PIXELS) -> COCO:
+    """pycocotools' index of an annotation file, for evaluation without images, which need no file names either.
+
+    Args:
+        path: the file.
+        crowd, max_pixels: as for `CocoInstances`.
+
+    Raises:
+        InputError: the file is missing, not COCO, or broken.
+    """
+    return _checked_index(read_annotations(Path(path), crowd=crowd, max_pixels=max_pixels, named=False), Path(path))
+
+
+def require_classes(classes: Iterable[str], categories: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """Raises InputError if the categories of the annotation file `path` lack one of these names."""
+    known = [category["name"] for category in categories]
+    for name in classes:
+        if name not in known:
+            raise InputError(
+                f"{path} has no class '{name}'{did_you_mean(name, known)}; its classes are {shorten(known)}"
+            )
+
+
+def _checked_index(content: dict[str, Any], path: Path) -> COCO:
+    """pycocotools' index of an annotation file, after a check of the segmentations of its categories."""
+    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]}
+    known = {category["id"] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        if annotation["category_id"] in known:
+            _require_segmentation(annotation, sizes[annotation["image_id"]], path)
+    return _build_index(content)
+
+
+def _require_segmentation(annotation: dict[str, Any], size: tuple[int, int], path: Path) -> None:
+    fault = segmentation_fault(annotation, size)
+    if fault is not None:
+        raise InputError(f"annotation {annotation['id']} of {path}: {fault}")
 
 
 def _build_index(content: dict[str, Any]) -> COCO:

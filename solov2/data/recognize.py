@@ -55,8 +55,8 @@ def describe_json(content: Any) -> str | None:
         return "has an object as `annotations`, where COCO's format has a list"
     if is_panoptic(content):
         return (
-            "is a panoptic annotation file (segments_info); an instance model needs instances_*.json, and a model with "
-            "model.num_stuff > 0 takes this one"
+            "is a panoptic annotation file (segments_info); an instance model needs instances_*.json, a model with "
+            "model.num_stuff > 0 takes this one, and solov2 panoptic-quality compares two of them"
         )
     entry = annotations[0] if isinstance(annotations, list) and annotations else None
     if isinstance(entry, dict) and "caption" in entry and "category_id" not in entry:
