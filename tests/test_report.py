@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers.scenes import plant, scene, shifted
 from helpers.tiny_panoptic import panoptic_arguments
 from helpers.tiny_runs import arguments
 
@@ -181,6 +183,68 @@ def test_the_page_of_a_panoptic_run(panoptic_run: tuple[Path, Path], tmp_path: P
     }
     assert entry["ceiling"]["all"]["pq"] > entry["figures"]["all"]["pq"]
     assert {"waves", "bricks", "grain"} <= set(re.findall(r">(\w+)</th>", page.read_text()))
+
+
+def first_finding(page: Path) -> str:
+    """Area and sentence of the first entry of the ranked list."""
+    found = re.search(r'<ol class="findings"><li>.*?<span class="area">(.*?)<br>', page.read_text())
+    assert found is not None
+    return re.sub(r"<[^>]+>", "", found[1])
+
+
+def test_eval_writes_the_page(run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    words = ["--weights", str(run[1] / "best.pth"), "--data-root", str(run[0]), "--device", "cpu", "--workers", "0"]
+    assert evaluate_main([*words, "--report", str(page)]) == 0
+    assert Page(page).headings == [*INSTANCE_SECTIONS, "What to mend first"]
+    assert evaluate_main([*words, "--report", str(page)]) == 2  # it exists
+    oracle = ["quickstart", "--oracle", "--data-root", str(run[0]), "--report", str(tmp_path / "other.html")]
+    assert evaluate_main(oracle) == 2 and not (tmp_path / "other.html").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_page_of_one(panoptic_run: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ["--weights", str(panoptic_run[1] / "best.pth"), "--data-root", str(panoptic_run[0]), "--device", "cpu"]
+    pages = [tmp_path / "one.html", tmp_path / "two.html"]
+    assert evaluate_main([*words, "--workers", "0", "--report", str(pages[0])]) == 0
+    command = [sys.executable, "-m", "solov2", "eval", *words, "--workers", "0", "--nproc", "2"]
+    subprocess.run([*command, "--report", str(pages[1])], check=True, timeout=300)
+    parts = r'<section id="(?:figures|classes|confusion|errors|what-to-mend-first)">.*?</section>'
+    one, two = (re.findall(parts, page.read_text()) for page in pages)
+    assert len(one) == 5 and one == two
+
+
+FAULTS = {
+    "classification": "training",
+    "localization": "training",
+    "missed": "training",
+    "duplicate": "thresholds",
+    "background": "data",
+    "swapped": "data",
+    "shifted": "data",
+    "cut": "thresholds",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_in_a_file_of_results(fault: str, tmp_path: Path) -> None:
+    coco, results = scene(7, images=20)
+    low = [{**entry, "score": entry["score"] - 0.45} for entry in results]
+    swap = {1: 2, 2: 1, 3: 3}
+    changed = {
+        "swapped": [{**entry, "category_id": swap[entry["category_id"]]} for entry in low],
+        "shifted": [{**entry, "segmentation": shifted(entry["segmentation"], 9)} for entry in low],
+        "cut": [entry for entry in low if entry["score"] > 0.3],
+    }
+    planted = changed[fault] if fault in changed else plant(fault, coco, low)
+    files = {"gt.json": coco.dataset, "results.json": planted}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    page = tmp_path / "page.html"
+    assert evaluate_main(["--predictions", str(tmp_path / "results.json"), "--report", str(page),
+                          "--val-annotations", str(tmp_path / "gt.json")]) == 0  # fmt: skip
+    assert first_finding(page).startswith(FAULTS[fault])
+    assert Page(page).headings == ["Figures", "Classes", "Scores", "Confusion", "Errors", "What to mend first"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from solov2.evaluate import Subject
     from solov2.evaluation.coco import CocoEvaluator
     from solov2.evaluation.panoptic import PanopticEvaluator
+    from solov2.report.gather import Evaluated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +78,11 @@ def build_parser(typed: str = "solov2 eval") -> Parser:
         help="also report figures by the rules of LVIS, whose images are annotated for some classes only (needs "
         "solov2[fast])",
     )
+    parser.add_argument(
+        "--report",
+        metavar="FILE.html",
+        help="write the page of solov2 report, which shows the figures of each class too (default: none)",
+    )
     add_shared_arguments(
         parser,
         "--weights",
@@ -112,9 +118,10 @@ def _run(args: argparse.Namespace) -> int:
             "give the weights to evaluate: --weights FILE (a checkpoint of this library needs no model name); the data "
             "is expected in data/coco or --data-root"
         )
-    if args.oracle and args.tta is not None:
-        raise InputError("--tta predicts with a network, which --oracle does not use; leave one of them out")
-    outputs = [("--json", args.json)]
+    for flag in ("--tta", "--report"):
+        if args.oracle and getattr(args, flag.removeprefix("--")) is not None:
+            raise InputError(f"{flag} is about a network, which --oracle does not use; leave one of them out")
+    outputs = [("--json", args.json), ("--report", args.report)]
     if args.results is None or not Path(args.results).is_dir():  # which panoptic models take: known later
         outputs.append(("--results", args.results))
     check_outputs(outputs, overwrite=args.overwrite, inputs=[args.weights, args.model])
@@ -137,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
             )
         source = None if checkpoint is None else checkpoint.source
         checkpoint = None  # frees its large training state
-        evaluator, summary = _evaluate(args, subject, compute)
+        evaluator, summary, evaluated = _evaluate(args, subject, compute)
         if distributed.is_main():
             head = {
                 "config": subject.config.name,
@@ -147,13 +154,30 @@ def _run(args: argparse.Namespace) -> int:
                 "images": len(subject.dataset),
             }
             _report(head, summary, evaluator, args)
+            if evaluated is not None:
+                _write_page(args, evaluated, compute)
     return 0
+
+
+def _write_page(args: argparse.Namespace, evaluated: Evaluated, compute: Compute) -> None:
+    """--report: of a run's checkpoint, the page has the curves of its log."""
+    from solov2.report.build import write_page
+    from solov2.report.gather import gather_facts
+    from solov2.report.run_files import read_log
+
+    weights = Path(args.weights)
+    name = f"{evaluated.subject.config.name}, {weights.name}"
+    facts = gather_facts(evaluated, compute, name=name, log=read_log(weights.parent) if weights.is_file() else [])
+    write_page(args.report, [evaluated], [facts])
 
 
 def _evaluate_file(args: argparse.Namespace) -> int:
     """--predictions: the figures of a file of results."""
     from solov2.data.build import split_paths
-    from solov2.evaluation.results_file import evaluate_results
+    from solov2.evaluation.coco import summarize
+    from solov2.evaluation.results_file import read_results
+    from solov2.report.build import write_report
+    from solov2.report.gather import complete_truth, instance_facts
 
     for flag in ("--weights", "--oracle", "--tta", "--results", "--nproc"):
         if getattr(args, flag.removeprefix("--")):
@@ -166,29 +190,41 @@ def _evaluate_file(args: argparse.Namespace) -> int:
     for path, flag in ((args.predictions, "--predictions"), (annotations, f"--{args.split}-annotations")):
         if not Path(path).exists():
             raise InputError(f"{path} does not exist; name the file with {flag}")
-    check_outputs([("--json", args.json)], overwrite=args.overwrite, inputs=[args.predictions, annotations, args.model])
-    summary = evaluate_results(
+    outputs = [("--json", args.json), ("--report", args.report)]
+    check_outputs(outputs, overwrite=args.overwrite, inputs=[args.predictions, annotations, args.model])
+    truth, found = read_results(
         args.predictions,
         annotations,
         classes=data.classes,
         crowd=data.crowd,
         max_pixels=data.max_image_pixels,
+        lvis=args.lvis,
+    )
+    summary = summarize(
+        truth,
+        found,
         max_detections=data.max_detections,
         backend=_backend(args),
         boundary=args.boundary,
         lvis=args.lvis,
-        per_class=args.per_class,
+        per_class=args.per_class or args.report is not None,
     )
-    _report({"predictions": args.predictions, "annotations": str(annotations)}, summary, None, args)
+    head = {"predictions": args.predictions, "annotations": str(annotations), "images": len(truth.images)}
+    _report(head, summary, None, args)
+    if args.report is not None:
+        name, most = Path(args.predictions).name, data.max_detections
+        facts = instance_facts(name, complete_truth(truth), found.results(), summary, max_detections=most)
+        write_report(args.report, [facts])
     return 0
 
 
 def _evaluate(
     args: argparse.Namespace, subject: Subject, compute: Compute
-) -> tuple[CocoEvaluator | PanopticEvaluator, dict[str, Any]]:
-    """The evaluator, with all results, and its figures; panoptic results are written on the way."""
+) -> tuple[CocoEvaluator | PanopticEvaluator, dict[str, Any], Evaluated | None]:
+    """The evaluator, with all results, the figures, and what --report needs; panoptic results are written meanwhile."""
     from solov2 import distributed
     from solov2.evaluate import evaluate_subject
+    from solov2.report.gather import evaluate_for_report
 
     config, dataset = subject.config, subject.dataset
     names = {record.image_id: record.file_name for record in map(dataset.record, range(len(dataset)))}
@@ -203,21 +239,35 @@ def _evaluate(
             for image_id, result in zip(image_ids, results, strict=True):
                 writer.add(image_id, names[image_id], result)
 
-    evaluator, summary = evaluate_subject(
-        subject,
-        compute,
-        batch_size=args.batch_size,
-        backend=_backend(args),
-        boundary=args.boundary,
-        lvis=args.lvis,
-        per_class=args.per_class,
-        write=write,
-    )
+    evaluated = None
+    if args.report is not None:
+        evaluated = evaluate_for_report(
+            subject,
+            args.split,
+            compute,
+            batch_size=args.batch_size,
+            backend=_backend(args),
+            boundary=args.boundary,
+            lvis=args.lvis,
+            write=write,
+        )
+        evaluator, summary = evaluated.evaluator, evaluated.summary
+    else:
+        evaluator, summary = evaluate_subject(
+            subject,
+            compute,
+            batch_size=args.batch_size,
+            backend=_backend(args),
+            boundary=args.boundary,
+            lvis=args.lvis,
+            per_class=args.per_class,
+            write=write,
+        )
     if writer is not None:
         writer.merge(distributed.gather_objects(writer.entries))
         if distributed.is_main():
             writer.close(names)
-    return evaluator, summary
+    return evaluator, summary, evaluated
 
 
 def _backend(args: argparse.Namespace) -> str:
@@ -236,7 +286,8 @@ def _check_outputs(
         if results == STDOUT or results is not None and Path(results).is_file():
             raise InputError(f"--results {results}: panoptic results are several files; name a folder")
         results = None if results is None else Path(results, "panoptic.json")
-    outputs = [("--json", args.json), ("--results", results), *(("--results", png) for png in pngs)]
+    outputs = [("--json", args.json), ("--report", args.report), ("--results", results)]
+    outputs += [("--results", png) for png in pngs]
     check_outputs(outputs, overwrite=args.overwrite, inputs=inputs)
 
 

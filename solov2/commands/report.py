@@ -73,8 +73,7 @@ def build_parser(typed: str = "solov2 report") -> Parser:
 def _run(args: argparse.Namespace) -> int:
     from solov2.compute import reuse_freed_memory
     from solov2.evaluation.summary import format_table
-    from solov2.report.build import report_values, require_comparable, write_report
-    from solov2.report.pictures import choose_images, draw_pictures
+    from solov2.report.build import report_values, require_comparable, write_page
 
     first: Path = args.run
     runs = [first] if args.run_b is None else [first, args.run_b]
@@ -87,8 +86,7 @@ def _run(args: argparse.Namespace) -> int:
         evaluated.append(one)
         facts.append(own)
     require_comparable(facts)
-    pictures = draw_pictures(evaluated, facts, choose_images(facts))
-    write_report(output, facts, pictures)
+    write_page(output, evaluated, facts)
     if args.json is not None:
         write_json(args.json, {"runs": [report_values(own) for own in facts]}, indent=2)
     stream = text_stream(args.json)

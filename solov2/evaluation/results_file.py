@@ -51,6 +51,31 @@ def evaluate_results(
     Raises:
         InputError: a file is missing or broken, or a backend is not installed.
     """
+    truth, found = read_results(
+        predictions, annotations, classes=classes, crowd=crowd, max_pixels=max_pixels, lvis=lvis
+    )
+    figures = summarize(
+        truth,
+        found,
+        backend=backend,
+        max_detections=max_detections,
+        boundary=boundary,
+        lvis=lvis,
+        per_class=per_class,
+    )
+    return {"images": len(truth.images), **figures}
+
+
+def read_results(
+    predictions: str | Path,
+    annotations: str | Path,
+    *,
+    classes: Sequence[str] = (),
+    crowd: str = "ignore",
+    max_pixels: int = MAX_PIXELS,
+    lvis: bool = False,
+) -> tuple[GroundTruth, FileResults]:
+    """The annotations and the predictions that `evaluate_results` compares; arguments and errors are the same."""
     coco = read_index(annotations, crowd=crowd, max_pixels=max_pixels)
     if not coco.cats:
         raise InputError(f"{annotations} has no categories to evaluate")
@@ -58,16 +83,7 @@ def evaluate_results(
         require_lvis(coco, annotations)
     require_classes(classes, coco.cats.values(), annotations)
     chosen = [i for i, category in coco.cats.items() if not classes or category["name"] in classes]
-    figures = summarize(
-        GroundTruth(coco, set(coco.imgs), chosen),
-        FileResults(predictions, coco, annotations),
-        backend=backend,
-        max_detections=max_detections,
-        boundary=boundary,
-        lvis=lvis,
-        per_class=per_class,
-    )
-    return {"images": len(coco.imgs), **figures}
+    return GroundTruth(coco, set(coco.imgs), chosen), FileResults(predictions, coco, annotations)
 
 
 class FileResults:
@@ -110,6 +126,10 @@ class FileResults:
             for chosen in highest(scores, most).tolist():
                 found[self._rows[positions[chosen]]["category_id"]].append((image_id, positions[chosen]))
         return found
+
+    def results(self) -> list[dict[str, Any]]:
+        """All rows, with RLE masks and without boxes."""
+        return [{key: row[key] for key in KEYS} for row in self._rows]
 
     def entries(self, kind: str, rows: Iterable[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Yield these rows, the same for every kind, as pycocotools compares them."""

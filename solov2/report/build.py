@@ -11,7 +11,9 @@ from solov2.evaluation.summary import headline
 from solov2.outputs import replace_file
 from solov2.report.content import sections
 from solov2.report.facts import Picture, RunFacts
+from solov2.report.gather import Evaluated
 from solov2.report.page import render
+from solov2.report.pictures import choose_images, draw_pictures
 
 
 def write_report(path: str | Path, runs: Sequence[RunFacts], pictures: Sequence[Picture] = ()) -> None:
@@ -35,6 +37,11 @@ def write_report(path: str | Path, runs: Sequence[RunFacts], pictures: Sequence[
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         file.write(render(title, subtitle, sections(runs, pictures), first=first).encode("utf-8", errors="replace"))
+
+
+def write_page(path: str | Path, evaluated: Sequence[Evaluated], runs: Sequence[RunFacts]) -> None:
+    """`write_report` with pictures: `evaluated` and `runs` are of the same models."""
+    write_report(path, runs, draw_pictures(evaluated, runs, choose_images(runs)))
 
 
 def require_comparable(runs: Sequence[RunFacts]) -> None:

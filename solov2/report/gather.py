@@ -8,7 +8,7 @@ import importlib.util
 import io
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -55,7 +55,7 @@ class Evaluated:
 
     subject: Subject
     evaluator: Evaluator
-    summary: Mapping[str, Any]
+    summary: dict[str, Any]
     seconds: float
     confusion: SegmentConfusion
     ceiling: tuple[Evaluator, Mapping[str, Any]]
@@ -86,26 +86,47 @@ class ConfusionCounter:
         return self.confusion
 
 
-def evaluate_for_report(subject: Subject, split: str, compute: Compute, *, batch_size: int = 1) -> Evaluated:
-    """Evaluate a subject, and the training targets of the same images; all ranks call this together."""
+def evaluate_for_report(
+    subject: Subject,
+    split: str,
+    compute: Compute,
+    *,
+    batch_size: int = 1,
+    backend: str = "pycocotools",
+    boundary: bool = False,
+    lvis: bool = False,
+    write: Callable[[Sequence[ImageId], Sequence[Mapping[str, Any]]], None] | None = None,
+) -> Evaluated:
+    """Evaluate a subject, and the training targets of the same images; all ranks call this together.
+
+    The arguments are those of `solov2.evaluate.evaluate_subject`, and `split` is "val" or "train". The figures of each
+    class are added, and those of boundaries where faster-coco-eval is installed.
+    """
     counter, start = ConfusionCounter(subject), time.perf_counter()
+
+    def add(image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
+        counter.add(image_ids, results)
+        if write is not None:
+            write(image_ids, results)
+
     evaluator, summary = evaluate_subject(
-        subject, compute, batch_size=batch_size, boundary=has_boundaries(subject), per_class=True, write=counter.add
+        subject,
+        compute,
+        batch_size=batch_size,
+        backend=backend,
+        boundary=boundary or has_boundaries(subject),
+        lvis=lvis,
+        per_class=True,
+        write=add,
     )
     seconds = time.perf_counter() - start
-    return Evaluated(
-        subject, evaluator, summary, seconds, counter.gathered(), evaluate_targets(subject.config, split, compute)
-    )
+    targets = evaluate_subject(oracle_subject(subject.config, split), compute, per_class=True)
+    return Evaluated(subject, evaluator, summary, seconds, counter.gathered(), targets)
 
 
 def has_boundaries(subject: Subject) -> bool:
     """Whether a report has the AP of boundaries: of instances, where faster-coco-eval is installed."""
     return isinstance(subject.dataset, CocoInstances) and importlib.util.find_spec("faster_coco_eval") is not None
-
-
-def evaluate_targets(config: Config, split: str, compute: Compute) -> tuple[Evaluator, Mapping[str, Any]]:
-    """What the training targets reach: evaluator and summary; all ranks call this together."""
-    return evaluate_subject(oracle_subject(config, split), compute, per_class=True)
 
 
 def gather_facts(

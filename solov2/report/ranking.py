@@ -174,10 +174,11 @@ def _localization(errors: Errors, ceiling: Ceiling | None, gain: float) -> Findi
     what = "Instances are found in the right place, but with an outline that overlaps them by less than half."
     shift = _common_shift(errors.predictions)
     if shift is not None:
-        x, y = (f"{abs(pixels):.0f} px to the {side[pixels > 0]}" for pixels, side in
-                zip(shift, (("left", "right"), ("top", "bottom")), strict=True))  # fmt: skip
+        sides = (("left", "right"), ("top", "bottom"))
+        parts = [f"{abs(x):.0f} px to the {side[x > 0]}" for x, side in zip(shift, sides) if abs(x) >= 1]
         return Finding(
-            "data", "localization", gain, f"Predictions are shifted against the annotations: {x} and {y}, the median.",
+            "data", "localization", gain,
+            f"Predictions are shifted against the annotations by {' and '.join(parts)} (the median).",
             "Compare annotations with their images, in training and in validation: one of them is shifted.",
         )  # fmt: skip
     if ceiling is not None and ceiling.sharpness < SHARP:
@@ -193,7 +194,11 @@ def _localization(errors: Errors, ceiling: Ceiling | None, gain: float) -> Findi
 
 def _common_shift(predictions: Sequence[Prediction]) -> tuple[float, float] | None:
     """Median shift (x, y) in pixels of the masks against their instances; None if they are not shifted alike."""
-    rows = [(*x.shift, x.side) for x in predictions if x.kind in (FOUND, "localization")]
+    best: dict[int | None, Prediction] = {}  # of each instance, the prediction with the highest score
+    for x in sorted(predictions, key=lambda x: -x.score):
+        if x.kind in (FOUND, "localization"):
+            best.setdefault(x.truth, x)
+    rows = [(*x.shift, x.side) for x in best.values()]
     if not rows:
         return None
     table = np.array(rows)  # [N, 3]
@@ -201,7 +206,9 @@ def _common_shift(predictions: Sequence[Prediction]) -> tuple[float, float] | No
     length = float(np.hypot(*middle))
     along = table[:, :2] @ middle / max(length, 1e-9)  # in the direction of the median
     alike = np.mean(along > length / 2) >= STEADY
-    return (float(middle[0]), float(middle[1])) if alike and length > SHIFTED * np.median(table[:, 2]) else None
+    return (
+        (float(middle[0]), float(middle[1])) if alike and length > max(1.5, SHIFTED * np.median(table[:, 2])) else None
+    )
 
 
 def _background(predictions: Sequence[Prediction], gain: float) -> Finding:
