@@ -135,6 +135,8 @@ RUNS = {
     "solov2 predict folder/ --weights FILE --output found --nproc 2 --continue": CPU,
     "solov2 predict street.jpg --weights FILE --tile 1000": CPU,
     "python eval.py --weights runs/quickstart/best.pth --tta flip": HERE,
+    "solov2 report runs/quickstart": HERE,
+    "solov2 report runs/before runs/after": HERE,
     "solov2 check-data mine/train.json --images mine/images": "",
     "solov2 check-data data/panoptic/annotations/panoptic_val2017.json --images data/panoptic/val2017": "",
     "solov2 panoptic-quality data/panoptic/annotations/panoptic_val2017.json found/panoptic.json --json pq.json": "",
@@ -269,4 +271,7 @@ def prepare_files(folder: Path) -> None:
             config=config.to_dict(),
         ).save(folder / path)
     shutil.copy(folder / "runs/mine/best.pth", folder / WEIGHTS["solov2_light_r18_fpn_3x"])
+    for run in ("before", "after"):
+        (folder / "runs" / run).mkdir()
+        shutil.copy(folder / "tiny.pth", folder / "runs" / run / "best.pth")
     write_file(folder / "SOLOv2_R50_3x.pth", to_mmdet(solov2.build_model("solov2_r50_fpn_3x").state_dict()))
