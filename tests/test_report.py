@@ -86,7 +86,7 @@ def test_the_page_of_a_run(run: tuple[Path, Path], tmp_path: Path, capsys: pytes
     page, figures = tmp_path / "page.html", tmp_path / "report.json"
     assert report(run, "--output", str(page), "--json", str(figures)) == 0
     shown = Page(page)
-    assert shown.headings == [*INSTANCE_SECTIONS, "What to mend first"]
+    assert shown.headings == [*INSTANCE_SECTIONS, "What to fix first"]
     assert all(address.startswith(("#", "data:image/jpeg;base64,")) for address in shown.addresses)
     assert not {"script", "link", "iframe", "object"} & set(shown.tags)
     text = page.read_text()
@@ -140,7 +140,7 @@ def test_two_runs_side_by_side(kind: str, tmp_path: Path, request: pytest.Fixtur
     page = tmp_path / "page.html"
     assert report((data, output), str(tmp_path / "other"), "--output", str(page)) == 0
     text = page.read_text()
-    assert Page(page).headings[-1] == "What to mend first"
+    assert Page(page).headings[-1] == "What to fix first"
     assert text.count("change of") == 1 and "Settings that differ" in text and "run: loss" in text
 
 
@@ -172,7 +172,7 @@ def test_the_page_of_a_panoptic_run(panoptic_run: tuple[Path, Path], tmp_path: P
     assert report(panoptic_run, "--output", str(page), "--json", str(figures)) == 0
     shown = Page(page)
     assert shown.headings == [
-        "Figures", "Training", "Classes", "Confusion", "Errors", "Pictures", "Run", "What to mend first",
+        "Figures", "Training", "Classes", "Confusion", "Errors", "Pictures", "Run", "What to fix first",
     ]  # fmt: skip
     [entry] = json.loads(figures.read_text())["runs"]
     assert evaluate_main(["--weights", str(panoptic_run[1] / "best.pth"), "--data-root", str(panoptic_run[0]),
@@ -196,7 +196,7 @@ def test_eval_writes_the_page(run: tuple[Path, Path], tmp_path: Path, capsys: py
     page = tmp_path / "page.html"
     words = ["--weights", str(run[1] / "best.pth"), "--data-root", str(run[0]), "--device", "cpu", "--workers", "0"]
     assert evaluate_main([*words, "--report", str(page)]) == 0
-    assert Page(page).headings == [*INSTANCE_SECTIONS, "What to mend first"]
+    assert Page(page).headings == [*INSTANCE_SECTIONS, "What to fix first"]
     assert evaluate_main([*words, "--report", str(page)]) == 2  # it exists
     oracle = ["quickstart", "--oracle", "--data-root", str(run[0]), "--report", str(tmp_path / "other.html")]
     assert evaluate_main(oracle) == 2 and not (tmp_path / "other.html").exists()
@@ -209,7 +209,7 @@ def test_two_processes_write_the_page_of_one(panoptic_run: tuple[Path, Path], tm
     assert evaluate_main([*words, "--workers", "0", "--report", str(pages[0])]) == 0
     command = [sys.executable, "-m", "solov2", "eval", *words, "--workers", "0", "--nproc", "2"]
     subprocess.run([*command, "--report", str(pages[1])], check=True, timeout=300)
-    parts = r'<section id="(?:figures|classes|confusion|errors|what-to-mend-first)">.*?</section>'
+    parts = r'<section id="(?:figures|classes|confusion|errors|what-to-fix-first)">.*?</section>'
     one, two = (re.findall(parts, page.read_text()) for page in pages)
     assert len(one) == 5 and one == two
 
@@ -244,7 +244,7 @@ def test_planted_faults_in_a_file_of_results(fault: str, tmp_path: Path) -> None
     assert evaluate_main(["--predictions", str(tmp_path / "results.json"), "--report", str(page),
                           "--val-annotations", str(tmp_path / "gt.json")]) == 0  # fmt: skip
     assert first_finding(page).startswith(FAULTS[fault])
-    assert Page(page).headings == ["Figures", "Classes", "Scores", "Confusion", "Errors", "What to mend first"]
+    assert Page(page).headings == ["Figures", "Classes", "Scores", "Confusion", "Errors", "What to fix first"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")

@@ -9,7 +9,7 @@ import pytest
 from helpers.scenes import plant, scene, shifted
 
 from solov2.report.errors import find_errors
-from solov2.report.ranking import Ceiling, rank
+from solov2.report.ranking import Ceiling, Size, rank
 
 NAMES = {1: "cat", 2: "dog", 3: "owl"}
 GOOD = Ceiling(cells=0.01, outlines=0.0, sharpness=0.98)
@@ -70,13 +70,26 @@ def test_grids_too_coarse() -> None:
     assert first(plant("missed", coco, results), coco, ceiling=Ceiling(0.4, 0.0, 1.0)) == ("grids", "grids")
 
 
+def test_instances_smaller_than_a_cell() -> None:
+    """Their errors are laid to the grids, whatever kind they have; those of the others are not."""
+    coco, results = scene(8)
+    errors = find_errors(coco, plant("classification", coco, results))
+    wrong = {x.truth for x in errors.predictions if x.kind == "classification"}
+    sizes = {number: Size(20.0, 0.8 if number in wrong else 2.0) for number in errors.categories}
+    [finding] = rank(errors, NAMES, ceiling=Ceiling(0.0, 0.0, 1.0), sizes=sizes)
+    assert (finding.area, finding.kind) == ("grids", "grids") and finding.gain == pytest.approx(1 - errors.ap50)
+    large = {number: Size(20.0, 2.0 if number in wrong else 0.8) for number in errors.categories}
+    [finding] = rank(errors, NAMES, ceiling=Ceiling(0.0, 0.0, 1.0), sizes=large)
+    assert finding.area == "training"
+
+
 def test_resolution() -> None:
     coco, results = scene(9)
     blurred = Ceiling(0.01, 0.0, 0.5)
     assert first(plant("localization", coco, results), coco, ceiling=blurred) == ("resolution", "localization")
     low = [{**entry, "score": entry["score"] - 0.45} for entry in results]
-    sides = dict.fromkeys((annotation["id"] for annotation in coco.dataset["annotations"]), 20.0)
-    assert first(plant("missed", coco, low), coco, sides=sides) == ("resolution", "missed")
+    sizes = dict.fromkeys((annotation["id"] for annotation in coco.dataset["annotations"]), Size(20.0, 2.0))
+    assert first(plant("missed", coco, low), coco, sizes=sizes) == ("resolution", "missed")
 
 
 def test_nothing_to_mend() -> None:

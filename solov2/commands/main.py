@@ -18,7 +18,7 @@ COMMANDS = {
     "train": "train a model on data in COCO's format",
     "eval": "evaluate COCO mask AP and box AP of a model",
     "panoptic-quality": "compute the panoptic quality of two files in COCO's panoptic format",
-    "report": "write a page about a run, with what to mend first",
+    "report": "write a page about a run, with what to fix first",
     "predict": "segment images and draw the results",
     "benchmark": "measure images per second, by stage",
     "check-data": "check a dataset and write a repaired copy",

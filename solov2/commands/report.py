@@ -1,4 +1,4 @@
-"""solov2 report RUN [RUN_B]: one HTML page about a run, or about two, that ends with what to mend first."""
+"""solov2 report RUN [RUN_B]: one HTML page about a run, or about two, that ends with what to fix first."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_parser(typed: str = "solov2 report") -> Parser:
     parser = Parser(
         prog=typed,
         description="Evaluate the best checkpoint of a run and write one HTML page: curves, figures, errors, images, "
-        "and what to mend first. With two runs, the page shows them side by side.",
+        "and what to fix first. With two runs, the page shows them side by side.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or checkpoint file")
     parser.add_argument("run_b", type=Path, nargs="?", metavar="RUN_B", help="another one, to compare (default: none)")
@@ -133,8 +133,8 @@ def _evaluate(args: argparse.Namespace, run: Path, name: str) -> tuple[Evaluated
 def finding_lines(facts: RunFacts) -> list[str]:
     """The ranked list as text."""
     if not facts.findings:
-        return ["", "nothing to mend costs more than half a point"]
-    lines = ["", "what to mend first:"]
+        return ["", "nothing to fix costs more than half a point"]
+    lines = ["", "what to fix first:"]
     for number, finding in enumerate(facts.findings, 1):
         text = f"{finding.area}, {100 * finding.gain:.1f} points: {finding.what} {finding.remedy}"
         lines.append(f"{number}. {printable(text)}")

@@ -1,1 +1,1 @@
-"""What a run has learned and what to mend first: figures, errors, and a page that shows them."""
+"""What a run has learned and what to fix first: figures, errors, and a page that shows them."""

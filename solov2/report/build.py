@@ -33,7 +33,7 @@ def write_report(path: str | Path, runs: Sequence[RunFacts], pictures: Sequence[
     )
     found = [facts for facts in runs if facts.findings]
     texts = [f"{'' if len(runs) == 1 else f'{facts.name}: '}{facts.findings[0].what}" for facts in found]
-    first = f"What to mend first: {' '.join(texts)}" if texts else ""
+    first = f"What to fix first: {' '.join(texts)}" if texts else ""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         file.write(render(title, subtitle, sections(runs, pictures), first=first).encode("utf-8", errors="replace"))

@@ -46,7 +46,7 @@ def sections(runs: Sequence[RunFacts], pictures: Sequence[Picture]) -> list[Sect
         Section("Errors", each(runs, loss_chart if panoptic else _errors)),
         Section("Pictures", _pictures(pictures)),
         Section("Run", _run(runs)),
-        Section("What to mend first", each(runs, _findings)),
+        Section("What to fix first", each(runs, _findings)),
     ]
     return [section for section in made if section.body]
 

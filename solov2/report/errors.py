@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -104,6 +104,34 @@ def find_errors(truth: COCO, results: Sequence[Mapping[str, Any]], *, max_detect
         predictions += found
         missed += unexplained
         categories |= counted
+    return _measured(predictions, missed, categories)
+
+
+def excused(errors: Errors, instances: Collection[int]) -> Errors:
+    """The errors that are left if some instances are found.
+
+    Each is found by its prediction with the highest score, right or wrong; one without any does not count. Wrong
+    predictions of these instances vanish.
+
+    Args:
+        errors: of the results.
+        instances: annotation ids.
+    """
+    taken = {x.truth for x in errors.predictions if x.kind == FOUND}
+    kept = []
+    for x in sorted(errors.predictions, key=lambda x: -x.score):
+        if x.truth not in instances or x.kind == FOUND:
+            kept.append(x)
+        elif x.truth is not None and x.truth not in taken and x.kind != "duplicate":
+            taken.add(x.truth)
+            kept.append(x._replace(kind=FOUND, category_id=errors.categories[x.truth]))
+    unseen = set(errors.categories) & set(instances) - taken
+    missed = [number for number in errors.missed if number not in instances]
+    return _measured(kept, missed, {n: category for n, category in errors.categories.items() if n not in unseen})
+
+
+def _measured(predictions: list[Prediction], missed: list[int], categories: dict[int, int]) -> Errors:
+    """With AP50, and what it gains without each kind of error."""
     errors = Errors(predictions, missed, categories, _ap50(predictions, categories, {}))
     errors.gains.update({kind: _ap50(*_without(errors, kind)) - errors.ap50 for kind in KINDS})
     return errors

@@ -33,7 +33,7 @@ class RunFacts:
         errors: of its results, of instances or panoptic.
         names: category id -> name of the class, in the order of "per_class".
         quality: of each image that has a segment on either side, in the sense of PQ, a fraction of 1.
-        findings: what to mend, ranked.
+        findings: what to fix, ranked.
         ceiling: the summary of the training targets, as a perfect network would predict them; None: not known.
         log: the rows of log.jsonl.
         trained: category id -> number of instances or segments in training.

@@ -1,4 +1,4 @@
-"""Evaluate a run for its page: figures, ceiling, errors, what to mend, and pictures."""
+"""Evaluate a run for its page: figures, ceiling, errors, what to fix, and pictures."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from solov2.evaluate import Subject, evaluate_subject, oracle_subject
 from solov2.evaluation.coco import CocoEvaluator
 from solov2.evaluation.curves import GroundTruth
 from solov2.evaluation.panoptic import Counts, PanopticEvaluator
-from solov2.ops.resize import resized_size
+from solov2.ops.resize import padded_size, resized_size
 from solov2.report.errors import FOUND, IGNORED, Errors, find_errors
 from solov2.report.facts import RunFacts
 from solov2.report.panoptic_errors import PanopticErrors, SegmentConfusion, find_losses
-from solov2.report.ranking import Ceiling, rank, rank_panoptic
+from solov2.report.ranking import Ceiling, Size, rank, rank_panoptic
 from solov2.report.run_files import count_training
 from solov2.report.scores import operating_points
 from solov2.training.environment import environment
@@ -144,9 +144,9 @@ def gather_facts(
         targets, figures = evaluated.ceiling
         assert isinstance(targets, CocoEvaluator)
         limit = Ceiling.of(find_errors(truth, targets.results()), figures["segm"])
-        sides = input_sides(truth, config)
+        sizes = input_sizes(truth, config)
         facts = instance_facts(
-            name, truth, evaluator.results(), summary, limit=limit, sides=sides, trained=trained,
+            name, truth, evaluator.results(), summary, limit=limit, sizes=sizes, trained=trained,
             max_detections=config.data.max_detections,
         )  # fmt: skip
     rows = [row for row in log if row.get("kind") == "start"]
@@ -168,7 +168,7 @@ def instance_facts(
     summary: Mapping[str, Any],
     *,
     limit: Ceiling | None = None,
-    sides: Mapping[int, float] | None = None,
+    sizes: Mapping[int, Size] | None = None,
     trained: Mapping[int, int] | None = None,
     max_detections: int = 100,
 ) -> RunFacts:
@@ -179,7 +179,7 @@ def instance_facts(
         truth: the annotations, see `complete_truth`.
         results: with RLE masks.
         summary: of the same results, with "per_class".
-        limit, sides, trained: as for `rank`.
+        limit, sizes, trained: as for `rank`.
         max_detections: how many count per image and class.
     """
     categories = sorted(truth.cats)
@@ -191,7 +191,7 @@ def instance_facts(
         errors,
         names,
         image_qualities(errors, truth),
-        rank(errors, names, ceiling=limit, sides=sides, trained=trained or None),
+        rank(errors, names, ceiling=limit, sizes=sizes, trained=trained or None),
         evaluated=Counter(errors.categories.values()),
     )
 
@@ -236,12 +236,21 @@ def complete_truth(truth: GroundTruth) -> COCO:
     return coco
 
 
-def input_sides(truth: COCO, config: Config) -> dict[int, float]:
-    """Square root of the area of each annotation, in pixels of the network's input."""
-    long, short = config.model.input_scale
-    sizes = {i: (image["height"], image["width"]) for i, image in truth.imgs.items()}
-    factors = {i: resized_size(size, long=long, short=short)[0] / size[0] for i, size in sizes.items()}
-    return {x["id"]: float(np.sqrt(x["area"])) * factors[x["image_id"]] for x in truth.dataset["annotations"]}
+def input_sizes(truth: COCO, config: Config) -> dict[int, Size]:
+    """Annotation id -> its size in the network's input and in cells of its grid."""
+    model, sizes = config.model, {}
+    long, short = model.input_scale
+    images = {i: (image["height"], image["width"]) for i, image in truth.imgs.items()}
+    inputs = {i: resized_size(size, long=long, short=short) for i, size in images.items()}
+    for x in truth.dataset["annotations"]:
+        image, shown = images[x["image_id"]], inputs[x["image_id"]]
+        _, _, width, height = x["bbox"]
+        factor = shown[0] / image[0]
+        box = float(np.sqrt(width * height)) * factor
+        levels = zip(model.grid_sizes, model.scale_ranges, strict=True)
+        grids = [size for size, (low, high) in levels if low <= box <= high] or [max(model.grid_sizes)]
+        sizes[x["id"]] = Size(float(np.sqrt(x["area"])) * factor, box * max(grids) / max(padded_size(shown)))
+    return sizes
 
 
 def image_qualities(errors: Errors, truth: COCO) -> dict[ImageId, float]:

@@ -1,4 +1,4 @@
-"""What to mend first: the losses of average precision, largest first, each with its place and what to do about it.
+"""What to fix first: the losses of average precision, largest first, each with its place and what to do about it.
 
 Losses are points of AP50 as `solov2.report.errors` measures them, or of PQ as `solov2.report.panoptic_errors` does.
 They do not add up: two errors may cost the same instance.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from solov2.report.errors import FOUND, KINDS, MISSED, Errors, Prediction
+from solov2.report.errors import FOUND, KINDS, MISSED, Errors, Prediction, excused
 from solov2.report.panoptic_errors import Loss, PanopticErrors
 from solov2.report.scores import confusion
 
@@ -21,6 +21,7 @@ HIGH_CUT = 0.1  # lowest score above which a score threshold may cost recall
 TAIL = 0.2  # share of the predictions with the lowest scores
 PRECISE = 0.5  # precision of that tail from which a lower threshold would find more
 SHARP = 0.9  # AP75 / AP50 of the targets below which their resolution blurs outlines
+CRAMPED = 1.0  # sides in cells of the grid; in the paper's recipe all but the smallest objects have more
 SMALL = 32.0  # pixels of the network's input, the side of a small instance
 MOST = 0.5
 SHIFTED = 0.1  # median shift, in sides of the instances, from which it is named
@@ -45,6 +46,18 @@ class Finding(NamedTuple):
     gain: float
     what: str
     remedy: str
+
+
+class Size(NamedTuple):
+    """How large an instance is for the network.
+
+    Attributes:
+        side: square root of its area, in pixels of the input.
+        share: square root of its box's area, in cells of the grid that it is assigned to; of several, the finest.
+    """
+
+    side: float
+    share: float
 
 
 class Ceiling(NamedTuple):
@@ -74,7 +87,7 @@ def rank(
     names: Mapping[int, str],
     *,
     ceiling: Ceiling | None = None,
-    sides: Mapping[int, float] | None = None,
+    sizes: Mapping[int, Size] | None = None,
     trained: Mapping[int, int] | None = None,
 ) -> list[Finding]:
     """The losses above `MIN_GAIN`, the largest first.
@@ -83,11 +96,14 @@ def rank(
         errors: of the results.
         names: of the classes, by category id.
         ceiling: of the training targets; None: not known.
-        sides: square root of the area of each annotation, in pixels of the network's input.
+        sizes: of each annotation, in the network's input.
         trained: number of instances of each category in training.
     """
+    sizes, before = sizes or {}, errors.ap50
+    cramped = [number for number in errors.categories if number in sizes and sizes[number].share < CRAMPED]
+    errors = excused(errors, cramped)
+    findings = [_small_cells(errors.ap50 - before, len(cramped), len(sizes))]
     gains = dict(errors.gains)
-    findings = []
     if ceiling is not None:
         gains[MISSED] = max(0.0, gains[MISSED] - ceiling.cells)  # what has no cell cannot be found
         gains["localization"] = max(0.0, gains["localization"] - ceiling.outlines)
@@ -98,7 +114,7 @@ def rank(
         "classification": lambda gain: _classification(errors, names, gain),
         "localization": lambda gain: _localization(errors, ceiling, gain),
         "background": lambda gain: _background(errors.predictions, gain),
-        MISSED: lambda gain: _missed(errors, names, sides or {}, trained, gain),
+        MISSED: lambda gain: _missed(errors, names, sizes, trained, gain),
         "duplicate": _duplicate,
         "both": _both,
     }
@@ -116,6 +132,14 @@ def _grids(gain: float) -> Finding:
         f"The training targets themselves lose {100 * gain:.1f} points of AP50: some instances have no cell.",
         "Compare model.grid_sizes, model.scale_ranges and the input size with the data: solov2 check-data proposes all "
         "three.",
+    )  # fmt: skip
+
+
+def _small_cells(gain: float, number: int, total: int) -> Finding:
+    return Finding(
+        "grids", "grids", gain,
+        f"{number:,} of {total:,} instances are smaller than a cell of their grid: a cell has one class and one mask.",
+        "Raise model.grid_sizes, or model.input_scale and data.train_scales: solov2 check-data proposes values.",
     )  # fmt: skip
 
 
@@ -228,11 +252,11 @@ def _background(predictions: Sequence[Prediction], gain: float) -> Finding:
 def _missed(
     errors: Errors,
     names: Mapping[int, str],
-    sides: Mapping[int, float],
+    sizes: Mapping[int, Size],
     trained: Mapping[int, int] | None,
     gain: float,
 ) -> Finding:
-    small = [number for number in errors.missed if sides.get(number, np.inf) < SMALL]
+    small = [number for number in errors.missed if number in sizes and sizes[number].side < SMALL]
     what = f"{len(errors.missed):,} of {len(errors.categories):,} instances are not found."
     classes = Counter(errors.categories[number] for number in errors.missed)
     rare = [category for category in classes if trained is not None and trained.get(category, 0) < FEW]
