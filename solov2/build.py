@@ -66,14 +66,15 @@ def build_model(
         weights: checkpoint file of this library or of a family that `solov2.convert` knows, or a checkpoint read by
             `solov2.weights.read_checkpoint`; "official" downloads the published file of this model ("official:authors"
             that of this family); None keeps random weights.
-        num_classes: class count, if not the configuration's (or the file's). The category layer of the file is then
-            re-initialized, with a warning; all other weights are kept.
-        class_names: the model's classes, if not the file's. Those that the file knows by name keep their weights in the
-            category layer; the others are re-initialized, and both are listed in a warning. If the file has no names,
-            all are kept or re-initialized as with `num_classes`.
-        stuff_names: the stuff classes of a panoptic model, if not the file's; treated as `class_names`. Between models
-            with and without a semantic head, all other weights are kept, with a warning.
-        device: where to put the model; default: the CPU.
+        num_classes: number of classes; default: the file's, or else the configuration's. If it differs from the file's,
+            the category layer is re-initialized, with a warning; all other weights are kept.
+        class_names: names of the classes; default: the file's. Classes that the file has under the same name keep their
+            weights in the category layer; the others are re-initialized, and a warning lists both. If the file has no
+            names, the layer is kept or re-initialized as a whole, as with `num_classes`.
+        stuff_names: names of the stuff classes of a panoptic model; default: the file's. They are matched in the same
+            way. If only the model or only the file has a semantic head, it is re-initialized or left out, with a
+            warning; all other weights are kept.
+        device: device of the model; default: the CPU.
         overrides: fields of `solov2.config.ModelConfig`, e.g. score_threshold=0.3, input_scale=(1333, 640).
 
     Returns:
@@ -81,8 +82,8 @@ def build_model(
         else "class 0", "class 1", ...
 
     Raises:
-        InputError (a ValueError): unknown name or override (close ones are listed), unreadable file, or tensors that do
-            not fit (they are listed).
+        InputError (a ValueError): an unknown name or override (the message suggests close ones), an invalid value, a
+            file that cannot be read or downloaded, or tensors that do not fit (the message lists them).
     """
     checkpoint = find_checkpoint(weights, name_or_config)
     given = _given_config(name_or_config, checkpoint)
@@ -125,10 +126,10 @@ def build_model(
 
 
 def fit_config(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """The configuration with what the weights of a checkpoint decide: its traits and the numbers of its classes.
+    """The configuration with the traits and the numbers of classes of a checkpoint.
 
     Raises:
-        InputError: invalid value of a trait.
+        InputError: a trait has an invalid value.
     """
     config = apply_weight_metadata(config, checkpoint)
     category_bias = checkpoint.weights.get(f"{CATEGORY_LAYER}.bias")
@@ -141,10 +142,12 @@ def fit_config(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpoint: Checkpoint) -> None:
-    """Check that the weights fit, before memory is taken for whatever network a file's configuration describes.
+    """Check that the weights fit, before memory is allocated for whatever network a file's configuration describes.
+
+    Only the category layer and the stuff layer, or a whole semantic head, may differ.
 
     Raises:
-        InputError: they do not fit; the category layer may, and the stuff layer, or a whole semantic head.
+        InputError: other tensors differ.
     """
     with torch.device("meta"):
         expected = construct(config, class_names).state_dict()
@@ -158,17 +161,17 @@ def _check_architecture(config: ModelConfig, class_names: Sequence[str], checkpo
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> SOLOv2:
-    """The model of a file that carries its configuration, as those of `SOLOv2.save` and of training runs do.
+    """Load a model from a file that contains its configuration: one written by `SOLOv2.save` or by a training run.
 
     Args:
         path: file to read.
-        device: where to put the model; default: the CPU.
+        device: device of the model; default: the CPU.
 
     Returns:
-        The model in evaluation mode; names, category ids, thresholds and limits are those of the file.
+        The model in evaluation mode, with the names, category ids, thresholds and limits of the file.
 
     Raises:
-        InputError: unreadable file, or one without a configuration, for `build_model` with the name of a model.
+        InputError: the file cannot be read, or has no configuration (`build_model` loads such files by model name).
     """
     return build_model(weights=path, device=device)
 
@@ -185,12 +188,12 @@ def resolve_config(
     """The configuration of a model name or YAML file, or else of a checkpoint, with overrides applied.
 
     Args:
-        name: model name or path; None to use the checkpoint's configuration.
-        checkpoint: of any family; only those of this library carry a configuration.
+        name: model name or path; None for the checkpoint's configuration.
+        checkpoint: of any family; only those of this library contain a configuration.
         overrides: as for `solov2.config.override_config`.
 
     Raises:
-        InputError: neither a name nor a configuration in the checkpoint, or an invalid name or override.
+        InputError: neither a name nor a configuration in the checkpoint is given, or a name or override is invalid.
     """
     if name is not None:
         config: Config | None = load_config(name)
@@ -284,17 +287,17 @@ def construct(config: ModelConfig, class_names: Sequence[str], stuff_names: Sequ
 
 
 def add_auxiliary_head(model: SOLOv2, config: Config) -> SOLOv2:
-    """Give an instance model the head of an auxiliary semantic loss, if `train.semantic_auxiliary` asks for one.
+    """Add the head of the auxiliary semantic loss to an instance model, if `train.semantic_auxiliary` is above 0.
 
-    Its logits are those of the classes and of the background. It computes in training mode only; `optimize`, exported
-    files and the weights that `build_model` reads are without it.
+    The head has one logit per class and one for the background, and runs in training mode only. Optimized copies,
+    exported files and the weights that `build_model` reads do not contain it.
 
     Args:
-        model: of `config.model`.
+        model: built from `config.model`; changed in place.
         config: of the training run.
 
     Returns:
-        The model.
+        The same model.
     """
     if config.train.semantic_auxiliary:
         channels = (config.model.fpn_channels, config.model.semantic_channels)
@@ -322,8 +325,8 @@ def build_compute(config: Config, device: torch.device, precision: str | None = 
         config: with `train.memory_format` "auto" the layout is channels last, except for wide networks without
             Winograd convolutions on a CPU: in that layout, the weight gradient of a 3x3 convolution with 64 or more
             channels takes 1.4 to 2.5 times as long (oneDNN 3.12, AVX2), and the rest gains little.
-        device: where to compute.
-        precision: default: the training precision of `config`; "auto" is resolved.
+        device: device to compute on.
+        precision: a name that `solov2.compute.select_precision` takes; default: the training precision of `config`.
     """
     precision = select_precision(precision or config.train.precision, device)
     wanted = config.train.memory_format
@@ -336,14 +339,17 @@ def build_compute(config: Config, device: torch.device, precision: str | None = 
 
 
 def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOLOv2:
-    """Move the model to its device and layout, as `config.train` wants it: with Winograd convolutions, compiled.
+    """Move the model to its device and layout, and apply the settings of `config.train` that change how it computes.
 
-    Returns the model.
+    These are synchronized batch norms, recomputed activations, Winograd convolutions and compilation.
+
+    Returns:
+        The same model, changed in place.
 
     Raises:
-        InputError: a batch norm would be trained on a single value per channel, the 1 x 1 map of one small image, or
-            its activations would be computed twice; there is no compiler; or batch norms would be synchronized on a
-            CPU.
+        InputError: a batch norm would be trained on a single value per channel (the 1 x 1 map of one small image), or
+            would update its statistics twice because activations are recomputed; batch norms would be synchronized on a
+            CPU; or there is no compiler.
     """
     trains_batch_norm = not config.model.frozen_batch_norm or config.model.head_norm == "batch"
     shrink = min(1, config.data.scale_jitter[0])

@@ -168,7 +168,7 @@ def config_folder() -> Path:
 
 
 def list_models() -> list[str]:
-    """Sorted names of all configurations; `build_model`, train.py, eval.py and benchmark.py accept each of them."""
+    """The sorted names of all models; `build_model`, `train` and the commands accept each of them."""
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 

@@ -117,10 +117,12 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
         state_dict: name -> tensor, without wrappers (see `unwrap`).
 
     Returns:
-        (state dict, traits). The traits are family ("solov2", "original", "mmdet" or "adelaidet"), stride_in_1x1 (True
-        for detectron2's MSRA backbone, which strides in the first 1x1 convolution of a bottleneck), channel_order
-        ("rgb" or "bgr"), pixel_mean and pixel_std (3 floats each, in channel order), and modulated (False for DCNv1,
-        True for DCNv2 and for networks without deformable convolutions).
+        (state dict, traits). The traits are family ("solov2", "original", "mmdet" or "adelaidet"); stride_in_1x1 (True
+        for detectron2's MSRA backbone, which strides in the first 1x1 convolution of a bottleneck); channel_order
+        ("rgb" or "bgr"); pixel_mean and pixel_std (3 floats each, in channel order, in gray levels 0..255); and
+        modulated (False for DCNv1, True for DCNv2 and for networks without deformable convolutions).
+        Tensors of family "solov2" reveal only the last of these; the others are then defaults, and its files store the
+        true values.
 
     Raises:
         ValueError: the family is not recognized, some names are unknown (the message lists them), or the pixel
@@ -152,7 +154,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict from our names to mmdetection's.
+    """Rename a state dict from our names to mmdetection's. The tensors are not copied.
 
     Raises:
         ValueError: mmdetection's SOLOv2 has no counterpart of a tensor.

@@ -1,4 +1,4 @@
-"""What every module may import: the errors that a user sees, and helpers for the text of messages."""
+"""The errors that a user sees, and helpers for the text of messages; every module may import this one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 
 
 class InputError(ValueError):
-    """A user's mistake, described in one sentence; the commands print it without a traceback."""
+    """A user error, described in one sentence; the commands print it without a traceback."""
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot continue, through no fault of its user; described in one sentence."""
+    """A run that cannot continue for a reason other than a user error; described in one sentence."""
 
 
 class OutOfMemory(RunFailed):
@@ -18,9 +18,9 @@ class OutOfMemory(RunFailed):
 
 
 def memory_shortage(error: BaseException) -> str | None:
-    """What an error of exhausted memory says, on the host or on a device: "out of memory (tried to allocate 2 GiB)".
+    """The message for an out-of-memory error of the host or a device: "out of memory (tried to allocate 2 GiB)".
 
-    None for any other error. torch has a type of its own only for some of them.
+    None for any other error. torch has a type of its own only for some of these errors.
     """
     text = str(error)
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -35,15 +35,15 @@ _SHORTAGE = re.compile(r"out of memory|can't allocate memory|not enough memory|S
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """A number and its noun: "1 image", "2 images"; `plural` where it takes more than an s."""
+    """A number and its noun: "1 image", "2 images"; `plural` if it is not the noun with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def printable(text: str, *, encoding: str | None = None) -> str:
     """Make text from a file safe for a terminal.
 
-    Control characters become escape sequences, as do invisible ones, those that change the direction of text, and all
-    that `encoding` lacks (None: it has all).
+    Control characters become escape sequences, and so do invisible characters, those that change the direction of text,
+    and those that `encoding` cannot represent (None: no encoding is checked).
     """
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return safe if encoding is None else safe.encode(encoding, "backslashreplace").decode(encoding)

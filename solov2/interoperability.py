@@ -1,4 +1,4 @@
-"""Results as objects of other libraries; docs/interoperability.md shows which libraries take results directly."""
+"""Convert results to objects of other libraries; docs/interoperability.md lists those that accept results directly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def to_supervision(result: Mapping[str, Any], class_names: Sequence[str] | None 
 
     Returns:
         xyxy float32 [N, 4] (maximum exclusive), confidence float32 [N], class_id int64 [N], data["class_name"] str [N],
-        and mask bool [N, H, W], decoded from RLEs if need be; None for an empty list of RLEs, which has no image size.
+        and mask bool [N, H, W], decoded from RLEs if necessary; mask is None for an empty list of RLEs, which has no
+        image size. The arrays are on the host.
 
     Raises:
         InputError: supervision is not installed, or a label has no name.

@@ -1,6 +1,6 @@
 """Focal loss on the categories and dice loss on the masks (Wang et al. 2020, section 2.1.4, equation 2).
 
-Their formulas are those of SOLO (arXiv 1912.04488, "Loss Function"). Panoptic models, and instance models with an
+The formulas are those of SOLO (arXiv 1912.04488, "Loss Function"). Panoptic models, and instance models with an
 auxiliary loss, add the cross entropy of Panoptic FPN (arXiv 1901.02446).
 """
 
@@ -19,21 +19,24 @@ COUNT_EPSILON = torch.finfo(torch.float32).eps  # mmdetection's guard against a 
 
 
 class SOLOv2Criterion(nn.Module):
-    """Raw outputs and targets -> weighted losses, without synchronizing with the host.
+    """Compute the weighted losses from raw outputs and targets, without synchronizing with the host.
 
-    loss_category: sum of the sigmoid focal loss over all cells and classes / (positive cells + 1).
-    loss_mask: mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. A cell shared by
-    several instances counts once, so that both losses count the same cells, as in mmdetection; the authors' code takes
-    the mean over pairs, which differs only for such cells.
-    loss_semantic, where the targets have a semantic map: semantic_weight * sum of the cross entropy over all pixels
-    that are not void / number of these pixels, as in Panoptic FPN; mmdetection divides by the number of all pixels.
+    loss_category = sum of the sigmoid focal loss over all cells and classes / (positive cells + 1).
+
+    loss_mask = mask_weight * sum of the dice loss over (cell, instance) pairs / positive cells. In the divisor, a cell
+    that several instances share counts once, as in mmdetection; the authors' code divides by the number of pairs, which
+    differs only if there are such cells.
+
+    loss_semantic, if the targets have a semantic map, = semantic_weight * sum of the cross entropy over all pixels that
+    are not void / number of these pixels, as in Panoptic FPN; mmdetection divides by the number of all pixels.
+
     Half-precision inputs are computed in float32. Without a positive cell, loss_mask is a zero connected to the graph
     (DistributedDataParallel needs every gradient); so is loss_semantic if all pixels are void.
 
     Args:
         num_classes: C.
         mask_weight: lambda, the weight of the mask loss (the category loss has weight 1).
-        focal_gamma, focal_alpha: parameters of the focal loss.
+        focal_gamma, focal_alpha: parameters of the focal loss (Lin et al. 2017, arXiv 1708.02002).
         semantic_weight: weight of the semantic loss.
     """
 
@@ -60,15 +63,16 @@ class SOLOv2Criterion(nn.Module):
         """Losses of a batch, already weighted: the caller only sums them.
 
         Args:
-            raw: category_logits list of [B, C, S, S], kernels list of [B, E, S, S], mask_features [B, E, h, w]; where
-                the targets have a semantic map, also semantic_logits [B, channels, h, w].
+            raw: category_logits list of [B, C, S, S], kernels list of [B, E, S, S], mask_features [B, E, H / 4, W / 4];
+                if the targets have a semantic map, also semantic_logits [B, channels, H / 4, W / 4].
             targets: from `TargetAssigner`, on the same device.
-            num_positives: number of positive cells to normalize by, if other than this batch's own: that of all
-                accumulated batches, of all processes.
+            num_positives: number of positive cells to normalize by, e.g. that of all accumulated batches or of all
+                processes; default: that of this batch.
             num_labeled: the same for the pixels of the semantic map that are not void.
 
         Returns:
-            {"loss_category", "loss_mask"} and perhaps "loss_semantic": scalars in at least float32.
+            {"loss_category", "loss_mask"}, and "loss_semantic" if the targets have a semantic map: scalars in at least
+            float32.
         """
         category: Tensor = targets["category"]  # [B, cells]
         with torch.autocast(category.device.type, enabled=False):

@@ -59,22 +59,23 @@ class TargetAssigner:
         """Assign the targets of a batch.
 
         Args:
-            instances: per image boxes float32 [N, 4] x1, y1, x2, y2 (of the annotation, in input pixels), labels
-                int64 [N], masks uint8 of 0 and 1 or bool [N, h, w] at the size of the image before padding, or
-                `EncodedMasks` or `MaskMap` of that shape, which take less memory; in panoptic data also semantic uint8
-                [h, w], or for an auxiliary semantic loss ignored, masks [M, h, w] of any of these kinds. All on the
-                CPU.
+            instances: one dictionary per image, all on the CPU, with boxes float32 [N, 4] as x1, y1, x2, y2 (of the
+                annotation, in input pixels); labels int64 [N]; masks bool, or uint8 of 0 and 1, [N, h, w] at the size
+                of the image before padding, or `EncodedMasks` or `MaskMap` of that shape, which take less memory. In
+                panoptic data also semantic uint8 [h, w]; for an auxiliary semantic loss also ignored, M masks of any of
+                these kinds, [M, h, w].
             padded_size: (H, W) of the batch, multiples of 32.
 
         Returns:
             category: int64 [B, cells], background = num_classes; cells of all levels concatenated, row-major.
             positives: int64 [P, 3] = (image, cell, instance); sorted by image, then level, then instance, then cell.
                 Instances are numbered across the batch.
-            masks: uint8 [sum N, H / 4, W / 4].
+            masks: uint8 [sum N, H / 4, W / 4], 0 and 1.
             positives_per_image, instances_per_image: lists of B integers.
-            semantic: uint8 [B, H / 4, W / 4], in panoptic data; for an auxiliary semantic loss the label of the one
-                instance at a pixel, num_classes where there is none, `IGNORED` where instances overlap, where an
-                ignored mask lies, and in the padding. Pixels are those of `semantic_target`.
+            semantic: uint8 [B, H / 4, W / 4], only in panoptic data and for an auxiliary semantic loss, as sampled by
+                `semantic_target`. In panoptic data: the labels of `semantic`. For an auxiliary loss: the label of the
+                one instance at a pixel, or num_classes if there is none, or `IGNORED` where instances overlap and under
+                ignored masks. The padding is `IGNORED` in both.
         """
         quarter = (padded_size[0] // 4, padded_size[1] // 4)
         categories, positives, masks, maps, offset = [], [], [], [], 0
@@ -138,14 +139,17 @@ class TargetAssigner:
 
 
 def semantic_target(labels: Tensor, padded_size: tuple[int, int]) -> Tensor:
-    """The labels at the centers of 4 x 4 blocks, `IGNORED` beyond the map: uint8 [H / 4, W / 4].
+    """Reduce a semantic map to stride 4 by taking the pixel at the center of each 4 x 4 block.
 
-    Labels are never averaged. The upper left pixel of each block, which mmdetection takes, would move every border by
-    1.5 pixels against the masks of the instances.
+    Labels are never averaged. The upper left pixel of each block, which mmdetection takes, would shift every border by
+    1.5 pixels relative to the masks of the instances.
 
     Args:
         labels: uint8 [h, w], the semantic map of an image before padding.
         padded_size: (H, W) of the batch, multiples of 4.
+
+    Returns:
+        uint8 [H / 4, W / 4], `IGNORED` outside the image.
     """
     return _pad(labels[BLOCK_CENTERS, BLOCK_CENTERS], (padded_size[0] // 4, padded_size[1] // 4))
 

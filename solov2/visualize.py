@@ -1,4 +1,4 @@
-"""Draw instances: translucent masks, outlines, labels that stay readable on cluttered images."""
+"""Draw instances: translucent masks, outlines, and labels that stay readable on cluttered images."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def draw_instances(
             float32 [N]. Without scores (ground truth) all instances are drawn, labeled with their class only.
         class_names: name of each label.
         score_threshold: minimum score of the instances that are drawn.
-        scale: integer factor by which image and masks are enlarged first; on a small image labels would hide it.
+        scale: integer factor by which image and masks are enlarged first, so that labels do not hide a small image.
         colors: (red, green, blue), 0 to 255, of each of the N instances; default: `instance_color` of the index among
             the drawn instances.
 
@@ -106,7 +106,8 @@ def draw_instances(
         RGB image; its size is that of the input times `scale`.
 
     Raises:
-        InputError: the masks do not have the size of the image, or a label has no name.
+        InputError: the image cannot be read, the masks do not have its size, or a label has no name.
+        TypeError: `image` has an unsupported type.
     """
     picture = Image.fromarray(to_rgb_tensor(image).permute(1, 2, 0).cpu().numpy())
     size = (picture.height, picture.width)
@@ -168,7 +169,11 @@ def _scores(result: Mapping[str, Any]) -> list[float] | None:
 
 
 def label_text(label: int, score: float | None, class_names: Sequence[str]) -> tuple[str, str]:
-    """(text to draw, class name)."""
+    """The text to draw for a label, and its class name.
+
+    Raises:
+        InputError: the label has no name.
+    """
     if not 0 <= label < len(class_names):
         raise InputError(f"label {label} has no name: class_names has length {len(class_names)}")
     name = class_names[label]

@@ -1,4 +1,4 @@
-"""Draw panoptic results: things as instances are drawn, stuff flat and named inside, void unchanged."""
+"""Draw panoptic results: things like instances, stuff in flat colors with its name inside, void unchanged."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ def draw_panoptic(
 ) -> Image.Image:
     """Draw the segments of a panoptic result on a copy of an image.
 
-    Things are drawn as by `draw_instances`. Stuff has a flat, translucent color, the same for its class in every
-    picture, and its name where there is room for it. Void is not changed.
+    Things are drawn as by `draw_instances`. Stuff gets a flat, translucent color, the same for a class in every
+    picture, and its name where there is room. Pixels of no segment (void) are not changed.
 
     Args:
         image: as for `draw_instances`.
         result: `panoptic_map` int32 [H, W] and `segments`, as from `SOLOv2.predict_panoptic`.
-        model: its `class_names` and `stuff_names` name the labels.
+        model: has the names of the labels, `class_names` and `stuff_names`.
         scale: integer factor by which image and map are enlarged first.
-        colors: (red, green, blue), 0 to 255, of each of the things; default: `instance_color` of its place among them.
+        colors: (red, green, blue), 0 to 255, of each thing; default: `instance_color` of the index among the things.
 
     Returns:
         RGB image; its size is that of the input times `scale`.
 
     Raises:
-        InputError: the map does not have the size of the image, or a label has no name.
+        InputError: the image cannot be read, the map does not have its size, or a label has no name.
+        TypeError: `image` has an unsupported type.
     """
     picture = Image.fromarray(to_rgb_tensor(image).permute(1, 2, 0).cpu().numpy())
     ids = torch.as_tensor(result["panoptic_map"]).cpu().numpy()

@@ -27,20 +27,23 @@ from solov2.settings import PanopticSettings, PostprocessSettings, rules
 
 
 class SOLOv2(nn.Module):
-    """SOLOv2 instance segmentation (Wang et al. 2020, arXiv 2003.10152), or panoptic with a semantic head.
+    """SOLOv2 instance segmentation (Wang et al. 2020, arXiv 2003.10152); with a semantic head, panoptic segmentation.
+
+    `solov2.build_model` and `solov2.load` construct it.
 
     Args:
-        backbone, fpn, head, mask_feature_head: the four parts.
-        class_names: one name per class; label i is class_names[i]. The attribute `category_ids` holds each label's id
-            in annotation files: label + 1, unless `build_model` sets COCO's ids or those of the weights file.
+        backbone, fpn, head, mask_feature_head: the four parts of the network.
+        class_names: one name per class; label i is class_names[i]. The attribute `category_ids` holds the id of each
+            label in annotation files: label + 1, unless `build_model` sets COCO's ids or those of the weights file.
         settings: post-processing thresholds and limits.
         pixel_mean, pixel_std: per channel in `channel_order`, in gray levels (0..255).
         channel_order: "rgb", or "bgr" for weights trained on BGR input (AdelaiDet).
         input_scale: (maximum long edge, maximum short edge) in pixels, to which `preprocess` resizes.
-        semantic_head: of a panoptic model; its classes are then those of the things.
+        semantic_head: makes the model panoptic; its classes are then the things.
         panoptic_settings: thresholds for merging instances and stuff; default: those of `PanopticSettings`.
         stuff_names: one name per stuff class; stuff label i is stuff_names[i].
-        stuff_category_ids: each stuff label's id in annotation files; None: those after the classes' label + 1.
+        stuff_category_ids: id of each stuff label in annotation files; default: the ids that follow those of the
+            classes.
     """
 
     divisor = 32  # images are padded to multiples of the coarsest backbone stride
@@ -96,19 +99,21 @@ class SOLOv2(nn.Module):
         return self.head.grid_sizes
 
     def forward(self, images: Tensor) -> dict[str, Any]:
-        """Raw outputs, the same in training and evaluation mode, except for an auxiliary head, used in training only.
+        """Run the network.
+
+        The outputs are the same in training and evaluation mode, except that an auxiliary head runs in training only.
 
         Args:
-            images: float [B, 3, H, W], normalized and zero-padded; H and W multiples of 32.
+            images: float32 [B, 3, H, W], normalized and zero-padded as by `normalize`; H and W multiples of 32.
 
         Returns:
-            category_logits: list of [B, C, S, S] (before the sigmoid); kernels: list of [B, E, S, S];
-            mask_features: [B, E, H / 4, W / 4]; with a semantic head also semantic_logits: [B, S + 1, H / 4, W / 4],
-            one channel per stuff class and the last one for all things. With an auxiliary head, in training mode, they
-            are [B, C + 1, H / 4, W / 4], one channel per class and the last one for the background.
+            category_logits: list over the levels of [B, C, S, S], before the sigmoid; kernels: list of [B, E, S, S];
+            mask_features: [B, E, H / 4, W / 4]. With a semantic head also semantic_logits: [B, K + 1, H / 4, W / 4],
+            one channel for each of the K stuff classes and the last one for all things; with an auxiliary head, in
+            training mode, [B, C + 1, H / 4, W / 4], one channel per class and the last one for the background.
 
         Raises:
-            InputError: images of another shape, or H or W not a multiple of 32.
+            InputError: `images` has another shape, or H or W is not a multiple of 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or any(side % self.divisor for side in images.shape[2:]):
             raise InputError(
@@ -134,13 +139,13 @@ class SOLOv2(nn.Module):
         return raw
 
     def recompute_activations(self, recompute: bool) -> None:
-        """Whether backbone and the branches after the pyramid keep few activations, and compute them again."""
+        """Set whether the backbone, the mask branch and the semantic branch recompute activations to save memory."""
         for part in (self.backbone, self.mask_feature_head, self.semantic_head, self.auxiliary_head):
             if part is not None:
                 part.recompute = recompute
 
     def optimize(self, *, precision: str = "float32", compile: bool = False, graphs: bool = False) -> SOLOv2:
-        """A faster copy for inference, see `solov2.models.optimize.optimize_for_inference`.
+        """Make a faster copy for inference, see `solov2.models.optimize.optimize_for_inference`.
 
         Args:
             precision: "float32", or "bf16" where the device is faster with it.
@@ -149,9 +154,12 @@ class SOLOv2(nn.Module):
             graphs: launch the forward pass of one or two images as a CUDA graph, recorded once per input size, see
                 `solov2.models.graphs.GraphedForward`; for inputs of few sizes on fast devices.
 
+        Returns:
+            The copy, in evaluation mode; it can be neither trained nor saved. This model is unchanged.
+
         Raises:
-            ValueError: unknown precision, or both compile and graphs.
-            InputError: graphs on a device that has none.
+            ValueError: `precision` is unknown, or both `compile` and `graphs` are set.
+            InputError: `graphs` is set, and the device has no CUDA graphs.
         """
         if precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
@@ -167,26 +175,32 @@ class SOLOv2(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the model to a file that `solov2.load` reads; an existing file is replaced.
 
-        It has the weights, the configuration with the thresholds and limits that the model has now, the names and the
-        category ids, and nothing of a training run.
+        The file contains the weights, the configuration with the model's current thresholds and limits, the names and
+        the category ids. It contains nothing of a training run.
 
         Args:
-            path: file to write, in the safetensors format (extra `hub`) if its name ends in .safetensors, else a torch
-                file; folders are created as needed.
+            path: file to write; in the safetensors format (extra `hub`) if its name ends in .safetensors, otherwise in
+                torch's. Folders are created as needed.
 
         Raises:
             InputError: the model was not built by `solov2.build_model` or `solov2.load`, or is an optimized copy; or
                 safetensors is not installed.
-            OSError: disk full or no permission; an existing file is left unchanged.
+            OSError: the disk is full or there is no permission; an existing file is left unchanged.
         """
         checkpoint = model_checkpoint(self, str(path))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path)
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] RGB -> float [B, 3, H, W], normalized and zero outside `sizes` (int64 [B, 2], h and w).
+        """Normalize a padded batch, on its device and without synchronizing with the host.
 
-        Runs on the device of `pixels` without synchronizing with the host; the channels come out in `channel_order`.
+        Args:
+            pixels: uint8 [B, 3, H, W], RGB, on the device of the model.
+            sizes: int64 [B, 2], (height, width) of each image before padding, on the same device.
+
+        Returns:
+            float32 [B, 3, H, W] with the channels in `channel_order`: (pixels - `pixel_mean`) / `pixel_std`, and 0 in
+            the padding.
         """
         if self.channel_order == "bgr":
             pixels = pixels.flip(1)
@@ -198,19 +212,19 @@ class SOLOv2(nn.Module):
         return images * (inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
 
     def preprocess(self, images: Iterable[ImageLike] | ImageLike) -> tuple[Tensor, Tensor, Tensor]:
-        """Load, resize to `input_scale`, pad and normalize.
+        """Load images, resize them to `input_scale`, pad and normalize them: the inputs of `forward`.
 
         Args:
-            images: what `predict` takes.
+            images: as for `predict`.
 
         Returns:
-            images float [B, 3, H, W] on the model's device, sizes int64 [B, 2] before padding, original_sizes
-            int64 [B, 2].
+            images: float32 [B, 3, H, W], H and W multiples of 32; sizes: int64 [B, 2], (height, width) of each image
+            before padding; original_sizes: int64 [B, 2], before resizing. All on the device of the model.
 
         Raises:
-            ValueError: no images, or an image that cannot be read or has an unsupported dtype, shape or value range;
-                the message says which.
-            TypeError: an image of an unsupported type.
+            ValueError: there are no images, or an image cannot be read or has an unsupported dtype, shape or value
+                range; the message names it.
+            TypeError: an image has an unsupported type.
         """
         batch = self.load_batch(images)
         sizes, original_sizes = batch["sizes"].to(self.device), batch["original_sizes"].to(self.device)
@@ -219,13 +233,14 @@ class SOLOv2(nn.Module):
     def load_batch(self, images: Iterable[ImageLike] | ImageLike) -> dict[str, Tensor]:
         """Load images, resize them to `input_scale` and pad them: a batch for `Predictor.launch`.
 
-        It is made on the host, but tensors that are all on one accelerator stay there.
+        The batch is on the host, except that tensors that are all on one accelerator stay there.
 
         Args:
-            images: what `predict` takes.
+            images: as for `predict`.
 
         Returns:
-            pixels uint8 [B, 3, H, W] in RGB, sizes int64 [B, 2] before padding, original_sizes int64 [B, 2].
+            pixels: uint8 [B, 3, H, W], RGB; sizes: int64 [B, 2], (height, width) of each image before padding;
+            original_sizes: int64 [B, 2], before resizing.
 
         Raises:
             ValueError, TypeError: as in `preprocess`.
@@ -241,13 +256,21 @@ class SOLOv2(nn.Module):
         mask_format: str = "bool",
         **settings: Any,
     ) -> list[dict[str, Any]]:
-        """Raw outputs -> one result per image, see `solov2.models.postprocess.postprocess`.
+        """Turn raw outputs into one result per image (paper sections 2.1.3 and 2.2).
 
         Args:
             raw: what `forward` returned.
-            sizes, original_sizes: int64 [B, 2], (h, w) of each image before padding, and of the masks to return.
-            mask_format: "bool" or "rle".
+            sizes: int64 [B, 2], (height, width) of each image before padding.
+            original_sizes: int64 [B, 2], (height, width) of the masks to return.
+            mask_format: "bool" for masks bool [N, H, W], "rle" for a list of N COCO RLEs.
             settings: fields of `PostprocessSettings` to override for this call, e.g. score_threshold, max_instances.
+
+        Returns:
+            As `predict`, see `solov2.models.postprocess.postprocess`.
+
+        Raises:
+            ValueError: `mask_format` is unknown, or a setting has an invalid value.
+            TypeError: a setting is unknown.
         """
         return postprocess(raw, sizes, original_sizes, replace(self.settings, **settings), mask_format=mask_format)
 
@@ -260,14 +283,18 @@ class SOLOv2(nn.Module):
         mask_format: str = "bool",
         **settings: Any,
     ) -> list[dict[str, Any]]:
-        """Raw outputs -> instances and one segment per pixel, see `solov2.models.panoptic.postprocess_panoptic`.
+        """Turn raw outputs into instances and one segment per pixel.
 
         Args:
             raw, sizes, original_sizes, mask_format: as for `postprocess`.
             settings: fields of `PostprocessSettings` and `PanopticSettings` to override for this call.
 
+        Returns:
+            As `predict_panoptic`, see `solov2.models.panoptic.postprocess_panoptic`.
+
         Raises:
             InputError: the model has no semantic head.
+            ValueError, TypeError: as in `postprocess`.
         """
         from solov2.models.panoptic import postprocess_panoptic  # instance models never need it
 
@@ -294,29 +321,30 @@ class SOLOv2(nn.Module):
         """Segment the instances of each image.
 
         Args:
-            images: any number of images, or one, which counts as a list of one. An image is a path, the contents of an
-                image file (bytes), or a file opened in binary mode (EXIF orientation applied); a PIL image (EXIF
-                orientation ignored; call `PIL.ImageOps.exif_transpose` first); an array [H, W, 3] in RGB, [H, W, 4]
-                (alpha dropped) or gray [H, W]; a tensor [3, H, W] in RGB or gray [1, H, W]. Arrays and tensors are
-                uint8, or float in 0..1. Kinds may be mixed. For a folder, pass `solov2.find_images(folder)`.
-            score_threshold: minimum final score; by default the model's own (0.05).
-            max_instances: maximum number of instances per image, 0 for all; by default the model's own (100).
+            images: any number of images, or a single one. An image is a path, the contents of an image file (bytes), or
+                a file opened in binary mode (EXIF orientation applied); a PIL image (EXIF orientation ignored; call
+                `PIL.ImageOps.exif_transpose` first); an array [H, W, 3] in RGB, [H, W, 4] (alpha dropped) or gray
+                [H, W]; a tensor [3, H, W] in RGB or gray [1, H, W]. Arrays and tensors are uint8, or float in 0..1.
+                Kinds may be mixed. For a folder, pass `solov2.find_images(folder)`.
+            score_threshold: minimum final score; default: the model's (0.05).
+            max_instances: maximum number of instances per image, 0 for no limit; default: the model's (100).
             batch_size: images per forward pass. The images of a batch are padded to a common size, which shifts the
                 grids slightly: 1 gives the published behavior.
-            mask_format: "bool" for full-size masks; "rle" for COCO RLEs, made without them (100 full-size masks of a
-                12-megapixel image take 1.2 GB).
-            precision: of the network: "tf32" (float32, but NVIDIA cards round the inputs of convolutions to 10 bits),
-                "float32", "bf16" and "fp16" for mixed precision, or "auto" for the fastest of the device.
+            mask_format: "bool" for full-size masks; "rle" for COCO RLEs, which are made without full-size masks (100
+                of these take 1.2 GB for a 12-megapixel image).
+            precision: of the network: "tf32" (float32, but NVIDIA cards round the inputs of convolutions to 10 bits of
+                mantissa), "float32", "bf16" or "fp16" for mixed precision, or "auto" for the fastest of the device.
 
         Returns:
-            Per image: scores float [N] descending, labels int64 [N], masks bool [N, H, W] at the size of the input
-            image (or N RLEs), boxes float32 [N, 4] as x1, y1, x2, y2, maximum exclusive. All of them are in memory
-            together; `predict_iter` returns one at a time.
+            One dictionary per image: scores float32 [N] descending; labels int64 [N]; masks bool [N, H, W] at the size
+            of the input image, or a list of N RLEs; boxes float32 [N, 4], tight around the masks, as x1, y1, x2, y2 in
+            pixels, maximum exclusive. Tensors are on the device of the model. All results are in memory together;
+            `predict_iter` returns one at a time.
 
         Raises:
-            ValueError: an image that cannot be read or has an unsupported dtype, shape or value range; batch_size
-                below 1; unknown mask_format or precision.
-            TypeError: an image of an unsupported type.
+            ValueError: an image cannot be read or has an unsupported dtype, shape or value range; `batch_size` is
+                below 1; `mask_format` or `precision` is unknown; or a limit is out of range.
+            TypeError: an image has an unsupported type.
         """
         limits = {"score_threshold": score_threshold, "max_instances": max_instances}
         return list(predict_images(self, images, batch_size, mask_format, precision, limits))
@@ -333,9 +361,9 @@ class SOLOv2(nn.Module):
     ) -> Iterator[dict[str, Any]]:
         """Segment the instances of each image, with only one batch of images and results in memory.
 
-        Arguments, results and errors are those of `predict`. `images` is consumed one batch ahead of the results, so it
-        may be a generator without end. An image that cannot be read raises when its turn comes, and ends the iteration;
-        wrong arguments raise at once. Between batches the model is in the mode that the caller left it in.
+        Arguments, results and errors are those of `predict`. `images` may be an infinite generator: it is read one
+        batch at a time. An image that cannot be read raises when its turn comes, and ends the iteration; invalid
+        arguments raise at once. Between batches, the model is in the mode in which the caller left it.
         """
         limits = {"score_threshold": score_threshold, "max_instances": max_instances}
         return predict_images(self, images, batch_size, mask_format, precision, limits)
@@ -353,19 +381,21 @@ class SOLOv2(nn.Module):
         mask_format: str = "bool",
         precision: str = "tf32",
     ) -> list[dict[str, Any]]:
-        """Segment the instances of each image, and give every pixel to one of them, to stuff or to nothing.
+        """Segment the instances of each image, and assign every pixel to one of them, to a stuff class or to nothing.
 
         Args:
             images, score_threshold, max_instances, batch_size, mask_format, precision: as for `predict`.
             panoptic_score_threshold: minimum score of an instance that becomes a segment; default: the model's (0.3).
-            panoptic_overlap_threshold: maximum share of its area that better ones cover; default: the model's (0.5).
-            stuff_area_limit: minimum pixels of stuff in the image; default: the model's (4096, for about 640 x 480).
+            panoptic_overlap_threshold: maximum fraction of an instance that better ones may cover; default: the model's
+                (0.5).
+            stuff_area_limit: minimum area of a stuff segment, in pixels of the input image; default: the model's (4096,
+                for images of about 640 x 480).
 
         Returns:
-            Per image what `predict` returns, and panoptic_map int32 [H, W] with the id of each pixel's segment, or 0,
-            and segments, a list of dicts in ascending order of id: id; label, an index into `class_names` or
-            `stuff_names`; is_thing; score and instance, an index into the instances (None for stuff); area in pixels;
-            box (x1, y1, x2, y2), maximum exclusive.
+            Per image, what `predict` returns, and in addition: panoptic_map int32 [H, W] on the host, the id of each
+            pixel's segment, or 0; and segments, a list of dictionaries in ascending order of id, with id; label, an
+            index into `class_names` or `stuff_names`; is_thing; score, and instance, an index into the instances (both
+            None for stuff); area in pixels; box (x1, y1, x2, y2), maximum exclusive.
 
         Raises:
             InputError: the model has no semantic head.

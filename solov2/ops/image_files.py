@@ -40,9 +40,10 @@ _SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", 3: "floats", 5:
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Find the image files in a folder and its subfolders by their extension, in any case; linked folders count.
+    """Find the image files in a folder and its subfolders by their extension, upper or lower case.
 
-    Files and folders whose name starts with a dot are left out. The number of skipped files is logged.
+    Links to folders are followed. Files and folders whose name starts with a dot are left out. The number of files
+    that are not images is logged.
 
     Returns:
         The files whose extension belongs to a format that Pillow reads, sorted by path.
@@ -80,7 +81,7 @@ def _warn_unreadable_folder(error: OSError) -> None:
 
 
 def image_suffixes() -> set[str]:
-    """The extensions of the formats that Pillow reads by itself, in lower case, with their dots."""
+    """The extensions of the formats that Pillow decodes without external programs, in lower case, with the dot."""
     formats = Image.registered_extensions()  # loads Pillow's plugins, which fills Image.OPEN
     readable = {*Image.OPEN, "MPO"} - {*_UNREADABLE}  # MPO is opened as JPEG
     return {suffix for suffix, kind in formats.items() if kind in readable}
@@ -92,11 +93,12 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Iterator
 
     Args:
         source: a path, the contents of a file, or a file opened in binary mode, which is read from its start.
-        max_pixels: maximum width x height. A value above Pillow's own limit raises that for the whole process.
+        max_pixels: maximum width x height. A value above Pillow's own limit raises that limit for the whole process.
 
     Raises:
         InputError: the file is missing, too large, damaged, or of an unsupported format, or the `with` block
-            raised an exception, since decoders raise all kinds on damaged files; the message names the file.
+            raised an exception, since decoders raise exceptions of all kinds on damaged files; the message names the
+            file.
         TypeError: a file opened in text mode.
     """
     name, file = _named_file(source)

@@ -28,10 +28,10 @@ def matrix_nms(
         labels: int64 [N].
         scores: float [N], descending.
         kernel: "gaussian" or "linear".
-        sigma: of the gaussian kernel, see above.
+        sigma: strength of the gaussian kernel, see above.
 
     Returns:
-        Decayed scores, [N], in input order and never above the input.
+        Decayed scores, [N], of the dtype of `scores`, in input order and never above the input.
 
     Raises:
         ValueError: unknown kernel.

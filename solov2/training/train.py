@@ -67,9 +67,13 @@ LOG = logging.getLogger(__name__)
 class TrainResult:
     """The result of a run: its folder, its best and last checkpoints, and the metrics of its last evaluation.
 
-    `metrics` maps "segm_AP", "segm_AP50", ..., "bbox_AR100" to values in [0, 1] (-1 without ground truth); of panoptic
-    models "all_pq", "all_sq", "all_rq", "all_n", "things_pq", ..., "stuff_n" (absent without ground truth). It is empty
-    if nothing was evaluated.
+    Attributes:
+        folder: the run folder.
+        best: checkpoint with the highest mask AP, or PQ for panoptic models; None if nothing was evaluated.
+        last: newest checkpoint.
+        metrics: "segm_AP", "segm_AP50", ..., "bbox_AR100", fractions in [0, 1] (-1 without ground truth); for panoptic
+            models "all_pq", "all_sq", "all_rq", "all_n", "things_pq", ..., "stuff_n" (absent without ground truth).
+            Empty if nothing was evaluated.
     """
 
     folder: Path
@@ -95,18 +99,19 @@ def train(
 ) -> TrainResult:
     """Train and evaluate a SOLOv2 model. Under torchrun, every process calls this and they train together.
 
-    Called from any other thread than the main one (Streamlit, some notebooks), it leaves signals alone; then only the
-    end of the run or of the process stops it.
+    Outside the main thread (Streamlit, some notebooks), signals are left to the caller and do not stop the run.
 
     Args:
         name_or_config: model name (`solov2.list_models`), path of a YAML file, or a configuration; default:
             solov2_r50_fpn_1x, or with `resume` the configuration of the checkpoint.
-        data: a folder with annotations/, train2017/ and val2017/; a folder in another layout or format, whose
-            annotations are found (`solov2.proposal.find`) and, if necessary, written to OUTPUT.data; or some of
-            {"train_annotations", "train_images", "val_annotations", "val_images"}, of panoptic data also
-            "train_segments" and "val_segments", the folders of the PNGs; or a dataset of (image, instances), see
-            `solov2.formats.torch_dataset`, or {"train": dataset, "val": dataset}, whose annotations are written to
-            OUTPUT.data; default: from the configuration.
+        data: the data, in one of these forms; default: from the configuration.
+            A folder with annotations/, train2017/ and val2017/.
+            A folder in another layout or format, whose annotations are found (`solov2.proposal.find`) and, if
+            necessary, written to OUTPUT.data.
+            Some of {"train_annotations", "train_images", "val_annotations", "val_images"}; for panoptic data also
+            "train_segments" and "val_segments", the folders of the PNGs.
+            A dataset of (image, instances), see `solov2.formats.torch_dataset`, or {"train": dataset, "val": dataset};
+            the annotations are written to OUTPUT.data.
         weights: checkpoint of any family to start from, or "official" for the published one; default: an ImageNet
             backbone.
         output: run folder; default: runs/NAME.
@@ -114,11 +119,11 @@ def train(
             continues bit-identically.
         device: e.g. "cpu"; default: the accelerator of this process, if there is one.
         overwrite: replace the contents of the run folder.
-        propose: where `data` is a dataset, or a folder in another layout than COCO's, also change the settings that are
-            not among `overrides` to those that suit it, as the command does (`solov2.proposal.propose`).
+        propose: if `data` is a dataset, or a folder in another layout than COCO's, also adapt the settings that are not
+            among `overrides` to the data, as the command does (`solov2.proposal.propose`).
         tensorboard: also write event files (needs the extra `tensorboard`).
-        max_hours: stop with a checkpoint before the first step that would start this many hours after the call; a
-            resumed run has its own limit. An evaluation is completed. Default: no limit.
+        max_hours: no step starts later than this many hours after the call; the run then stops with a checkpoint. An
+            evaluation in progress is completed, and a resumed run has a limit of its own. Default: no limit.
         callbacks: functions that receive the rows of log.jsonl as soon as they are written, in a thread of process 0;
             one that returns True stops the run with a checkpoint. See `solov2.training.callbacks`.
         overrides: fields of any section of the configuration, e.g. epochs=24, batch_size=4, num_classes=3.
@@ -127,9 +132,11 @@ def train(
         The run folder, its checkpoints and the metrics of the last evaluation.
 
     Raises:
-        InputError: an invalid argument or broken data; where possible, before anything is written.
-        RunFailed: a loss is not finite, or a process hangs or dies. Its subclass `solov2.training.signals.Stopped`: a
-            signal, `max_hours` or a callback stopped the run, with a checkpoint written.
+        InputError: an argument is invalid or the data is broken; raised before anything is written where possible.
+        RunFailed: a loss is not finite, memory ran out, or a process hung or died. The subclass
+            `solov2.training.signals.Stopped` means that a signal, `max_hours` or a callback stopped the run.
+        OSError: the disk is full or there is no permission; existing checkpoints stay intact.
+        KeyboardInterrupt: Ctrl-C before the first step, or a second Ctrl-C.
     """
     if max_hours is not None and not 0 < max_hours < math.inf:
         raise InputError(f"max_hours (--max-hours) must be a number of hours above 0, got {max_hours}")
