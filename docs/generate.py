@@ -21,9 +21,9 @@ FOLDER = Path(__file__).parent
 CONFIGURATION = """\
 # Configuration
 
-A configuration says which network is built (`model`), on which data (`data`) and how it is trained (`train`). Each
-published model is a file in `configs/`, and the name of the file is the name of the model. Your own file names only
-what differs from one of them:
+A configuration describes a network (`model`), its data (`data`) and its training (`train`). Each published model is a
+file in `configs/`, and the name of the file is the name of the model. Your own file states only what differs from one
+of them:
 
 ```yaml
 # mine.yaml
@@ -35,10 +35,10 @@ train:
 ```
 
 `solov2 train mine.yaml` trains with it. `base` is the name of a model, or the path of another YAML file, relative to
-the file that names it; that one may have a base of its own. Without `base`, the defaults below hold, which are those of
-solov2_r50_fpn_1x. `name` is what the configuration is called; without it, that is the name of the file.
+the file that names it; that one may have a base of its own. Without `base`, the defaults below apply, which are those
+of solov2_r50_fpn_1x. `name` is the name of the configuration; by default it is that of the file.
 
-A single value is changed without a file, on the command line or in Python, where the section may be left out:
+To change a single value you need no file: use the command line, or Python, where the section may be left out:
 
 ```bash
 solov2 train solov2_r50_fpn_1x --set train.epochs=6 --set "data.train_scales=[640]"
@@ -49,8 +49,8 @@ solov2.train("solov2_r50_fpn_1x", epochs=6, train_scales=[640])
 solov2.build_model("solov2_r50_fpn_1x", score_threshold=0.3)  # settings of the model alone
 ```
 
-A value that a setting does not take is refused, wherever it comes from, in a sentence that names the setting, what it
-takes and the value. Sizes are in pixels. A relative path in `data` is relative to `data.root`.
+An invalid value is refused, wherever it comes from, with a message that names the setting, the values it takes and the
+value given. Sizes are in pixels. A relative path in `data` is relative to `data.root`.
 """
 
 
@@ -82,14 +82,14 @@ def _yaml(value: Any) -> str:
 COMMANDS_INTRODUCTION = """\
 # Commands
 
-`solov2 COMMAND …` and `python -m solov2 COMMAND …` are the same, and `solov2 COMMAND --help` prints what stands here.
-`train.py`, `eval.py` and `benchmark.py` in a checkout are the commands of that name. Without a network, nothing but
-`--weights official` and ImageNet's backbone is missing.
+`solov2 COMMAND …` and `python -m solov2 COMMAND …` are the same, and `solov2 COMMAND --help` prints the same text.
+`train.py`, `eval.py` and `benchmark.py` in a checkout are the commands of that name. Everything works offline except
+`--weights official` and the ImageNet backbone, which are downloaded once.
 
-A flag means the same in every command. `-` as the file of `--json` or `--results` is the screen; text for people then
-goes to standard error. Figures in JSON are fractions. Exit codes: 0 done; 1 failed, or errors found by check-data; 2 a
-mistake in what was asked for, told in one sentence; 75 stopped by a signal or `--max-hours`, with a checkpoint; 130
-after Ctrl-C.
+A flag means the same in every command. `-` as the file of `--json` or `--results` stands for standard output; text for
+people then goes to standard error. Figures in JSON are fractions. Exit codes: 0 done; 1 failed, or errors found by
+check-data; 2 a user error, described in one sentence; 75 stopped by a signal or `--max-hours`, with a checkpoint; 130
+interrupted by Ctrl-C.
 
 `pip install 'solov2[completion]'` and `solov2 --print-completion bash` (or zsh, tcsh) make a completion script for a
 shell.

@@ -362,7 +362,7 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
     if config.train.recompute_activations and trains_batch_norm:
         raise InputError(
             "train.recompute_activations would update the running statistics of batch norms twice: set "
-            "model.frozen_batch_norm to true and model.head_norm to group, or recompute nothing"
+            "model.frozen_batch_norm to true and model.head_norm to group, or recompute_activations to false"
         )
     if config.train.sync_batch_norm and distributed.world_size() > 1:
         if compute.device.type == "cpu":
@@ -378,7 +378,7 @@ def prepare_for_training(model: SOLOv2, config: Config, compute: Compute) -> SOL
     compute.place(model)
     if config.train.compile:
         if compute.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            raise InputError("train.compile needs a C++ compiler on a CPU, such as g++; install one or compile nothing")
+            raise InputError("train.compile needs a C++ compiler on a CPU, such as g++; install one, or turn it off")
         model.compile(dynamic=True)
     return model
 

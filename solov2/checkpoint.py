@@ -117,11 +117,13 @@ class Checkpoint:
         return content
 
     def save(self, path: str | Path) -> None:
-        """Write a file of this library, in the safetensors format if its name ends so; its folder must exist.
+        """Write a file of this library, in the safetensors format if its name ends in .safetensors.
+
+        The folder must exist.
 
         Raises:
             OSError: disk full or no permission; an existing file is left unchanged.
-            InputError: a safetensors file for the state of a run, or without safetensors.
+            InputError: the state of a run cannot be stored in a safetensors file, or safetensors is not installed.
         """
         if not is_safetensors(path):
             write_file(path, self.content())

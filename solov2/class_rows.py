@@ -59,18 +59,18 @@ def _matching_rows(
 
 
 def restrict_classes(model: SOLOv2, class_names: Sequence[str], source: str) -> None:
-    """Let a model find some of its classes only, in the order of its labels: the others leave its last layer.
+    """Restrict a model to some of its classes; the rows of the others are removed from its category layer.
 
     Args:
-        model: changed in place; its scores stay as they are.
-        class_names: of the classes to keep.
-        source: what the model comes from, for the message.
+        model: changed in place; the remaining classes keep their order and their scores.
+        class_names: names of the classes to keep.
+        source: where the model comes from, for the message.
 
     Raises:
-        InputError: the model is panoptic, or has no class of such a name.
+        InputError: the model is panoptic, or a name is not one of its classes.
     """
     if model.semantic_head is not None:
-        raise InputError("--classes has no panoptic form yet; leave it out")
+        raise InputError("--classes does not work with panoptic models; leave it out")
     for name in class_names:
         if name not in model.class_names:
             raise InputError(

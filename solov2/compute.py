@@ -94,9 +94,10 @@ class Compute:
 
 
 def select_precision(name: str, device: torch.device) -> str:
-    """The precision that a name stands for on a device.
+    """Resolve the name of a precision on a device.
 
-    "tf32" is float32 on all devices but NVIDIA cards. "auto" is what the device multiplies fastest, and is logged.
+    "tf32" becomes "float32" except on NVIDIA cards. "auto" becomes the precision in which the device multiplies fastest
+    ("bf16", "fp16" or "float32"), which is logged. Other names are returned unchanged.
     """
     if name != "auto":
         return "float32" if name == "tf32" and not _is_nvidia(device) else name
@@ -157,9 +158,9 @@ def synchronize(device: torch.device) -> None:
 
 
 class SideStream:
-    """A second queue of a device, for work that need not wait for what the first one is given later.
+    """A second queue of a device, for work that does not wait for what is queued on the first one later.
 
-    A CPU has no queues; there, everything here does nothing.
+    A CPU has no queues: there, the methods do nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -167,12 +168,12 @@ class SideStream:
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def mark(self) -> torch.Event | None:
-        """A mark behind all work that the current queue has been given."""
+        """An event after all work that is on the current queue now; None on a CPU."""
         return None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
 
     @contextlib.contextmanager
     def after(self, mark: torch.Event | None, inputs: Iterable[Tensor]) -> Iterator[None]:
-        """Queue the work inside on this stream, behind `mark`; it reads `inputs`, whose memory is kept until then."""
+        """Queue the work of the block here, after `mark`; the memory of its `inputs` is kept until it has run."""
         if self._stream is None or mark is None:
             yield
             return
@@ -183,7 +184,7 @@ class SideStream:
             yield
 
     def hand_over(self, results: Iterable[Tensor]) -> None:
-        """Let the current queue wait for this stream, whose `results` it will read; those on the host are complete."""
+        """Let the current queue wait for this one before it reads `results`; those on the host are complete already."""
         if self._stream is None:
             return
         current = torch.accelerator.current_stream(self._device)

@@ -202,7 +202,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def missing_ranks(seconds: float) -> list[int]:
-    """The ranks that do not call this too within so many seconds, after a collective has failed.
+    """The ranks that do not call this as well within `seconds`, after a collective has failed.
 
     The ranks meet in the store, because connections between them may be broken.
     """

@@ -125,11 +125,11 @@ def _obtain(file: PublishedFile, source: str, path: Path) -> str:
         part.unlink()
         if not kept:
             raise ValueError(f"wrong file: its SHA-256 is {digest} and should be {file.sha256}")
-        LOG.warning("%s does not continue what an earlier download left; downloading all of it", source)
+        LOG.warning("%s: the rest of an earlier download does not belong to this file; downloading all of it", source)
 
 
 def _receive(source: str, part: Path, limit: int) -> None:
-    """Complete `part` from one source, in as many attempts as each brings more of it."""
+    """Complete `part` from one source, with further attempts as long as each receives more of it."""
     for attempt in range(1, ATTEMPTS + 1):
         size = _size(part)
         try:
@@ -141,7 +141,7 @@ def _receive(source: str, part: Path, limit: int) -> None:
 
 
 def _continue(source: str, part: Path, limit: int) -> None:
-    """Append to `part` what it lacks, or write all of it if the source does not send the rest alone."""
+    """Append the missing bytes to `part`, or write all of it if the source cannot send only the rest."""
     if not source.startswith(("http://", "https://")):
         with open(source, "rb") as file:
             return _write(file, part, 0, os.fstat(file.fileno()).st_size, limit, Path(source).name)
@@ -160,14 +160,14 @@ def _continue(source: str, part: Path, limit: int) -> None:
             sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             if sent is None or int(sent[1]) != offset:
                 part.unlink()
-                raise OSError("the server sent another part of the file than asked for")
+                raise OSError("the server sent another part of the file than requested")
             start = offset
         length = response.headers.get("Content-Length")
         _write(response, part, start, None if length is None else start + int(length), limit, source)
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Opens http and https alone, also where a server redirects; urllib's own opener has ftp: and file: too."""
+    """Opens only http and https, even when a server redirects; urllib's own opener also takes ftp: and file:."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,

@@ -34,16 +34,16 @@ def push_to_hub(
     """Upload a model with its configuration, classes and thresholds; `from_pretrained` loads it.
 
     Args:
-        model: of `solov2.build_model`, `solov2.load` or `from_pretrained`.
-        repo: name of the repository, "owner/name"; it is created if needed. A model card that it has is kept.
-        license: license of the weights, such as "apache-2.0", for the card; None states none.
-        figures: what has been measured, for the card, such as {"mask AP on COCO val2017, in percent": 37.5}.
-        private: whether a new repository is private; None: as the owner has set it.
-        token: of the Hub; None: the one of `hf auth login`, or of HF_TOKEN.
-        message: of the commit.
+        model: from `solov2.build_model`, `solov2.load` or `from_pretrained`.
+        repo: name of the repository, "owner/name"; it is created if necessary. An existing model card is kept.
+        license: license of the weights for the card, such as "apache-2.0"; None: no license is stated.
+        figures: measured figures for the card, such as {"mask AP on COCO val2017, in percent": 37.5}.
+        private: whether a new repository is private; None: the owner's default.
+        token: access token of the Hub; None: that of `hf auth login` or of HF_TOKEN.
+        message: commit message.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
         InputError: huggingface_hub or safetensors is not installed, the model cannot be saved (see `SOLOv2.save`), or
@@ -69,21 +69,22 @@ def from_pretrained(
     token: str | None = None,
     device: str | torch.device | None = None,
 ) -> SOLOv2:
-    """The model of a repository that `push_to_hub` filled, or of a folder with the same files.
+    """Load a model from a repository written by `push_to_hub`, or from a folder with the same files.
 
-    Only its weights file is read, and nothing in it is run.
+    Only the weights file is read, and no code in it is executed.
 
     Args:
-        repo: "owner/name" on the Hub, or a folder, which goes first.
+        repo: "owner/name" on the Hub, or a folder; a folder that exists takes precedence.
         revision: branch, tag or commit; default: the main branch.
         token: as for `push_to_hub`, for private repositories.
-        device: where to put the model; default: the CPU.
+        device: device of the model; default: the CPU.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        InputError: huggingface_hub or safetensors is not installed, or the file is missing, damaged or cannot be had.
+        InputError: huggingface_hub or safetensors is not installed, or the file is missing, damaged or cannot be
+            downloaded.
     """
     if os.path.isdir(repo):
         return load(Path(repo) / WEIGHTS, device)
@@ -119,7 +120,7 @@ def write_folder(
 
 
 def model_card(model: SOLOv2, repo: str, license: str | None, figures: Mapping[str, float]) -> str:
-    """The card in Markdown; every text that comes from a user is escaped. See `push_to_hub`."""
+    """The model card in Markdown, in which all text from the user is escaped. See `push_to_hub` for the arguments."""
     panoptic = model.semantic_head is not None
     kind = "panoptic" if panoptic else "instance"
     metadata: dict[str, Any] = {
@@ -131,7 +132,7 @@ def model_card(model: SOLOv2, repo: str, license: str | None, figures: Mapping[s
         metadata["license"] = license
     rows = [f"| {_escaped(what)} | {figure:g} |" for what, figure in figures.items()]
     stuff = f"\n\nStuff: {', '.join(map(_escaped, model.stuff_names))}." if panoptic else ""
-    stated = _escaped(license or "") or "None is stated; that of the weights it started from still holds."
+    stated = _escaped(license or "") or "None is stated; the license of the weights that it started from still applies."
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---

@@ -1,4 +1,4 @@
-"""What a weights file is: its hash, its family, the published file that it equals, the models that it fits."""
+"""Identify a weights file: its hash, its family, the published file that it equals, the models that it fits."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def identify(path: str | Path) -> Identity:
 
 
 def fitting_models(checkpoint: Checkpoint) -> list[str]:
-    """Names of the models whose network takes the weights of a checkpoint, each of them and no others.
+    """Names of the models whose network has exactly the tensors of a checkpoint.
 
-    Models that differ only in their training or in sizes of the input have the same network.
+    Models that differ only in their training or in the input size have the same network.
     """
     return [name for name in list_models() if fits(load_config(name).model, checkpoint)]
 
 
 def fits(config: ModelConfig, checkpoint: Checkpoint) -> bool:
-    """Whether the network of a configuration takes the weights of a checkpoint, each of them and no others.
+    """Whether the network of a configuration has exactly the tensors of a checkpoint.
 
-    The numbers of classes and the traits are those of the checkpoint, as in `solov2.build_model`.
+    The numbers of classes and the traits are taken from the checkpoint, as in `solov2.build_model`.
     """
     try:
         config = fit_config(config, checkpoint)

@@ -1,4 +1,4 @@
-"""Output files: nothing is overwritten unless asked for, never an input, and every file is complete or absent."""
+"""Output files: existing files are replaced only on request, inputs never, and every file is complete or absent."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None, all
 
 
 def write_picture(path: str | Path, picture: Image) -> None:
-    """Write a picture, as a PNG if its name ends so, else as a JPEG; folders are created as needed.
+    """Write a picture as a PNG if its name ends in .png, otherwise as a JPEG; folders are created as needed.
 
     Raises:
         OSError: disk full, no permission, or too large for a JPEG; an existing file is left unchanged.

@@ -17,13 +17,13 @@ class PublishedFile:
     """A weights file published by others.
 
     Args:
-        model: our name of its network.
+        model: name of the model in this library.
         family: who published it, one of `FAMILIES`.
-        urls: addresses of this very file, tried in turn.
-        mask_ap: mask AP of this file on COCO val2017, in percent.
+        urls: addresses of the file, tried in turn.
+        mask_ap: mask AP of this file on COCO val2017, in percent, as its publisher states it.
         license: of the repository that publishes it.
         sha256: its SHA-256 as far as it is known: all 64 digits, the first eight, or "".
-        size: in bytes; 0: not known.
+        size: in bytes; 0 if unknown.
     """
 
     model: str
@@ -41,12 +41,12 @@ class PublishedFile:
 
     @property
     def cache_name(self) -> str:
-        """Its name in the cache, which no other file has: "authors-65997520-SOLOv2_R50_3x.pth"."""
+        """Its unique name in the cache, such as "authors-65997520-SOLOv2_R50_3x.pth"."""
         return f"{self.family}-{self.sha256[:8] or 'unverified'}-{self.name}"
 
     @property
     def cached(self) -> Path:
-        """Where it is once it has been downloaded: in torch's hub cache, which TORCH_HOME moves."""
+        """Its path once it is downloaded: in torch's hub cache, which TORCH_HOME moves."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.cache_name
 
 
@@ -130,14 +130,14 @@ PUBLISHED_WEIGHTS = {file.model: file for file in reversed(PUBLISHED_FILES)}  # 
 
 
 def find_published(model: str, family: str = "") -> PublishedFile:
-    """The published file of a model.
+    """Find the published file of a model.
 
     Args:
-        model: its name.
+        model: name of the model.
         family: one of `FAMILIES`, or "" for the file that "official" means.
 
     Raises:
-        InputError: there is none; the message names those that there are.
+        InputError: there is none; the message lists what has been published.
     """
     files = [file for file in PUBLISHED_FILES if file.model == model]
     if not files:

@@ -152,8 +152,8 @@ class DataConfig(Settings):
     )
     crop_share: tuple[float, float] = setting(
         (1, 1),
-        "[min, max] share of an image's area in a random crop of its shape, which is then scaled to the training size; "
-        "[1, 1]: no crop",
+        "[min, max] share of an image's area in a random crop of the same aspect ratio, which is then scaled to the "
+        "training size; [1, 1]: no crop",
         above=0,
         maximum=1,
     )
@@ -169,7 +169,7 @@ class DataConfig(Settings):
     aspect_groups: int = setting(
         2,
         "groups of images by width / height that never share a batch; 2: landscape and portrait, as in the reference; "
-        "5 pad less",
+        "5 groups need less padding",
         minimum=1,
         maximum=5,
     )
@@ -177,7 +177,9 @@ class DataConfig(Settings):
         (), "names of the classes to train and evaluate; the others are treated as if they were not annotated; []: all"
     )
     keep_empty: bool = setting(False, "also train on images without instances; panoptic models: without any segment")
-    min_image_size: int = setting(32, "images with a shorter edge, in pixels, are left out of training", minimum=0)
+    min_image_size: int = setting(
+        32, "images with an edge shorter than this, in pixels, are left out of training", minimum=0
+    )
     crowd: Literal["ignore", "instance"] = setting(
         "ignore",
         "annotations with iscrowd 1: ignore (left out of training, ignored in evaluation, as COCO does), or instance "
@@ -229,7 +231,7 @@ class TrainConfig(Settings):
     section: ClassVar[str] = "train"
 
     epochs: int = setting(12, "passes over the training images", minimum=1)
-    batch_size: int = setting(2, "images per process", minimum=1)
+    batch_size: int = setting(2, "images per batch in each process", minimum=1)
     reference_batch_size: int = setting(
         16, "images per step that learning_rate is for; other batch sizes scale it linearly", minimum=1
     )
@@ -257,8 +259,8 @@ class TrainConfig(Settings):
     semantic_weight: float = setting(0.5, "weight of the semantic loss of panoptic models", minimum=0)
     semantic_auxiliary: float = setting(
         0.0,
-        "weight of an auxiliary semantic loss of instance models, whose branch has model.semantic_channels and exists "
-        "in training only; 0: none",
+        "weight of an auxiliary semantic loss of instance models, whose branch has model.semantic_channels channels "
+        "and exists in training only; 0: none",
         minimum=0,
     )
     sync_batch_norm: bool = setting(
@@ -278,7 +280,7 @@ class TrainConfig(Settings):
     )
     recompute_activations: bool = setting(
         False,
-        "save memory: keep few activations of backbone and mask branch, and compute them again in backward passes",
+        "save memory: keep few activations of backbone and mask branch, and recompute the others in the backward pass",
     )
     winograd: bool = setting(
         True, "Winograd F(4x4, 3x3) for wide 3x3 convolutions where it is faster: in float32 or tf32 training on a CPU"

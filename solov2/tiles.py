@@ -1,10 +1,10 @@
 """Prediction of large photographs in overlapping tiles, whose instances are joined across the borders.
 
-Each tile is predicted at the model's own input scale, one after the other. The rule for what two tiles have both seen:
-in the strip that the tiles share, the masks of two instances of one class are compared. With an IoU above 0.5 there,
-they are the same object. If one of them touches a border of its tile inside the photograph, it is cut there, and the
-two are joined: the mask is their union, the score the higher one. If both are whole, the better one stays. All masks
-are RLEs, so that memory does not grow with instances times pixels.
+The tiles are predicted one after the other, each at the model's input scale. Two instances of the same class in two
+tiles are the same object if their masks have an IoU above 0.5 in the strip that the tiles share. If one of them touches
+a border of its tile inside the photograph, it is cut there, and the two are joined: the mask is their union, the score
+the higher one. If both are whole, the one with the higher score stays. All masks are RLEs, so that memory does not grow
+with instances times pixels.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def predict_tiles(
         model: a `SOLOv2` without a semantic head.
         image: what `SOLOv2.predict` takes.
         tile: side of a tile in pixels of the photograph. Objects should be smaller than a tile.
-        overlap: pixels that neighboring tiles share at least; default: a quarter of a tile. Objects up to this size are
-            whole in some tile.
+        overlap: minimum number of pixels that neighboring tiles share; default: a quarter of a tile. Objects up to this
+            size lie whole in at least one tile.
         views: for test-time augmentation of each tile, see `solov2.views.parse_views`.
         score_threshold, batch_size, precision: as in `SOLOv2.predict`.
-        max_instances: maximum number of instances of a tile, 0 for all; by default the model's own.
+        max_instances: maximum number of instances per tile, 0 for no limit; default: the model's.
 
     Returns:
-        What `SOLOv2.predict` returns for an image, with masks as RLEs, on the host; its number of instances is not
-        limited.
+        What `SOLOv2.predict` returns for an image, with masks as RLEs, on the host; the number of instances in the
+        whole photograph is not limited.
 
     Raises:
         InputError: the model is panoptic, the tile is too small, or the overlap is not smaller than the tile.

@@ -1,9 +1,9 @@
-"""Test-time augmentation of instance models: an image is predicted in several views, and they vote.
+"""Test-time augmentation of instance models: an image is predicted in several views, and the results are merged.
 
-Views are made of the batch that the network gets: images at the input scale, resized by a factor and mirrored.
-Instances of different views are the same if they have one class and an IoU of at least 0.5. The score is the mean over
-all views, 0 where a view does not have the instance, and their mask has the pixels of more than half of the views that
-have it, weighted by score.
+Views are made from the batch that the network gets: images at the input scale, resized by a factor and mirrored.
+Instances of different views are the same if they have the same class and an IoU of at least 0.5. The score of the
+merged instance is the mean over all views, counting 0 for a view without it. Its mask is a vote among the views that
+have it, weighted by score: a pixel is set if more than half of the weight is for it.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def view_batch(batch: Mapping[str, Any], view: View, divisor: int) -> dict[str, 
 def merge_views(
     results: Sequence[Mapping[str, Any]], views: Sequence[View], *, score_threshold: float, max_instances: int
 ) -> dict[str, Any]:
-    """One result of the results of an image in all views.
+    """Merge the results of an image in all views into one.
 
     Args:
         results: of each view, of its mirrored image if it is mirrored: scores [N], labels [N], masks N RLEs.
         views: in the order of the results.
         score_threshold: minimum mean score.
-        max_instances: the best so many; 0: all.
+        max_instances: maximum number of instances, 0 for no limit.
 
     Returns:
         scores float32 [N] descending, labels int64 [N], masks N RLEs, boxes float32 [N, 4], on the host.
@@ -171,11 +171,11 @@ def predict_views(
     batch_size: int = 1,
     precision: str = "tf32",
 ) -> Iterator[dict[str, Any]]:
-    """The instances of each image as its views have them together, with one batch in memory.
+    """Segment the instances of each image in several views, with one batch in memory.
 
     Args:
         model: a `SOLOv2` without a semantic head.
-        images: what `SOLOv2.predict` takes, in a list or an iterator.
+        images: a list or an iterator of what `SOLOv2.predict` takes.
         views: see `parse_views`.
         score_threshold, max_instances, batch_size, precision: as in `SOLOv2.predict`.
 

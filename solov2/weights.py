@@ -111,7 +111,7 @@ def official_weights(name: str | Path | Config | ModelConfig | None, family: str
     """
     name = Path(name).stem if isinstance(name, (str, Path)) else getattr(name, "name", None)
     if name is None:
-        raise InputError("official weights are those of a named model: name it too (--config MODEL)")
+        raise InputError("official weights belong to a named model: name it too (--config MODEL)")
     return download(find_published(name, family))
 
 

@@ -149,7 +149,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--config": {"dest": "model", "metavar": "MODEL", "help": "model name or YAML file"},
     "--weights": {
         "metavar": "FILE",
-        "help": "checkpoint of any family; official, or official:FAMILY: published weights",
+        "help": "checkpoint of any family; official or official:FAMILY for published weights",
     },
     "--device": {"metavar": "NAME", "help": "cpu, cuda:1, ... (default: the accelerator, if there is one)"},
     "--precision": {"choices": choices("precision"), "help": "precision of the network"},
@@ -163,8 +163,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--tta": {
         "type": _views,
         "metavar": "VIEWS",
-        "help": "test-time augmentation: predict several views of each image, which vote; flip mirrors, and factors "
-        "resize, as in flip,0.75,1.25 (default: none)",
+        "help": "test-time augmentation: predict several views of each image and merge them; flip adds mirrored views, "
+        "and factors add resized ones, as in flip,0.75,1.25 (default: none)",
     },
     "--nproc": {
         "type": at_least(1),
@@ -245,19 +245,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that locate the data; they take precedence over the configuration."""
     group = parser.add_argument_group("data")
     add_data_root(group, default="from the configuration, usually data/coco")
-    for split in ("train", "val"):
+    for split, purpose in (("train", "training"), ("val", "validation")):
         group.add_argument(
             f"--{split}-annotations",
             metavar="FILE",
-            help=f"{split} annotations in COCO's JSON format (default: from the configuration)",
+            help=f"{purpose} annotations in COCO's JSON format (default: from the configuration)",
         )
         group.add_argument(
-            f"--{split}-images", metavar="DIR", help=f"folder of the {split} images (default: from the configuration)"
+            f"--{split}-images", metavar="DIR", help=f"folder of the {purpose} images (default: from the configuration)"
         )
         group.add_argument(
             f"--{split}-segments",
             metavar="DIR",
-            help=f"folder of the PNGs of panoptic {split} annotations (default: beside the annotation file)",
+            help=f"folder of the PNGs of panoptic {purpose} annotations (default: beside the annotation file)",
         )
 
 

@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
             write_json(args.json, to_json(report, args.annotations, config), indent=1)
         if fixed is not None and changes_file is not None:
             lines.append(_write_repaired(report, fixed, changes_file))
-            lines += [f"its PNGs stay in {folder}: name that folder with it"] if panoptic else []
+            lines += [f"its PNGs are still in {folder}; name that folder together with the file"] if panoptic else []
     finally:  # the findings are not lost with a file that cannot be written
         show(*lines, file=text_stream(args.json))
     return 1 if report.counts()["error"] else 0

@@ -19,7 +19,7 @@ def build_parser(typed: str = "solov2 convert") -> Parser:
     """Build the parser; `typed` is the command as the user typed it."""
     parser = Parser(
         prog=typed,
-        description="Convert a SOLOv2 checkpoint of WXinlong/SOLO, mmdetection or AdelaiDet, or one of ours.",
+        description="Convert a SOLOv2 checkpoint of WXinlong/SOLO, mmdetection or AdelaiDet, or one of this library.",
     )
     parser.add_argument("source", metavar="IN", help="checkpoint file of any family")
     parser.add_argument("target", metavar="OUT", help="file to write")

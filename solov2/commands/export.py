@@ -43,7 +43,7 @@ def build_parser(typed: str = "solov2 export") -> Parser:
     parser = Parser(prog=typed, description="Write a model as one graph from pixels to instances.")
     add_model_argument(parser, default="from the checkpoint")
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help=".pt2 for torch.export.load, or .onnx"
+        "--output", required=True, type=Path, metavar="FILE", help="file to write: .pt2 for torch.export.load, or .onnx"
     )
     parser.add_argument("--raw", action="store_true", help="export only the network, up to its raw outputs")
     parser.add_argument(
@@ -53,14 +53,14 @@ def build_parser(typed: str = "solov2 export") -> Parser:
         "--precision",
         choices=("float32", "bf16", "fp16", "int8"),
         default="float32",
-        help="precision of the network (also bf16 in a .pt2, fp16 and int8 in an .onnx)",
+        help="precision of the network (bf16 only in a .pt2, fp16 and int8 only in an .onnx)",
     )
     parser.add_argument(
         "--calibrate",
         nargs="+",
         metavar="IMAGES",
-        help="images like those to be segmented, some dozens, or their folder; int8 measures the ranges of activations "
-        "on them (default: none)",
+        help="some dozens of images like those to be segmented, or a folder of them; int8 measures the ranges of "
+        "activations on them (default: none)",
     )
     parser.add_argument(
         "--check",

@@ -44,14 +44,14 @@ def build_parser(typed: str = "solov2 import") -> Parser:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder or file of annotations")
     parser.add_argument("--format", choices=FORMATS, help="format of SOURCE (default: recognized by its content)")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder of the images (default: where the format has them)"
+        "--images", type=Path, metavar="DIR", help="folder of the images (default: where the format expects them)"
     )
     parser.add_argument(
         "--val-split",
         type=_share,
         metavar="X",
-        help="share of the images for validation, stratified by class, with images of one folder and name prefix kept "
-        "together; it replaces a split of the source; 0: one file (default: that of the source)",
+        help="share of the images for validation, stratified by class; images of one folder and name prefix stay "
+        "together; replaces the split of the source; 0: one file (default: the split of the source)",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="file to write")
     add_shared_arguments(parser, "--overwrite")

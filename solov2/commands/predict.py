@@ -91,8 +91,8 @@ def build_parser(typed: str = "solov2 predict") -> Parser:
         "--annotations",
         type=Path,
         metavar="FILE",
-        help="annotation file in COCO's format, which has the image ids for COCO's results (default: the number of the "
-        "image in this run)",
+        help="annotation file in COCO's format, from which COCO's results take the image ids (default: the number of "
+        "the image in this run)",
     )
     parser.add_argument(
         "--continue",

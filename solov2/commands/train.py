@@ -88,15 +88,15 @@ def build_parser(typed: str = "solov2 train") -> Parser:
         "--max-hours",
         type=float,
         metavar="X",
-        help="stop with a checkpoint and exit code 75 X hours after this start, for --resume (default: no limit)",
+        help="stop X hours after this start, with a checkpoint for --resume and exit code 75 (default: no limit)",
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     parser.add_argument(
         "--no-proposal",
         dest="propose",
         action="store_false",
-        help="keep the settings of the recipe for data in another layout or format than COCO's, too (default: those "
-        "that suit the data are proposed, printed, written to DIR.data beside the run folder, and used)",
+        help="also keep the recipe's settings for data in another layout or format than COCO's (default: settings that "
+        "suit such data are proposed, printed, written to DIR.data beside the run folder, and used)",
     )
     parser.add_argument(
         "--dry-run",

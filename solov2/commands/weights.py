@@ -22,7 +22,7 @@ NEEDS = {"list": None, "fetch": "the name of a model", "verify": "a file"}  # ac
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 1 not had or not what it should be, 2 user error)."""
+    """Run the command; returns the exit code (0 done, 1 download or verification failed, 2 user error)."""
     return run_command("weights", build_parser, _run, argv)
 
 
@@ -30,8 +30,8 @@ def build_parser(typed: str = "solov2 weights") -> Parser:
     """Build the parser; `typed` is the command as the user typed it."""
     parser = Parser(
         prog=typed,
-        description="list: the published weights, with the mask AP of each file on COCO val2017, its license and where "
-        "it is once it has been downloaded. fetch: download a file, unless the cache has it, and print its path. "
+        description="list: the published weights, with the mask AP of each file on COCO val2017, its license, and its "
+        "path if it has been downloaded. fetch: download a file, unless the cache has it, and print its path. "
         "verify: name the family, hash and model of a file; exit code 1 if it is damaged, fits no model, or has the "
         "name of a published file and another hash.",
     )

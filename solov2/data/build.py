@@ -235,7 +235,7 @@ def _open(
     if config.model.num_stuff:
         if data.classes:
             raise InputError(
-                "data.classes (--classes) has no panoptic form yet; leave it out, or set model.num_stuff to 0"
+                "data.classes (--classes) does not work with panoptic models; leave it out, or set model.num_stuff to 0"
             )
         return CocoPanoptic(annotations, images, segments=segments_of(data, split), **options)
     return CocoInstances(annotations, images, classes=data.classes, ignored=ignored, source=source, **options)

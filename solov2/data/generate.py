@@ -1,4 +1,4 @@
-"""Writing generated datasets in COCO's layout: drawn by several processes, complete or absent, over nothing else."""
+"""Write generated datasets in COCO's layout: drawn by several processes, complete or absent, never over other data."""
 
 from __future__ import annotations
 

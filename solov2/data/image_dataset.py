@@ -1,4 +1,4 @@
-"""What the datasets of annotated images share: images of the stated size, and what to do about broken ones."""
+"""The base class of the datasets of annotated images: reads images, checks their size, and handles broken ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A generated dataset in the layout of COCO's panoptic annotations: textured shapes on textured stuff.
 
-The shapes are those of `solov2.data.shapes`. Behind them, stuff fills one to three bands, parted by wavy lines. Only
-patterns tell classes, colors are random. The seed determines everything.
+The shapes are those of `solov2.data.shapes`. Behind them, stuff fills one to three bands, separated by wavy lines.
+Only the patterns identify the classes; the colors are random. The seed determines everything.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Oracle:
         grid_sizes: S of each level.
         num_classes: C.
         settings: post-processing settings.
-        num_stuff: S; above 0 the results are panoptic.
+        num_stuff: number of stuff classes; above 0, the results are panoptic.
         panoptic: settings of the merge.
     """
 

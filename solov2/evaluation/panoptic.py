@@ -176,8 +176,9 @@ class PanopticEvaluator:
             per_class: add the figures of each category.
 
         Returns:
-            {"all" | "things" | "stuff": {"pq", "sq", "rq", "n"}}, n being how many categories count; without any, the
-            figures are None. If asked for, "per_class": {name: {"pq", "sq", "rq", "tp", "fp", "fn"}}, None likewise.
+            {"all" | "things" | "stuff": {"pq", "sq", "rq", "n"}}, where n is the number of categories that count; if it
+            is 0, the others are None. With `per_class`, also "per_class": {name: {"pq", "sq", "rq", "tp", "fp", "fn"}},
+            where the first three are None for a category that does not count.
         """
         totals = self.totals()
         summary: dict[str, Any] = {

@@ -1,2 +1,2 @@
-"""Export: a model as one graph (`graph`), in files of several precisions (`files`, `quantize`), checked in the runtimes
-that run them (`runtimes`, `check`)."""
+"""Export: a model as one graph (`graph`), in files of several precisions (`files`, `quantize`), and their check in the
+runtimes that run them (`runtimes`, `check`)."""

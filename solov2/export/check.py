@@ -1,4 +1,4 @@
-"""An exported file beside the model that it was made from: both find the instances of real images, and are compared."""
+"""Compare an exported file with the model that it was made from, by the instances that both find in real images."""
 
 from __future__ import annotations
 

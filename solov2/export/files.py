@@ -1,4 +1,4 @@
-"""Files of exported programs: .pt2 and .onnx, their precisions, and what they say about the model."""
+"""Files of exported programs: .pt2 and .onnx, their precisions, and their metadata about the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def check_format(path: str | Path, precision: str = "float32") -> None:
         precision: of the network in it.
 
     Raises:
-        InputError: unknown file name suffix, no such file in this precision, or packages are not installed.
+        InputError: the suffix of the file name is unknown, the format does not support the precision, or a package is
+            not installed.
     """
     suffix = Path(path).suffix
     if suffix not in PRECISIONS:
@@ -45,7 +46,7 @@ def check_format(path: str | Path, precision: str = "float32") -> None:
 
 
 def file_metadata(model: SOLOv2) -> dict[str, str]:
-    """What a program needs to know about the model to use its file, as JSON by name.
+    """What a program must know about the model to use its file: {name: JSON}.
 
     Returns:
         class_names, and of a panoptic model stuff_names: a name per label; input_scale: [maximum long edge, maximum

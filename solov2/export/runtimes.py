@@ -20,7 +20,7 @@ def find_runtimes(path: str | Path) -> list[str]:
     """The runtimes, of those installed here, for a file with this name.
 
     Raises:
-        InputError: none.
+        InputError: none of them is installed.
     """
     found = [name for name, (suffix, module, _) in RUNTIMES.items() if Path(path).suffix == suffix and _has(module)]
     if not found:

@@ -60,7 +60,7 @@ def read(source: Path, images: Path | None) -> Reading:
         _read_annotations(content, path, place, classes, entries, losses)
     used = {instance.class_name for image in found.values() for instance in image.instances}
     for name, kept in names.items():
-        losses.add("categories with id 0 and without use, left out", name, int(not kept and name not in used))
+        losses.add("unused categories with id 0, left out", name, int(not kept and name not in used))
     folder.require_some(found.values(), losses)
     kept_names = [name for name, kept in names.items() if kept or name in used]
     return Reading(source, folder.root, kept_names, list(found.values()), losses)

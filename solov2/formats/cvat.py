@@ -115,7 +115,7 @@ def _mask(shape: ElementTree.Element, image: AnnotatedImage, where: str) -> Segm
     lengths = [int(_number(value, where)) for value in shape.get("rle", "").split(",")]
     inside = left >= 0 and top >= 0 and left + width <= image.width and top + height <= image.height
     if not inside or min(width, height) < 1 or min(lengths) < 0 or sum(lengths) != width * height:
-        raise InputError(f"{where}: the runs of the mask do not fit its window, or that the image")
+        raise InputError(f"{where}: the runs of the mask do not fit its window, or the window does not fit the image")
     window = np.repeat(np.arange(len(lengths)) % 2, lengths).reshape(height, width)
     return rle_from_columns(window.T > 0, (top, left), (image.height, image.width))[0]
 

@@ -85,7 +85,7 @@ def _image(
     found = folder.find(beside, name)
     if found is None:
         if is_file(path.parent / name):
-            raise InputError(f"{path} is about {name}, which is outside {folder.root}; name its folder with --images")
+            raise InputError(f"{path} refers to {name}, which is outside {folder.root}; name its folder with --images")
         within = " (it is inside the JSON file, as imageData; save it first)" if content.get("imageData") else ""
         losses.add(MISSING, f"{name} of {where}{within}")
         return None
@@ -155,7 +155,7 @@ def document(image: AnnotatedImage, image_path: str, losses: Losses) -> dict[str
     for number, instance in enumerate(image.instances, start=1):
         where = f"{image.file_name}, instance {number}"
         parts, has_holes = as_polygons(instance.segmentation, (image.height, image.width))
-        losses.add("masks with holes, written as one outline that is bridged to them", where, int(has_holes))
+        losses.add("masks with holes, written as one outline with bridges to the holes", where, int(has_holes))
         losses.add("crowds, written as shapes with the flag iscrowd", where, int(instance.is_crowd))
         group = number if len(parts) > 1 else None
         shapes += [_shape(instance.class_name, part, group, instance.is_crowd) for part in parts]

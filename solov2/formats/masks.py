@@ -120,7 +120,7 @@ def read_cityscapes(source: Path, images: Path | None) -> Reading:
             elif number // PER_CLASS in NOT_EVALUATED:
                 losses.add("caravans and trailers, which are not evaluated, left out", where)
             elif not crowd:
-                raise InputError(f"{where} has the number {number}, which is of none of Cityscapes' classes of things")
+                raise InputError(f"{where} has the number {number}, which belongs to no thing class of Cityscapes")
         found.append(image)
     folder.require_some(found, losses)
     return Reading(source, folder.root, list(CITYSCAPES.values()), found, losses)

@@ -1,4 +1,4 @@
-"""Which format a file or folder has, by its content, and the one way to read any of them."""
+"""Recognize the format of a file or folder by its content, and read any of them."""
 
 from __future__ import annotations
 

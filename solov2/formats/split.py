@@ -22,8 +22,8 @@ def split(images: Sequence[AnnotatedImage], fraction: float) -> tuple[list[Annot
     """Split images.
 
     Args:
-        images: at least two; their order does not matter for which part an image belongs to.
-        fraction: of the images and of the instances of each class that is wanted for validation, above 0, below 1.
+        images: at least two; their order does not affect which part an image belongs to.
+        fraction: share of the images, and of the instances of each class, for validation; above 0 and below 1.
 
     Returns:
         training images, validation images, both in the given order; the number of groups.

@@ -32,12 +32,12 @@ def read(dataset: Dataset, place: Path, *, split: str | None = None, workers: in
 
     Args:
         dataset: has a length; an index always has the same image and instances.
-        place: folder that stands for that of the images, whose names are the indices.
+        place: folder that stands in for the image folder; the file names of the images are their indices.
         split: "train" or "val", of all items; None leaves the division to the caller.
         workers: processes that ask for items.
 
     Raises:
-        InputError: the dataset has no length or names no classes, or an item is malformed; the message names the item.
+        InputError: the dataset has no length or no class names, or an item is malformed; the message names the item.
     """
     names = class_names_of(dataset)
     reading = Reading(place, place, names, [], Losses())

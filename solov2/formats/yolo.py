@@ -52,7 +52,7 @@ def read(source: Path, images: Path | None) -> Reading:
         images: the folder that holds images/, or the images themselves; None: the folder of data.yaml.
 
     Raises:
-        InputError: a file is malformed, or a folder that data.yaml names is not there.
+        InputError: a file is malformed, or a folder that data.yaml names does not exist.
     """
     table = find_table(source)
     if table is None:
@@ -176,7 +176,7 @@ def lines(image: AnnotatedImage, names: Sequence[str], losses: Losses) -> list[s
             continue
         polygon, parts, has_holes = as_one_polygon(instance.segmentation, size)
         losses.add("instances of several parts, joined by bridges", where, int(parts > 1))
-        losses.add("masks with holes, written as one outline that is bridged to them", where, int(has_holes))
+        losses.add("masks with holes, written as one outline with bridges to the holes", where, int(has_holes))
         values = (value / (image.height if place % 2 else image.width) for place, value in enumerate(polygon))
         found.append(" ".join([str(names.index(instance.class_name)), *(f"{value:.9g}" for value in values)]))
     return found
@@ -212,7 +212,7 @@ def write(
     for image in images:
         path = output_path(folder / "labels", image, ".txt")
         if path in texts:
-            raise InputError(f"two images of the name {image.file_name}, but for its extension, cannot be written")
+            raise InputError(f"two images have the name {image.file_name} except for the extension; rename one of them")
         texts[path] = "".join(f"{line}\n" for line in lines(image, names, losses))
         lists.setdefault(image.split or "train", []).append(f"./images/{image.file_name}\n")
     texts |= {folder / f"{split}.txt": "".join(listed) for split, listed in lists.items()}

@@ -102,13 +102,13 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
 
 class SyncBatchNorm2d(nn.SyncBatchNorm, nn.BatchNorm2d):
-    """A batch norm whose statistics in training are those of all processes; for the rest of the code a BatchNorm2d."""
+    """A batch norm that uses the statistics of all processes in training; the rest of the code sees a BatchNorm2d."""
 
     process_group: Any = None  # all processes
 
 
 def synchronize_batch_norms(model: nn.Module) -> int:
-    """Turn the batch norms in training mode into `SyncBatchNorm2d`, in place; returns how many they are.
+    """Turn the batch norms in training mode into `SyncBatchNorm2d`, in place; returns their number.
 
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would also convert those with fixed statistics.
     """

@@ -45,7 +45,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype = torch.float32) 
 
 
 def inference_copy(model: Model) -> Model:
-    """A copy in evaluation mode and without gradients, nor the head of an auxiliary loss, which only training uses."""
+    """A copy in evaluation mode, without gradients and without the head of an auxiliary loss."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.auxiliary_head = None  # type: ignore[assignment]  # the stubs of torch know no absent module
     return model

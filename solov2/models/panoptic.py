@@ -25,18 +25,21 @@ def postprocess_panoptic(
     *,
     mask_format: str = "rle",
 ) -> list[dict[str, Any]]:
-    """Find the instances in every image of a batch, and give every pixel to one of them, to stuff or to nothing.
+    """Find the instances in every image of a batch, and assign every pixel to one of them, to stuff or to nothing.
 
     Args:
-        raw: as for `postprocess`, and semantic_logits [B, S + 1, H / 4, W / 4]: stuff labels, then any thing.
+        raw: as for `postprocess`, and semantic_logits [B, K + 1, H / 4, W / 4]: K stuff classes, then all things.
         sizes: int64 [B, 2], (height, width) of each image inside the padded input, in input pixels.
         original_sizes: int64 [B, 2], (height, width) of the masks and maps to return.
         settings: thresholds and limits of the instances.
-        panoptic: those of the merge.
-        mask_format: as for `postprocess`. RLEs need least memory; "bool" is faster on an accelerator.
+        panoptic: thresholds of the merge.
+        mask_format: as for `postprocess`. RLEs need the least memory; "bool" is faster on an accelerator.
 
     Returns:
-        Per image the result of `postprocess` and panoptic_map int32 [H, W] and segments, as from `merge_segments`.
+        Per image, the result of `postprocess`, and panoptic_map int32 [H, W] and segments from `merge_segments`.
+
+    Raises:
+        ValueError: unknown mask_format.
     """
     results = postprocess(raw, sizes, original_sizes, settings, mask_format=mask_format)
     pairs = (torch.as_tensor(values).tolist() for values in (sizes, original_sizes))

@@ -42,7 +42,7 @@ UNASSIGNED = "\U0010ffff"  # never a character, so that every font shows its box
 
 
 def drawable(name: str) -> str:
-    """A class name on one line: composed (NFC) and without control characters, which font engines stumble over."""
+    """A class name on one line: composed (NFC) and without control characters, which break font engines."""
     kept = "".join(c for c in " ".join(name.split()) if unicodedata.category(c) not in ("Cc", "Cs"))
     return unicodedata.normalize("NFC", kept)
 
@@ -51,9 +51,9 @@ def drawable(name: str) -> str:
 def find_fonts(names: tuple[str, ...]) -> dict[str, Path | None]:
     """The file of the font to write each name with, or None for Pillow's own font.
 
-    A font of the system is only taken where Pillow's own lacks a character. Where no font has all characters of a
-    name, the one that lacks the fewest is used, and a warning names what is missing; since results are cached, it
-    appears once for these names.
+    A font of the system is used only if Pillow's own lacks a character. If no font has all characters of a name, the
+    one that lacks the fewest is used, and a warning names the missing ones; since results are cached, it appears once
+    for these names.
     """
     own = load_font(None, CHECKED_SIZE)
     chosen: dict[str, Path | None] = dict.fromkeys(names)

@@ -85,7 +85,7 @@ def measure_segments(ids: np.ndarray) -> SegmentTable:
 
 
 def replace_ids(ids: np.ndarray, values: Mapping[int, int], *, other: int, dtype: DTypeLike) -> np.ndarray:
-    """The map, integers [H, W], with every id replaced by its value, and those that have none by `other`."""
+    """The map, integers [H, W], with every id replaced by its value in `values`, or by `other` if it has none."""
     starts = _run_starts(ids)
     distinct, inverse = np.unique(ids.reshape(-1)[starts], return_inverse=True)
     replaced = np.array([values.get(number, other) for number in distinct.tolist()], dtype=dtype)

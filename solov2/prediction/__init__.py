@@ -1,1 +1,1 @@
-"""What `solov2 predict` does with many images: sources, output formats, resuming, videos."""
+"""The parts of `solov2 predict`: sources, output formats, resuming, videos."""

@@ -1,5 +1,5 @@
 """The log of finished images in the output folder: a killed run resumes after them, and the files about all images,
-such as COCO's results, are made of it in the end.
+such as COCO's results, are made from it at the end.
 
 Each process appends to a file of its own. A line is written and flushed once all files of an image are complete.
 """
@@ -49,7 +49,7 @@ class FinishedLog:
         self.add({"settings": dict(settings)})
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line; a killed process leaves it complete or as the last, which does not count."""
+        """Append a line; if the process is killed meanwhile, the line is complete, or it is the last and is ignored."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

@@ -1,4 +1,4 @@
-"""What stands at the end of a run: the files about all images, and a summary."""
+"""The end of a run: the files about all images, and a summary."""
 
 from __future__ import annotations
 

@@ -117,10 +117,10 @@ def predict_video(
     """Predict the frames of a video, or of a camera until Ctrl-C, and write each like an image and their pictures as a
     video.
 
-    Arguments are those of `predict_jobs`. The log has a line for each frame, and one that counts them in the end.
+    The arguments are those of `predict_jobs`. The log gets a line for each frame, and at the end one with their number.
 
     Raises:
-        InputError: the video cannot be read; frames before a damaged one are lost with it.
+        InputError: the video cannot be read; the frames before a damaged one are lost as well.
     """
     counts, number = Counter[str](), 0
     with contextlib.ExitStack() as stack:
@@ -161,7 +161,7 @@ def _images_ahead(device: torch.device, batch_size: int) -> int:
 
 @contextlib.contextmanager
 def _thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread that in the end completes what it has begun, such as writing a file, and drops everything else."""
+    """A thread that on exit completes the call that is running, such as writing a file, and drops all others."""
     thread = ThreadPoolExecutor(max_workers=1)
     try:
         yield thread

@@ -1,5 +1,5 @@
 """The output formats of `solov2 predict`: files for each image as soon as it is predicted, and files about all images
-in the end, made of the lines of the log of finished images.
+at the end, made from the lines of the log of finished images.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""One command for data of your own: find it in a folder, and propose settings that suit it."""
+"""Training on your own data with one command: find it in a folder, and propose settings that suit it."""

@@ -1,4 +1,4 @@
-"""The folder beside a run folder that holds the annotations it was given in another form, and its proposal."""
+"""The folder beside a run folder, for annotations converted to COCO's format and for the proposed settings."""
 
 from __future__ import annotations
 

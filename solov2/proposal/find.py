@@ -93,7 +93,7 @@ def find_data(folder: Path) -> FoundData | None:
 def user_datasets(data: Any) -> dict[str, Dataset]:
     """{"train": dataset, "val": dataset} of `solov2.train(data=...)`; empty if `data` names files.
 
-    A single dataset is for both, and will be divided.
+    A single dataset stands under both keys; it is divided later.
 
     Raises:
         InputError: datasets are given under other keys, or beside paths.

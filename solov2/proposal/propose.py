@@ -1,6 +1,6 @@
 """Propose settings for a dataset: schedule, sizes and limits, each with its reason.
 
-Only what the recipe of COCO cannot know is proposed; the learning rate stays, since it is scaled to the batch anyway.
+Only settings that depend on the data are proposed. The learning rate stays, since it is scaled to the batch anyway.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _sizes(config: Config, facts: DataFacts) -> list[Change]:
         }
         sizes = ("model.input_scale", "data.train_scales", "data.train_long_edge")
         changes = [Change(name, values[name], reason) for name in sizes]
-        changes.append(Change("model.scale_ranges", values["model.scale_ranges"], "the sizes of the instances there"))
+        changes.append(Change("model.scale_ranges", values["model.scale_ranges"], "the sizes of the instances"))
         return [*changes, Change("model.grid_sizes", values["model.grid_sizes"], "cells for these sizes")]
     ranges = model.scale_ranges
     crowded = crowded_share(instances.scales, instances.centers, facts.positions, model.grid_sizes, ranges)
@@ -195,7 +195,7 @@ def _schedule(recipe: Config, config: Config, facts: DataFacts, processes: int) 
     changes = [Change("train.warmup_steps", warmup, f"at most a tenth of {count(total, 'step')}, and {MAX_WARMUP}")]
     if train.schedule == "step":
         decays = sorted({max(1, round(epoch * epochs / recipe.train.epochs)) for epoch in train.step_epochs})
-        changes.append(Change("train.step_epochs", decays, "the recipe's parts of the run"))
+        changes.append(Change("train.step_epochs", decays, "the same fractions of the run as in the recipe"))
     if train.evaluate_every:
         every = max(1, round(epochs / EVALUATIONS))
         changes.append(Change("train.evaluate_every", every, f"about {min(epochs, EVALUATIONS)} evaluations"))
@@ -221,7 +221,7 @@ def proposal_lines(
     if weights is not None:
         start = weights
     elif config.name in PUBLISHED_WEIGHTS:
-        start += "; --weights official (a download), or a file, reaches more in less time"
+        start += "; starting from --weights official (a download) or a file gives better results sooner"
     rows = [(change.setting, str(_plain(change.value)), change.reason) for change in changes]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     return [

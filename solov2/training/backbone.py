@@ -93,8 +93,8 @@ def _timm_state(name: str) -> Mapping[str, Tensor]:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # of a library that changes between versions
         raise InputError(
-            f"the weights {name!r} of timm could not be downloaded or read ({_reason(error)}); download them once with "
-            "a network, or set train.pretrained_backbone to a file"
+            f"the weights {name!r} of timm could not be downloaded or read ({_reason(error)}); download them once "
+            "with internet access, or set train.pretrained_backbone to a file"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Functions of the user that receive the rows of a run's log, and may ask it to stop."""
+"""User functions that receive the rows of a run's log, and may ask the run to stop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Callbacks:
             self._thread.start()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Queue a row, which nobody changes any more."""
+        """Queue a row, which must not be changed afterwards."""
         if self._thread is not None:
             self._rows.put(MappingProxyType(dict(row)))
 

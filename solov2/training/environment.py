@@ -40,7 +40,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def conditions(compute: Compute, dataset: ImageDataset, validation: ImageDataset | None) -> dict[str, str]:
-    """What a bit-identical resume depends on beside configuration and training annotations, by a name for messages."""
+    """What a bit-identical resume depends on besides configuration and training annotations, by name for messages."""
     known = {
         "device": device_name(compute.device),
         "precision": compute.precision,
