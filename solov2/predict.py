@@ -24,9 +24,9 @@ class Predictor:
         model: a `SOLOv2`, used only through its `normalize`, `forward`, `postprocess` and `postprocess_panoptic`; put
             into evaluation mode.
         compute: device, precision and layout; the model must already be on the device.
-        panoptic: results also have the segments, see `SOLOv2.postprocess_panoptic`; the model has a semantic head.
+        panoptic: add the segments to the results, see `SOLOv2.postprocess_panoptic`; needs a semantic head.
         mask_format: "bool" for full-size masks, "rle" for COCO RLEs.
-        settings: of post-processing, by name, such as score_threshold and max_instances; None keeps the model's own.
+        settings: post-processing settings by name, such as score_threshold and max_instances; None keeps the model's.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class Predictor:
         """Run the network on a batch; on an accelerator this only queues it.
 
         Args:
-            batch: pixels uint8 [B, 3, H, W], sizes int64 [B, 2] and original_sizes int64 [B, 2], on the host.
+            batch: pixels uint8 [B, 3, H, W], on any device; sizes int64 [B, 2] before padding and original_sizes int64
+                [B, 2], on the host.
         """
         moved = self.compute.move({"pixels": batch["pixels"], "sizes": batch["sizes"]})
         images = self.compute.images(self.model, moved)  # float32 [B, 3, H, W]
@@ -59,7 +60,7 @@ class Predictor:
 
     @torch.no_grad()  # gradient mode is per thread, and this may run in another one
     def collect(self) -> list[dict[str, Any]]:
-        """Results of the oldest launched batch, one per image, see `solov2.models.postprocess.postprocess`."""
+        """The results of the oldest launched batch, one per image, see `solov2.models.postprocess.postprocess`."""
         raw, mark, *both_sizes = self._launched.popleft()
         postprocess = self.model.postprocess_panoptic if self.panoptic else self.model.postprocess
         with self._side.after(mark, _tensors(raw)), self.compute.arithmetic():

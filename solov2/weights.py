@@ -91,7 +91,7 @@ def find_checkpoint(
         name_or_config: the model; required for "official".
 
     Raises:
-        InputError: the file does not exist, cannot be read or cannot be downloaded.
+        InputError: the file does not exist, cannot be read or cannot be downloaded, or no weights are published.
     """
     if weights is None or isinstance(weights, Checkpoint):
         return weights
