@@ -51,7 +51,7 @@ TEST = [
 
 setup(
     name="solov2",
-    version="0.1.0",
+    version="1.0.0",
     description="SOLOv2 instance segmentation in pure PyTorch: train, evaluate, benchmark and predict.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -60,7 +60,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["instance segmentation", "SOLOv2", "PyTorch", "COCO"],
     classifiers=[
-        "Development Status :: 4 - Beta",
+        "Development Status :: 5 - Production/Stable",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX",

@@ -49,7 +49,7 @@ def test_swapped_classes() -> None:
 
 
 def test_a_threshold_too_high() -> None:
-    """Calibrated scores, cut at 0.5: what is missed is laid to the threshold."""
+    """Calibrated scores, cut at 0.5: what is missed is attributed to the threshold."""
     coco, results = scene(7, images=40)
     generator = np.random.default_rng(0)
     scored = []
@@ -65,13 +65,13 @@ def test_a_threshold_too_high() -> None:
 
 
 def test_grids_too_coarse() -> None:
-    """What the targets cannot hold is not laid to training."""
+    """What the targets cannot hold is not attributed to training."""
     coco, results = scene(8)
     assert first(plant("missed", coco, results), coco, ceiling=Ceiling(0.4, 0.0, 1.0)) == ("grids", "grids")
 
 
 def test_instances_smaller_than_a_cell() -> None:
-    """Their errors are laid to the grids, whatever kind they have; those of the others are not."""
+    """Their errors are attributed to the grids, whatever kind they have; those of the others are not."""
     coco, results = scene(8)
     errors = find_errors(coco, plant("classification", coco, results))
     wrong = {x.truth for x in errors.predictions if x.kind == "classification"}
@@ -98,7 +98,7 @@ def test_nothing_to_mend() -> None:
 
 
 def test_shifted_masks() -> None:
-    """All by nine pixels: the same sideways shift is laid to the data, and named."""
+    """All by nine pixels: the common shift is attributed to the data, and named."""
     coco, results = scene(9)
     moved = [
         {**entry, "segmentation": shifted(entry["segmentation"], 9), "score": entry["score"] - 0.45}

@@ -99,7 +99,8 @@ def _run(args: argparse.Namespace) -> int:
 def _names(runs: Sequence[Path]) -> list[str]:
     """What the page calls the runs: the last parts of their paths, as many as tell them apart."""
     parts = [run.resolve().parts for run in runs]
-    for number in range(1, max(map(len, parts))):
+    fewest = 2 if any(run.is_file() for run in runs) else 1  # files of different runs have the same name
+    for number in range(fewest, max(map(len, parts))):
         names = ["/".join(own[-number:]) for own in parts]
         if len(set(names)) == len(names):
             return names

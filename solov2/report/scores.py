@@ -5,13 +5,13 @@ All of it for masks at an IoU of 0.5, from the kinds of `solov2.report.errors`.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from solov2.report.errors import FOUND, IGNORED, RECALLS, Errors, precision_recall
+from solov2.report.errors import FOUND, IGNORED, RECALLS, Errors, Prediction, precision_recall
 
 
 class Operating(NamedTuple):
@@ -47,9 +47,13 @@ def operating_points(errors: Errors, category: int | None = None) -> Operating:
 
 def mean_precision(errors: Errors) -> np.ndarray:
     """COCO's interpolated precision at 101 recalls, the mean over the classes with instances: float64 [101]."""
+    by_class: dict[int, list[Prediction]] = defaultdict(list)
+    for x in errors.predictions:
+        if x.kind != IGNORED:
+            by_class[x.category_id].append(x)
     rows = []
     for category, number in sorted(Counter(errors.categories.values()).items()):
-        chosen = [x for x in errors.predictions if x.kind != IGNORED and x.category_id == category]
+        chosen = by_class[category]
         scores, right = np.array([x.score for x in chosen]), np.array([x.kind == FOUND for x in chosen], dtype=bool)
         precision, recall = precision_recall(scores, right, number)
         best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
