@@ -430,7 +430,9 @@ def test_ctrl_c_completes_the_picture_that_is_being_written(
     monkeypatch.setattr(writers, "write_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(eight, "--weights", weights, "--output", tmp_path / "out", "--batch-size", "4")
-    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    for thread in [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
     assert "interrupted" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png", "finished_0.jsonl"]
     for path in (tmp_path / "out").glob("*.png"):

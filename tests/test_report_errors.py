@@ -72,6 +72,29 @@ def test_ap50_of_noise_is_pycocotools() -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("seed", "ap50", "counts", "gains"),
+    [
+        (0, 43.8500614767359, (13, 19, 7, 11), (13.2437861325, 16.8418469998, 3.2928370236, 2.2665501844)),
+        (1, 36.882785500772314, (4, 32, 8, 8), (3.5875115289, 33.4661065313, 2.8658816736, 3.5278764445)),
+    ],
+)
+def test_numbers_and_gains_are_those_of_tidecv(seed: int, ap50: float, counts: tuple, gains: tuple) -> None:
+    """Recorded from tidecv 1.0.1, in percent: classification, localization, both, duplicate; nothing else occurs."""
+    coco, results = scene(seed, images=6, crowds=False)
+    generator = np.random.default_rng(100 + seed)
+    noisy = []
+    for entry in [*results, *results, *results]:
+        moved = shifted(entry["segmentation"], int(generator.integers(-12, 12)))
+        category = entry["category_id"] if generator.random() < 0.7 else int(generator.integers(1, 4))
+        score = float(generator.random())
+        noisy.append({**entry, "segmentation": moved, "category_id": category, "score": score})
+    errors = find_errors(coco, noisy)
+    assert 100 * errors.ap50 == pytest.approx(ap50, abs=1e-10)
+    assert tuple(errors.counts().values()) == (*counts, 0, 0)
+    assert [100 * gain for gain in errors.gains.values()] == pytest.approx([*gains, 0, 0], abs=1e-8)
+
+
 def test_of_several_predictions_that_would_find_an_instance_one_does() -> None:
     coco, results = scene(2)
     wrong = [{**results[0], "category_id": results[0]["category_id"] % 3 + 1, "score": score} for score in (0.9, 0.8)]

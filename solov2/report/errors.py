@@ -3,13 +3,14 @@
 The kinds are those of TIDE (Bolya et al., arXiv 2008.08115), for masks at an IoU of 0.5, with its thresholds:
 
     classification  IoU of 0.5 or more with an instance of another class
-    localization    IoU of 0.1 to 0.5 with an instance of its class
+    localization    IoU of 0.1 to 0.5 with an instance of its class, the best one
     both            IoU of 0.1 to 0.5 with an instance of another class
     duplicate       of an instance that a prediction with a higher score has found
     background      IoU of at most 0.1 with everything
     missed          an instance that no prediction finds, and no wrong class or wrong outline explains
 
-Which prediction finds which instance is pycocotools' answer, and so is AP50.
+Which prediction finds which instance is pycocotools' answer, and so is AP50. Numbers and gains are those of tidecv, the
+code of its authors, except that predictions in crowds are no errors and that 100 count per image and class.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FOUND, IGNORED = "found", "ignored"
 WRONG = ("classification", "localization", "both", "duplicate", "background")  # kinds of predictions
 MISSED = "missed"
 KINDS = (*WRONG, MISSED)
+REPAIRABLE = ("classification", "localization")  # would find the instance if they were right
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU
 RECALLS = np.linspace(0, 1, 101)
 
@@ -179,7 +181,7 @@ def _errors_of_image(
     for entry, row in zip(wrong, ious, strict=True):
         kind, near, iou = _kind(entry["category_id"], row, list(known.values()), used)
         predictions.append(_prediction(entry, kind, None if near is None else known[near], iou, rows))
-        if near is not None and kind in ("classification", "localization"):
+        if near is not None and kind in REPAIRABLE:
             explained.add(near)
     predictions.sort(key=lambda prediction: (-prediction.score, prediction.row))  # equal scores as in pycocotools
     missed = [number for number in known if number not in used | explained]
@@ -215,7 +217,7 @@ def _kind(
     """(kind, annotation, IoU with it) of a prediction that finds nothing; in TIDE's order."""
     same = np.array([annotation["category_id"] == category for annotation in known], dtype=bool)
     best_same, best_other = (_best(ious, chosen) for chosen in (same, ~same))
-    if best_same is not None and BACKGROUND <= ious[best_same] < FOREGROUND:
+    if best_same is not None and BACKGROUND <= ious[best_same] <= FOREGROUND:
         return "localization", known[best_same]["id"], ious[best_same]
     if best_other is not None and ious[best_other] >= FOREGROUND:
         return "classification", known[best_other]["id"], ious[best_other]
@@ -236,21 +238,23 @@ def _best(ious: np.ndarray, chosen: np.ndarray) -> int | None:
 def _without(errors: Errors, kind: str) -> tuple[list[Prediction], dict[int, int], dict[int, int]]:
     """(predictions, categories of the instances that count, those taken off them) as if a kind of error did not occur.
 
-    A wrong class or outline becomes right if the instance is still to be found, by the prediction with the highest
-    score of those that would; all other predictions of the kind vanish.
+    A wrong class or outline becomes right if the instance is still to be found and no other prediction with one of
+    these two errors has a higher score for it; all other predictions of the kind vanish.
     """
     if kind == MISSED:
         gone = {number: errors.categories[number] for number in errors.missed}
         return errors.predictions, {n: c for n, c in errors.categories.items() if n not in gone}, gone
-    taken = {prediction.truth for prediction in errors.predictions if prediction.kind == FOUND}
+    ranked = sorted(errors.predictions, key=lambda prediction: -prediction.score)
+    best = {x.truth: x.row for x in reversed(ranked) if x.kind in REPAIRABLE}
+    for x in ranked:
+        if x.kind == FOUND:
+            best.pop(x.truth, None)
     kept = []
-    for prediction in sorted(errors.predictions, key=lambda prediction: -prediction.score):
-        if prediction.kind != kind:
-            kept.append(prediction)
-        elif kind in ("classification", "localization") and prediction.truth not in taken:
-            assert prediction.truth is not None
-            taken.add(prediction.truth)
-            kept.append(prediction._replace(kind=FOUND, category_id=errors.categories[prediction.truth]))
+    for x in ranked:
+        if x.kind != kind:
+            kept.append(x)
+        elif x.truth is not None and best.get(x.truth) == x.row:
+            kept.append(x._replace(kind=FOUND, category_id=errors.categories[x.truth]))
     return kept, errors.categories, {}
 
 
