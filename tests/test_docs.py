@@ -37,6 +37,13 @@ OTHERS = (
     "python examples/",
     "docker ",
     "curl ",
+    "MODEL=mine.onnx uvicorn",
+    "python -m venv",
+    "source ",
+    "mkdir ",
+    "cd ",
+    "unzip ",
+    "solov2 report",  # has tests of its own
     "solov2 --",
     "python -m solov2 C",
 )
@@ -127,6 +134,7 @@ WEIGHTS = {
     "solov2_light_r50_fpn_3x": "light.pth",
     "solov2_light_r18_fpn_3x": "r18.pth",
 }
+FIRST_HOUR = "solov2 train quickstart --data photos --set data.shapes=false"
 # Words that let a documented command end within seconds, on the files of `prepare_files`.
 RUNS = {
     "python train.py configs/quickstart.yaml": f"{HERE} --epochs 1 --set data.shapes_train=16",
@@ -180,16 +188,48 @@ RUNS = {
     "python eval.py --weights runs/quickstart_panoptic/best.pth --per-class": HERE,
     "solov2 predict data/panoptic_shapes/val2017 --weights runs/quickstart_panoptic/best.pth --panoptic "
     "--output found": CPU,
+    "solov2 check-data data/coco/annotations/instances_val2017.json --images data/coco/val2017": "",
+    "python train.py solov2_r50_fpn_1x --accumulate 8 --dry-run": "",
+    "python benchmark.py --mode train": TIMED,
+    "python benchmark.py solov2_r50_fpn_1x --mode train --batch-size 2": TIMED,
+    # docs/first_hour.md, from its first step to its last
+    "python examples/sample_photos.py photos new_photos": "--count 20 --size 96",
+    "solov2 import photos --output data/photos.json --val-split 0.2": "",
+    "solov2 check-data data/photos_train.json --images photos --config quickstart": "",
+    f"{FIRST_HOUR} --epochs 30 --output runs/mine --dry-run --pictures samples.png": "--device cpu",
+    f"{FIRST_HOUR} --epochs 30 --output runs/mine": f"{HERE} --epochs 1",
+    "solov2 train --resume --output runs/mine": "--device cpu --workers 0",
+    "solov2 predict new_photos --weights runs/mine/best.pth --output found --format pictures,labelme": CPU,
+    "solov2 export --weights runs/mine/best.pth --size 192 192 --output mine.onnx --check new_photos": "--overwrite",
+    "python examples/onnxruntime_predict.py mine.onnx new_photos/IMG_0001.jpg": "",
+    "solov2 eval quickstart --oracle --val-annotations data/photos_val.json --val-images photos": HERE,
+    f"{FIRST_HOUR} --dry-run --pictures augmented.png --set data.copy_paste=0.5 "
+    '--set "data.scale_jitter=[0.6,1.4]" --set "data.color_jitter=[0.4,0.4,0.4,0.1]"': "--device cpu",
 }
 # Why the others do not run here, by how they begin.
 NOT_RUN = {
     "pip install": "changes the environment; .ci/run types both commands of the README in fresh ones",
+    "python -m venv": "the same",
+    "source .venv": "the same",
+    "pip download": "downloads",
+    "unzip ": "what was downloaded",
+    "mkdir -p data/coco": "for a download",
+    "cd ": "the same",
+    "curl -O": "downloads",
+    "python eval.py solov2_r50_fpn_3x --weights official": "downloads",
+    "solov2 train solov2_light_r18_fpn_3x --data photos --weights official": "downloads",
+    "solov2 report": "its own tests run it",
     "pytest": "runs this test",
     "torchrun --nproc-per-node 8": "eight processes; two run in test_distributed.py",
     "torchrun -- train.py --nproc 8": "eight processes; two run in test_distributed.py",
     "torchrun train.py --nproc 8": "documented as refused by torchrun",
     "torchrun --max-restarts": "part of a command; restart.py runs it whole",
     "python train.py --nproc 8": "eight processes; two run in test_distributed.py",
+    "python train.py solov2_r50_fpn_1x --nproc 8": "the same",
+    "python eval.py solov2_r50_fpn_1x": "the same",
+    "torchrun --nnodes 2": "two machines; tests/scripts/two_hosts.py has two network namespaces",
+    "python train.py solov2_r50_fpn_1x --accumulate 8": "R50 at the full size; its plan is printed above",
+    "python train.py solov2_r50_fpn_1x --batch-size 16": "the same",
     "python train.py solov2_light_r18_fpn_3x --weights official": "downloads",
     "solov2 weights fetch": "downloads",
     "python train.py configs/quickstart.yaml --seed 0": "minutes; runs in short form above",
@@ -197,8 +237,10 @@ NOT_RUN = {
     "python eval.py solov2_panoptic_r50_fpn_3x": "the same",
     "solov2 panoptic-quality GT.json results/panoptic.json": "the same as another, with the names of files",
     "python examples/panoptic_sweep.py": "test_panoptic_runs.py runs it",
-    "python examples/onnxruntime_predict.py": "test_examples.py runs it",
+    "python examples/coins.py": "minutes, and a photograph; test_examples.py runs it in short form",
+    "python examples/onnxruntime_predict.py mine.onnx street.jpg": "test_examples.py runs it",
     "python examples/openvino_predict.py": "the same",
+    "MODEL=mine.onnx uvicorn": "does not end; test_examples.py starts it",
     "docker ": "needs Docker",
     "curl --data-binary": "needs a server; test_examples.py asks it",
     "python tests/scripts/": "minutes to hours, on its own",
@@ -227,14 +269,22 @@ def test_documented_commands_run(repo_root: Path, tmp_path: Path) -> None:
     for line, more in RUNS.items():
         if ".onnx" in line and importlib.util.find_spec("onnx") is None:
             continue
-        name, words = parsed_words(line)
-        weights = next((file for model, file in WEIGHTS.items() if model in line), "tiny.pth")
-        typed = [{"FILE": weights, "DIR": "runs/quickstart"}.get(word, word) for word in words]
-        command = [sys.executable, "-m", "solov2", name, *typed, *more.split()]
+        command = [sys.executable, *arguments_of(line), *shlex.split(more)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         if done.returncode:
-            failed.append(f"{' '.join(command[2:])}: {done.returncode}\n{done.stderr[-600:]}")
+            failed.append(f"{' '.join(command[1:])}: {done.returncode}\n{done.stderr[-600:]}")
     assert not failed, "\n\n".join(failed)
+
+
+def arguments_of(line: str) -> list[str]:
+    """What Python gets for a documented line: a script of examples/, or the library with the files that exist here."""
+    parsed = parsed_words(line)
+    if parsed is None:
+        _, script, *words = shlex.split(line)
+        return [str(ROOT / script), *words]
+    weights = next((file for model, file in WEIGHTS.items() if model in line), "tiny.pth")
+    words = [{"FILE": weights, "DIR": "runs/quickstart"}.get(word, word) for word in parsed[1]]
+    return ["-m", "solov2", parsed[0], *words]
 
 
 def prepare_files(folder: Path) -> None:
