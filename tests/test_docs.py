@@ -189,18 +189,18 @@ RUNS = {
     "solov2 predict data/panoptic_shapes/val2017 --weights runs/quickstart_panoptic/best.pth --panoptic "
     "--output found": CPU,
     "solov2 check-data data/coco/annotations/instances_val2017.json --images data/coco/val2017": "",
-    "python train.py solov2_r50_fpn_1x --accumulate 8 --dry-run": "",
+    "python train.py solov2_r50_fpn_1x --accumulate 8 --dry-run": "--accumulate 2",  # of eight images
     "python benchmark.py --mode train": TIMED,
     "python benchmark.py solov2_r50_fpn_1x --mode train --batch-size 2": TIMED,
     # docs/first_hour.md, from its first step to its last
     "python examples/sample_photos.py photos new_photos": "--count 20 --size 96",
     "solov2 import photos --output data/photos.json --val-split 0.2": "",
     "solov2 check-data data/photos_train.json --images photos --config quickstart": "",
-    f"{FIRST_HOUR} --epochs 30 --output runs/mine --dry-run --pictures samples.png": "--device cpu",
-    f"{FIRST_HOUR} --epochs 30 --output runs/mine": f"{HERE} --epochs 1",
-    "solov2 train --resume --output runs/mine": "--device cpu --workers 0",
-    "solov2 predict new_photos --weights runs/mine/best.pth --output found --format pictures,labelme": CPU,
-    "solov2 export --weights runs/mine/best.pth --size 192 192 --output mine.onnx --check new_photos": "--overwrite",
+    f"{FIRST_HOUR} --epochs 30 --output runs/photos --dry-run --pictures samples.png": "--device cpu",
+    f"{FIRST_HOUR} --epochs 30 --output runs/photos": f"{HERE} --epochs 1",
+    "solov2 train --resume --output runs/photos": "--device cpu --workers 0",
+    "solov2 predict new_photos --weights runs/photos/best.pth --output found --format pictures,labelme": CPU,
+    "solov2 export --weights runs/photos/best.pth --size 192 192 --output mine.onnx --check new_photos": "--overwrite",
     "python examples/onnxruntime_predict.py mine.onnx new_photos/IMG_0001.jpg": "",
     "solov2 eval quickstart --oracle --val-annotations data/photos_val.json --val-images photos": HERE,
     f"{FIRST_HOUR} --dry-run --pictures augmented.png --set data.copy_paste=0.5 "
@@ -307,7 +307,7 @@ def prepare_files(folder: Path) -> None:
     shutil.copy(photos[0], folder / "street.jpg")
     (folder / "mine.yaml").write_text("base: quickstart\ndata: {root: data/coco, shapes: false}\n")
     names = json.loads((mine / "train.json").read_text())["categories"]
-    for name, path in {**WEIGHTS, "quickstart": "tiny.pth", "solov2_light_r18_fpn_3x": "runs/mine/best.pth"}.items():
+    for name, path in {**WEIGHTS, "quickstart": "tiny.pth", "solov2_light_r18_fpn_3x": "runs/photos/best.pth"}.items():
         overrides = {"model.num_classes": 4, "data.root": "data/coco", "data.shapes": False}
         config = override_config(load_config(name), overrides)
         model = solov2.build_model(config)
@@ -320,7 +320,7 @@ def prepare_files(folder: Path) -> None:
             category_ids=[category["id"] for category in names],
             config=config.to_dict(),
         ).save(folder / path)
-    shutil.copy(folder / "runs/mine/best.pth", folder / WEIGHTS["solov2_light_r18_fpn_3x"])
+    shutil.copy(folder / "runs/photos/best.pth", folder / WEIGHTS["solov2_light_r18_fpn_3x"])
     for run in ("before", "after"):
         (folder / "runs" / run).mkdir()
         shutil.copy(folder / "tiny.pth", folder / "runs" / run / "best.pth")
