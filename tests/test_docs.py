@@ -237,7 +237,7 @@ NOT_RUN = {
     "python eval.py solov2_panoptic_r50_fpn_3x": "the same",
     "solov2 panoptic-quality GT.json results/panoptic.json": "the same as another, with the names of files",
     "python examples/panoptic_sweep.py": "test_panoptic_runs.py runs it",
-    "python examples/coins.py": "minutes, and a photograph; test_examples.py runs it in short form",
+    "python examples/coins.py": "minutes, and a photograph; test_example_data.py runs it in short form",
     "python examples/onnxruntime_predict.py mine.onnx street.jpg": "test_examples.py runs it",
     "python examples/openvino_predict.py": "the same",
     "MODEL=mine.onnx uvicorn": "does not end; test_examples.py starts it",
