@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from helpers.tiny_runs import arguments
 from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.report import main as report_main
 from solov2.commands.train import main as train_main
+from solov2.report import gather
 
 HOSTILE = "<script>alert(1)</script>"
 WORDS = ("--epochs", "3", "--evaluate-every", "1", "--set", "data.workers=0", "--set", "train.picture_images=0")
@@ -100,11 +102,19 @@ def test_the_page_of_a_run(run: tuple[Path, Path], tmp_path: Path, capsys: pytes
     for kind in ("segm", "bbox"):
         assert entry["figures"][kind] == wanted[kind]
     assert set(entry["figures"]["per_class"]) == set(wanted["per_class"])
-    assert "boundary" in entry["figures"]
+    installed = importlib.util.find_spec("faster_coco_eval") is not None
+    assert ("boundary" in entry["figures"]) == installed and ("solov2[report]" in text) != installed
     assert entry["ceiling"]["segm"]["AP50"] > entry["figures"]["segm"]["AP50"]
     gains = [finding["gain"] for finding in entry["findings"]]
     assert gains == sorted(gains, reverse=True) and gains[0] > 0.005
     assert f"1. {entry['findings'][0]['area']}" in capsys.readouterr().out
+
+
+def test_without_the_extra(run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "has_boundaries", lambda subject: False)
+    page = tmp_path / "page.html"
+    assert report(run, "--output", str(page)) == 0
+    assert "solov2[report]" in page.read_text() and ">boundary<" not in page.read_text()
 
 
 def test_the_page_lies_in_the_run_and_is_not_replaced_unasked(
