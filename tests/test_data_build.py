@@ -15,6 +15,7 @@ from solov2.commands.evaluate import main as evaluate_main
 from solov2.commands.train import main as train_main
 from solov2.config import load_config
 from solov2.data.build import locate_data, require_data, worker_count
+from solov2.data.shapes import generate_shapes
 from solov2.errors import InputError
 from solov2.training import validation
 from solov2.training.dry_run import missing_data
@@ -133,3 +134,16 @@ def test_automatic_workers(monkeypatch, workers, cores, processes, count):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)), raising=False)
     monkeypatch.setattr("solov2.distributed.local_world_size", lambda: processes)
     assert worker_count(workers) == count
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_named_data_is_evaluated_and_none_is_generated(
+    found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quickstart generates its own data, but not where other data is named."""
+    monkeypatch.chdir(tmp_path)
+    generate_shapes("mine", train_images=1, val_images=2, size=96, seed=0)
+    annotations = "mine/annotations/instances_val2017.json" if found else "mine/annotations/other.json"
+    words = ["quickstart", "--oracle", "--val-annotations", annotations, "--val-images", "mine/val2017"]
+    assert evaluate_main([*words, "--device", "cpu", "--workers", "0"]) == (0 if found else 2)
+    assert not Path("data").exists()

@@ -307,7 +307,7 @@ def _configuration(args: argparse.Namespace, checkpoint: Checkpoint | None) -> C
     from solov2.data.build import locate_data
 
     overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers", "classes": "data.classes"})
-    if args.data_root is not None:  # evaluate what is there: a mistyped folder must not be filled with generated shapes
+    if data_places(args):  # evaluate what is there: a mistyped folder must not be filled with generated shapes
         overrides = {"data.shapes": False, **overrides}
     model = args.model or (DEFAULT_MODEL if args.predictions else None)
     config = resolve_config(model, checkpoint, overrides)

@@ -118,7 +118,7 @@ def _evaluate(args: argparse.Namespace, run: Path, name: str) -> tuple[Evaluated
 
     checkpoint, log = read_run(run)
     overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers"})
-    if args.data_root is not None:  # as in eval: a mistyped folder must not be filled with generated shapes
+    if data_places(args):  # as in eval: a mistyped folder must not be filled with generated shapes
         overrides = {"data.shapes": False, **overrides}
     config: Config = locate_data(resolve_config(None, checkpoint, overrides), data_places(args), chosen=overrides)
     device = select_device(args.device)
