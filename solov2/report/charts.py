@@ -58,11 +58,12 @@ def line_chart(
         return LEFT + across, HEIGHT - BOTTOM - up
 
     parts = [_axes((x_low, x_high), (y_low, y_high), x_label, y_label, place)]
-    for x, text in marks:
+    for number, (x, text) in enumerate(marks):
         left, bottom = place(x, y_low)
+        at, side = (left + 4, "") if left < WIDTH / 2 else (left - 4, " end")  # towards the middle, where there is room
         parts.append(
             f'<line class="mark" x1="{left:.1f}" y1="{TOP}" x2="{left:.1f}" y2="{bottom:.1f}"/>'
-            f'<text class="tick" x="{left + 4:.1f}" y="{bottom - 6:.1f}">{escape(text)}</text>'
+            f'<text class="tick{side}" x="{at:.1f}" y="{bottom - 6 - 14 * number:.1f}">{escape(text)}</text>'
         )
     for number, entry in enumerate(series):
         places = [place(x, y) for x, y in zip(entry.x, entry.y, strict=True)]
@@ -102,18 +103,12 @@ def matrix(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, *, t
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     lines = []
     for name, row, shares in zip(rows, values.tolist(), (values / sums).tolist(), strict=True):
-        cells = "".join(
-            f'<td style="--share:{share:.2f}"{_strong(share)}>{value or ""}</td>' for value, share in zip(row, shares)
-        )
+        cells = "".join(f'<td style="--share:{share:.2f}">{value or ""}</td>' for value, share in zip(row, shares))
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     return (
         f'<div class="scroll"><table class="matrix"><caption>{escape(title)}</caption><thead><tr><td></td>{head}</tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
-
-
-def _strong(share: float) -> str:
-    return ' class="strong"' if share > 0.5 else ""
 
 
 def _thinned(series: Series) -> Series:

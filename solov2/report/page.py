@@ -37,7 +37,7 @@ svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid var(--rule); }
 th[scope=row] { text-align: left; }
 caption { text-align: left; padding: 4px 0; } .matrix td { background: color-mix(in srgb, var(--bar)
-  calc(var(--share) * 100%), transparent); } .matrix .strong { color: var(--paper); }
+  calc(var(--share) * 55%), transparent); }
 .views { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 8px; }
 .views figure { margin: 0; } .views figcaption { font-size: .85rem; color: var(--soft); }
 .first { margin: .8rem 0; font-weight: 600; } nav a { margin-right: 14px; white-space: nowrap; }
