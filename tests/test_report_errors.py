@@ -13,7 +13,9 @@ from helpers.scenes import plant, scene, shifted
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from solov2.report.errors import KINDS, average_precision, find_errors
+from solov2.evaluation.curves import GroundTruth
+from solov2.report.errors import KINDS, average_precision, excused, find_errors
+from solov2.report.gather import complete_truth
 
 
 def reference_ap50(coco: COCO, results: list[dict[str, Any]]) -> float:
@@ -118,3 +120,26 @@ def test_average_precision() -> None:
     assert average_precision(np.array([0.9, 0.8]), np.array([True, False]), 1) == pytest.approx(1)
     assert average_precision(np.array([0.8, 0.9]), np.array([True, False]), 1) == pytest.approx(0.5)
     assert average_precision(np.zeros(0), np.zeros(0, dtype=bool), 3) == 0
+
+
+@pytest.mark.parametrize("first", [0, 2**53 + 1])
+def test_ids_that_pycocotools_cannot_hold(first: int) -> None:
+    """It keeps them as float64, so large ones would name other instances or none, and takes 0 for no match."""
+    coco, results = scene(2)
+    for annotation in coco.dataset["annotations"]:
+        annotation["id"] += first - 1
+    errors = find_errors(complete_truth(GroundTruth(coco, set(coco.imgs))), results)
+    assert set(errors.counts().values()) == {0} and all(x.iou == 1 for x in errors.predictions if x.kind == "found")
+
+
+def test_instances_that_are_excused() -> None:
+    """Found by a wrong prediction if there is one; otherwise they do not count. Any iterable names them."""
+    coco, results = scene(1)
+    errors = find_errors(coco, plant("classification", coco, plant("missed", coco, results)))
+    wrong = {x.truth for x in errors.predictions if x.kind == "classification"}
+    found = excused(errors, (number for number in errors.categories if number in wrong))
+    assert found.counts() == {**dict.fromkeys(KINDS, 0), "missed": len(errors.missed)}
+    assert len(found.categories) == len(errors.categories)
+    left = excused(errors, iter(errors.categories))
+    assert left.ap50 == pytest.approx(1) and left.missed == []
+    assert set(errors.categories) - set(left.categories) == set(errors.missed)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def find_errors(truth: COCO, results: Sequence[Mapping[str, Any]], *, max_detect
     return _measured(predictions, missed, categories)
 
 
-def excused(errors: Errors, instances: Collection[int]) -> Errors:
+def excused(errors: Errors, instances: Iterable[int]) -> Errors:
     """The errors that are left if some instances are found.
 
     Each is found by its prediction with the highest score, right or wrong; one without any does not count. Wrong
@@ -119,7 +119,7 @@ def excused(errors: Errors, instances: Collection[int]) -> Errors:
         errors: of the results.
         instances: annotation ids.
     """
-    taken = {x.truth for x in errors.predictions if x.kind == FOUND}
+    instances, taken = set(instances), {x.truth for x in errors.predictions if x.kind == FOUND}
     kept = []
     for x in sorted(errors.predictions, key=lambda x: -x.score):
         if x.truth not in instances or x.kind == FOUND:
@@ -127,7 +127,7 @@ def excused(errors: Errors, instances: Collection[int]) -> Errors:
         elif x.truth is not None and x.truth not in taken and x.kind != "duplicate":
             taken.add(x.truth)
             kept.append(x._replace(kind=FOUND, category_id=errors.categories[x.truth]))
-    unseen = set(errors.categories) & set(instances) - taken
+    unseen = set(errors.categories) & instances - taken
     missed = [number for number in errors.missed if number not in instances]
     return _measured(kept, missed, {n: category for n, category in errors.categories.items() if n not in unseen})
 

@@ -223,13 +223,17 @@ def _losses(evaluator: PanopticEvaluator, confusion: SegmentConfusion) -> Panopt
 
 
 def complete_truth(truth: GroundTruth) -> COCO:
-    """The annotations as pycocotools' index, with the keys that it needs and hand-made files often lack."""
+    """The annotations as pycocotools' index, with the keys that it needs and hand-made files often lack.
+
+    They are numbered from 1: pycocotools keeps their ids as float64, which large ones do not fit, and takes 0 for none.
+    """
     coco = COCO()
+    annotations = (x for category in truth.categories for x in truth.annotations(category))
     coco.dataset = {
         "info": {},
         "images": [*truth.images.values()],
         "categories": [*truth.categories.values()],
-        "annotations": [x for category in truth.categories for x in truth.annotations(category)],
+        "annotations": [{**x, "id": number} for number, x in enumerate(annotations, 1)],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
