@@ -137,7 +137,9 @@ def test_a_log_that_was_cut_off_and_a_run_without_one(run: tuple[Path, Path], tm
     assert report((run[0], copy), "--output", str(page)) == 0
     assert "Training" not in Page(page).headings
     log = (run[1] / "log.jsonl").read_text()
-    (copy / "log.jsonl").write_text(log[: len(log) // 2] + '\n{"kind": "train", "step": "x", "loss": null}\n[1]\n')
+    broken = '\n{"kind": "train", "step": "x", "loss": null}\n[1]\n{"kind": "epoch", "images_per_second": "x"}\n'
+    broken += '{"kind": "epoch", "images_per_second": 3, "seconds": null}\n'
+    (copy / "log.jsonl").write_text(log[: len(log) // 2] + broken)
     assert report((run[0], copy / "best.pth"), "--output", str(page), "--overwrite") == 0
     assert "Training" in Page(page).headings
 

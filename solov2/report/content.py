@@ -19,6 +19,7 @@ from solov2.report.page import Section, cards, paragraph, table, views
 from solov2.report.panoptic_content import class_rows, confusion_tables, figure_table, loss_chart
 from solov2.report.panoptic_errors import PanopticErrors
 from solov2.report.ranking import Finding
+from solov2.report.run_files import is_number
 from solov2.report.scores import calibration, calibration_error, confusion, mean_precision, operating_points
 
 MAX_CLASSES = 20  # of a table of confusions: those with most errors
@@ -113,8 +114,13 @@ def _training(runs: Sequence[RunFacts]) -> str:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str, factor: float = 1) -> tuple[list[float], list[float]]:
-    found = [(row.get("step"), row.get(key)) for row in rows]
-    pairs = [(x, factor * y) for x, y in found if isinstance(x, int) and isinstance(y, int | float) and np.isfinite(y)]
+    """Steps and values of a key; a run that was resumed repeats steps, of which the last ones count."""
+    pairs: list[tuple[float, float]] = []
+    for step, value in ((row.get("step"), row.get(key)) for row in rows):
+        if is_number(step) and is_number(value):
+            while pairs and pairs[-1][0] >= step:
+                pairs.pop()
+            pairs.append((step, factor * value))
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 

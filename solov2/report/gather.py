@@ -24,6 +24,7 @@ from solov2.data.annotations import ImageId
 from solov2.data.class_matching import distinct_names
 from solov2.data.coco import CocoInstances
 from solov2.data.panoptic import CocoPanoptic
+from solov2.errors import count
 from solov2.evaluate import Subject, evaluate_subject, oracle_subject
 from solov2.evaluation.coco import CocoEvaluator
 from solov2.evaluation.curves import GroundTruth
@@ -33,7 +34,7 @@ from solov2.report.errors import FOUND, IGNORED, Errors, find_errors
 from solov2.report.facts import RunFacts
 from solov2.report.panoptic_errors import PanopticErrors, SegmentConfusion, find_losses
 from solov2.report.ranking import Ceiling, Size, rank, rank_panoptic
-from solov2.report.run_files import count_training
+from solov2.report.run_files import count_training, is_number
 from solov2.report.scores import operating_points
 from solov2.training.environment import environment
 
@@ -134,13 +135,14 @@ def gather_facts(
 ) -> RunFacts:
     """The facts of a run, from its evaluation; on rank 0."""
     config, evaluator, summary = evaluated.subject.config, evaluated.evaluator, evaluated.summary
-    trained = count_training(config)
     if isinstance(evaluator, PanopticEvaluator):
+        trained = count_training(config, {x.id: x.name for x in evaluator.truth.categories})
         targets = evaluated.ceiling[0]
         assert isinstance(targets, PanopticEvaluator)
         facts = _panoptic_facts(name, evaluator, summary, evaluated.confusion, _losses(targets, SegmentConfusion()))
     else:
         truth = complete_truth(evaluator.truth)
+        trained = count_training(config, {x: category["name"] for x, category in truth.cats.items()})
         targets, figures = evaluated.ceiling
         assert isinstance(targets, CocoEvaluator)
         limit = Ceiling.of(find_errors(truth, targets.results()), figures["segm"])
@@ -279,10 +281,12 @@ def _speed(evaluated: Evaluated, compute: Compute, log: Sequence[Mapping[str, An
     facts = {}
     if model is not None:
         facts["parameters"] = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-    epochs = [row for row in log if row.get("kind") == "epoch" and row.get("images_per_second")]
-    if epochs:
-        facts["training"] = f"{median(row['images_per_second'] for row in epochs):.1f} images/s, median of the epochs"
-        facts["training time"] = f"{sum(row.get('seconds', 0) for row in epochs) / 60:.1f} min, {len(epochs)} epochs"
+    epochs = [row for row in log if row.get("kind") == "epoch"]
+    keys = ("images_per_second", "seconds")
+    rates, seconds = ([row[key] for row in epochs if is_number(row.get(key))] for key in keys)
+    if rates and seconds:
+        facts["training"] = f"{median(rates):.1f} images/s, median of the epochs"
+        facts["training time"] = f"{sum(seconds) / 60:.1f} min, {count(len(seconds), 'epoch')}"
     facts["evaluation"] = (
         f"{images / evaluated.seconds:.1f} images/s with loading, masks and AP ({images:,} images, "
         f"{compute.precision}, {compute.device})"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from solov2.checkpoint import Checkpoint
 from solov2.config import Config
 from solov2.data.annotations import parse_json
 from solov2.data.build import split_paths
+from solov2.data.class_matching import match_names
 from solov2.errors import InputError
 from solov2.training.folder import newest_loadable
 from solov2.weights import read_checkpoint
@@ -42,18 +44,32 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     rows = []
     with contextlib.suppress(OSError):
         for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict):
                     rows.append(row)
     return rows
 
 
-def count_training(config: Config) -> Counter[int]:
-    """Category id -> number of instances, or of panoptic segments, in training; empty if the file is not there."""
+def count_training(config: Config, categories: Mapping[int, str]) -> Counter[int]:
+    """Category id -> number of instances, or of panoptic segments, in training; empty if the file is not there.
+
+    Args:
+        config: names the file.
+        categories: id -> name of the classes that are evaluated; the other file may number them differently.
+    """
     try:
-        annotations = parse_json(split_paths(config.data, "train")[0])["annotations"]
-        entries = [entry for x in annotations for entry in x.get("segments_info", [x])]
-        return Counter(entry["category_id"] for entry in entries if not entry.get("iscrowd"))
+        content = parse_json(split_paths(config.data, "train")[0])
+        entries = [entry for x in content["annotations"] for entry in x.get("segments_info", [x])]
+        counts = Counter(entry["category_id"] for entry in entries if not entry.get("iscrowd"))
+        known = sorted((x["id"], x["name"]) for x in content["categories"])
     except (InputError, KeyError, TypeError, AttributeError):  # moved or changed since the training
         return Counter()
+    names = dict(sorted(categories.items()))
+    matches = match_names([*names.values()], [name for _, name in known])
+    return Counter({category: counts[known[at][0]] for category, at in zip(names, matches) if at is not None})
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a log can be drawn: not NaN, infinite or beyond what a sum of floats holds."""
+    return isinstance(value, int | float) and abs(value) < 1e30
