@@ -16,6 +16,8 @@ from solov2.report.ranking import rank_panoptic
 NAMES = {1: "cat", 2: "dog", 11: "sky", 12: "road"}
 IS_THING = {1: True, 2: True, 11: False, 12: False}
 SWAPPED = {(1, 2): [0.9] * 10, (2, 1): [0.9] * 10}
+UNEVEN = {(1, 2): [0.9] * 10, (2, 1): [0.9] * 3}  # exchanged, too: one class is rarer
+ONE_WAY = {(1, 2): [0.9] * 10}
 PERFECT = {1: Counts(10.0, 10), 2: Counts(10.0, 10), 11: Counts(5.0, 5), 12: Counts(5.0, 5)}
 
 
@@ -72,6 +74,8 @@ def test_confusion_is_counted_per_pixel_and_segment(tmp_path: Path) -> None:
     ("counts", "mistaken", "wanted"),
     [
         ({1: Counts(0, 0, 10, 10), 2: Counts(0, 0, 10, 10)}, SWAPPED, ("data", "classification")),
+        ({1: Counts(0, 0, 3, 10), 2: Counts(0, 0, 10, 3)}, UNEVEN, ("data", "classification")),
+        ({1: Counts(0, 0, 0, 10), 2: Counts(10, 10, 10, 0)}, ONE_WAY, ("training", "classification")),
         ({1: Counts(6, 6, 0, 4)}, {}, ("training", "missed")),
         ({12: Counts(5, 5, 9, 0)}, {}, ("thresholds", "background")),
         ({11: Counts(3, 5)}, {}, ("training", "outline")),

@@ -48,6 +48,28 @@ def test_swapped_classes() -> None:
     assert "cat" in findings[0].what and "dog" in findings[0].what
 
 
+def test_classes_off_by_one() -> None:
+    """Each is taken for the next: a fault of the ids, and not of the model as when two are taken for the third."""
+    coco, results = scene(6)
+    low = [{**entry, "score": entry["score"] - 0.45} for entry in results]
+    moved = [{**entry, "category_id": entry["category_id"] % 3 + 1} for entry in low]
+    assert first(moved, coco) == ("data", "classification")
+    assert first([{**entry, "category_id": 3} for entry in low], coco) == ("training", "classification")
+
+
+def test_objects_without_an_annotation() -> None:
+    """Predictions of them score like right ones; a tail of low scores, which all models have, hides that not."""
+    coco, results = scene(6)
+    low = [{**entry, "score": entry["score"] - 0.45} for entry in results]
+    extra = [entry for entry in plant("background", coco, low) if entry not in low]
+    tail = [{**extra[0], "image_id": entry["image_id"], "score": 0.01} for entry in [*low, *low]]
+    assert first([*low, *extra, *tail], coco) == ("data", "background")
+    scores = sorted(entry["score"] for entry in low)
+    unsure = [{**entry, "score": scores[len(scores) // 10]} for entry in extra]
+    findings = rank(find_errors(coco, [*low, *unsure, *tail]), NAMES, ceiling=GOOD)
+    assert [x.area for x in findings if x.kind == "background"] in (["training"], [])
+
+
 def test_a_threshold_too_high() -> None:
     """Calibrated scores, cut at 0.5: what is missed is attributed to the threshold."""
     coco, results = scene(7, images=40)

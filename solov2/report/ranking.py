@@ -14,7 +14,7 @@ import numpy as np
 
 from solov2.report.errors import FOUND, KINDS, MISSED, Errors, Prediction, excused
 from solov2.report.panoptic_errors import Loss, PanopticErrors
-from solov2.report.scores import confusion
+from solov2.report.scores import confusion, operating_points
 
 MIN_GAIN = 0.005  # AP50 or PQ below which a loss is not worth a place in the list
 HIGH_CUT = 0.1  # lowest score above which a score threshold may cost recall
@@ -24,6 +24,7 @@ SHARP = 0.9  # AP75 / AP50 of the targets below which their resolution blurs out
 CRAMPED = 1.0  # sides in cells of the grid; in the paper's recipe all but the smallest objects have more
 SMALL = 32.0  # pixels of the network's input, the side of a small instance
 MOST = 0.5
+LOW = 0.25  # quantile of the scores of right predictions that those of nothing reach if objects lack an annotation
 SHIFTED = 0.1  # median shift, in sides of the instances, from which it is named
 STEADY = 0.8  # share of the predictions that must be shifted in this direction
 FEW = 100  # instances of a class in training
@@ -113,7 +114,7 @@ def rank(
     makers = {
         "classification": lambda gain: _classification(errors, names, gain),
         "localization": lambda gain: _localization(errors, ceiling, gain),
-        "background": lambda gain: _background(errors.predictions, gain),
+        "background": lambda gain: _background(errors, gain),
         MISSED: lambda gain: _missed(errors, names, sizes, trained, gain),
         "duplicate": _duplicate,
         "both": _both,
@@ -184,9 +185,11 @@ def _classification(errors: Errors, names: Mapping[int, str], gain: float) -> Fi
             "Use the score threshold with the best F1, which leaves these out; add examples of similar classes.",
         )  # fmt: skip
     what = f"{names[categories[true]]} is taken for {names[categories[said]]} ({number:,} of {instances:,} instances)."
-    if min(shares[true, said], shares[said, true]) > MOST:
+    other = int(shares[said].argmax())
+    if other != said and min(shares[true, said], shares[said, other]) > MOST:
         return Finding(
-            "data", "classification", gain, f"{what} The same happens the other way round.",
+            "data", "classification", gain,
+            f"{what} {names[categories[said]]}, in turn, is taken for {names[categories[other]]}.",
             "Compare the names and ids of the classes in the annotations of training and validation.",
         )  # fmt: skip
     return Finding(
@@ -198,8 +201,8 @@ def _localization(errors: Errors, ceiling: Ceiling | None, gain: float) -> Findi
     what = "Instances are found in the right place, but with an outline that overlaps them by less than half."
     shift = _common_shift(errors.predictions)
     if shift is not None:
-        sides = (("left", "right"), ("top", "bottom"))
-        parts = [f"{abs(x):.0f} px to the {side[x > 0]}" for x, side in zip(shift, sides) if abs(x) >= 1]
+        sides = (("to the left", "to the right"), ("up", "down"))
+        parts = [f"{abs(x):.0f} px {side[x > 0]}" for x, side in zip(shift, sides) if abs(x) >= 1]
         return Finding(
             "data", "localization", gain,
             f"Predictions are shifted against the annotations by {' and '.join(parts)} (the median).",
@@ -235,12 +238,14 @@ def _common_shift(predictions: Sequence[Prediction]) -> tuple[float, float] | No
     )
 
 
-def _background(predictions: Sequence[Prediction], gain: float) -> Finding:
-    scores = {kind: [x.score for x in predictions if x.kind == kind] for kind in (FOUND, "background")}
-    what = f"{len(scores['background']):,} predictions show nothing that is annotated."
-    if scores["background"] and scores[FOUND] and np.median(scores["background"]) >= np.median(scores[FOUND]):
+def _background(errors: Errors, gain: float) -> Finding:
+    what = f"{errors.counts()['background']:,} predictions show nothing that is annotated."
+    threshold, _ = operating_points(errors).best()  # most predictions have scores that nobody uses
+    chosen = [x for x in errors.predictions if x.score >= threshold]
+    scores = {kind: [x.score for x in chosen if x.kind == kind] for kind in (FOUND, "background")}
+    if all(scores.values()) and np.median(scores["background"]) >= np.quantile(scores[FOUND], LOW):
         return Finding(
-            "data", "background", gain, f"{what} They score as high as right ones.",
+            "data", "background", gain, f"{what} Many of them score as high as right ones.",
             "Look at them: objects without an annotation look like this.",
         )  # fmt: skip
     return Finding(
@@ -321,9 +326,11 @@ def _panoptic_texts(loss: Loss, errors: PanopticErrors, names: Mapping[int, str]
         pairs = {pair: len(ious) for pair, ious in errors.confusion.mistaken.items() if pair[0] in chosen}
         (true, said), most = max(pairs.items(), key=lambda item: item[1])
         what = f"{number} segments have the wrong class, mostly {names[true]} taken for {names[said]} ({most:,})."
-        if min(most, pairs.get((said, true), 0)) > MOST * errors.numbers[true]:
+        moved = {pair: n for pair, n in pairs.items() if n > MOST * errors.numbers[pair[0]]}
+        others = [names[other] for origin, other in moved if origin == said]
+        if (true, said) in moved and others:
             remedy = "Compare the names and ids of the classes in the annotations of training and validation."
-            return "data", f"{what} The same happens the other way round.", remedy
+            return "data", f"{what} {names[said]}, in turn, is taken for {others[0]}.", remedy
         return "training", what, "Add examples of the two classes side by side, or join them."
     if loss.kind == "missed":
         remedy = "Train longer, or lower model." + ("stuff_area_limit." if stuff else "panoptic_score_threshold.")
