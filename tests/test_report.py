@@ -12,7 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers.scenes import plant, scene, shifted
+import torch
+from helpers.scenes import plant, rle, scene, shifted
 from helpers.tiny_panoptic import panoptic_arguments
 from helpers.tiny_runs import arguments
 
@@ -154,6 +155,7 @@ def test_two_runs_side_by_side(kind: str, tmp_path: Path, request: pytest.Fixtur
     text = page.read_text()
     assert Page(page).headings[-1] == "What to fix first"
     assert text.count("change of") == 1 and "Settings that differ" in text and "run: loss" in text
+    assert len(re.findall(r'<th scope="col">(?:run|other): (?:mask|PQ) ceiling</th>', text)) == 2
 
 
 def test_mistakes(run: tuple[Path, Path], panoptic_run: tuple[Path, Path], tmp_path: Path, capsys) -> None:
@@ -165,6 +167,14 @@ def test_mistakes(run: tuple[Path, Path], panoptic_run: tuple[Path, Path], tmp_p
         errors = capsys.readouterr().err.splitlines()
         assert len([line for line in errors if line.startswith("error: ")]) == 1, errors
         assert not page.exists()
+
+
+def test_weights_without_a_configuration(run: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    """The message names the command that takes the name of a model."""
+    bare = tmp_path / "bare.pth"
+    torch.save({"model": torch.load(run[1] / "best.pth", weights_only=True)["model"]}, bare)
+    assert report((run[0], bare), "--output", str(tmp_path / "page.html")) == 2
+    assert "solov2 eval" in capsys.readouterr().err
 
 
 def test_runs_on_other_annotations_are_not_compared(run: tuple[Path, Path], tmp_path: Path) -> None:
@@ -257,6 +267,23 @@ def test_planted_faults_in_a_file_of_results(fault: str, tmp_path: Path) -> None
                           "--val-annotations", str(tmp_path / "gt.json")]) == 0  # fmt: skip
     assert first_finding(page).startswith(FAULTS[fault])
     assert Page(page).headings == ["Figures", "Classes", "Scores", "Confusion", "Errors", "What to fix first"]
+
+
+@pytest.mark.parametrize("changes", [{"annotations": []}, {}])
+def test_nothing_is_right_or_nothing_is_annotated(changes: dict, tmp_path: Path) -> None:
+    """No threshold is recommended then, and only with annotations is anything to fix."""
+    coco, results = scene(7, images=4, crowds=False)
+    (tmp_path / "gt.json").write_text(json.dumps({**coco.dataset, **changes}))
+    (tmp_path / "results.json").write_text(json.dumps([{**x, "segmentation": rle(38, 38, 12, 12)} for x in results]))
+    page = tmp_path / "page.html"
+    assert evaluate_main(["--predictions", str(tmp_path / "results.json"), "--report", str(page),
+                          "--val-annotations", str(tmp_path / "gt.json")]) == 0  # fmt: skip
+    text = page.read_text()
+    assert Page(page).headings[-1] == "What to fix first"
+    assert "best F1" not in text and 'class="mark"' not in text and "half a point" not in text
+    assert ("no losses to rank" in text) is bool(changes)
+    boundary = importlib.util.find_spec("faster_coco_eval") is not None
+    assert ('<th scope="col">boundary</th>' in text) is boundary
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")

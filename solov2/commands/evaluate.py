@@ -177,7 +177,7 @@ def _evaluate_file(args: argparse.Namespace) -> int:
     from solov2.evaluation.coco import summarize
     from solov2.evaluation.results_file import read_results
     from solov2.report.build import write_report
-    from solov2.report.gather import complete_truth, instance_facts
+    from solov2.report.gather import complete_truth, has_boundaries, instance_facts
 
     for flag in ("--weights", "--oracle", "--tta", "--results", "--nproc"):
         if getattr(args, flag.removeprefix("--")):
@@ -205,7 +205,7 @@ def _evaluate_file(args: argparse.Namespace) -> int:
         found,
         max_detections=data.max_detections,
         backend=_backend(args),
-        boundary=args.boundary,
+        boundary=args.boundary or (args.report is not None and has_boundaries()),
         lvis=args.lvis,
         per_class=args.per_class or args.report is not None,
     )

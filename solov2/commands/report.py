@@ -19,7 +19,7 @@ from solov2.commands.arguments import (
 from solov2.commands.exit import run_command
 from solov2.commands.screen import show
 from solov2.config import parse_overrides
-from solov2.errors import printable
+from solov2.errors import InputError, printable
 from solov2.outputs import check_outputs, write_json
 
 if TYPE_CHECKING:
@@ -117,6 +117,11 @@ def _evaluate(args: argparse.Namespace, run: Path, name: str) -> tuple[Evaluated
     from solov2.report.run_files import read_run
 
     checkpoint, log = read_run(run)
+    if checkpoint.config is None:
+        raise InputError(
+            f"{checkpoint.source} carries no configuration; report on it with solov2 eval MODEL --weights "
+            f"{checkpoint.source} --report FILE.html"
+        )
     overrides = parse_overrides(args.set) | given(args, {"workers": "data.workers"})
     if data_places(args):  # as in eval: a mistyped folder must not be filled with generated shapes
         overrides = {"data.shapes": False, **overrides}
@@ -133,6 +138,8 @@ def _evaluate(args: argparse.Namespace, run: Path, name: str) -> tuple[Evaluated
 
 def finding_lines(facts: RunFacts) -> list[str]:
     """The ranked list as text."""
+    if not sum(facts.evaluated.values()):
+        return ["", "no annotation counts in this evaluation, so there are no losses to rank"]
     if not facts.findings:
         return ["", "nothing to fix costs more than half a point"]
     lines = ["", "what to fix first:"]

@@ -52,8 +52,9 @@ def require_comparable(runs: Sequence[RunFacts]) -> None:
     """
     if len(runs) == 2 and (runs[0].names, runs[0].evaluated) != (runs[1].names, runs[1].evaluated):
         raise InputError(
-            f"{runs[0].name} and {runs[1].name} are evaluated on different annotations, so their figures cannot be "
-            "compared; name one file for both with --val-annotations and --val-images"
+            f"{runs[0].name} and {runs[1].name} are evaluated on different classes or annotations, so their figures "
+            "cannot be compared; name one file for both with --val-annotations and --val-images, or the classes with "
+            "--set data.classes=[A,B]"
         )
 
 

@@ -70,10 +70,9 @@ def _figures(runs: Sequence[RunFacts]) -> str:
         values = [[facts.summary[kind].get(x, -1.0) for x in figures] for facts in runs if kind in facts.summary]
         head += [_name(facts, title, runs) for facts in runs if kind in facts.summary]
         columns += values
-    limits = (runs[0].ceiling or {}).get("segm", {})
-    if limits:
-        head.append("mask ceiling")
-        columns.append([limits.get(x, -1.0) for x in figures])
+    limits = [facts for facts in runs if facts.ceiling]
+    head += [_name(facts, "mask ceiling", runs) for facts in limits]
+    columns += [[facts.ceiling["segm"].get(x, -1.0) for x in figures] for facts in limits if facts.ceiling]
     rows = [[name, *map(percent, values)] for name, *values in zip(figures, *columns, strict=True)]
     if len(runs) == 2:
         head.append("change of mask")
@@ -153,10 +152,13 @@ def _scores(runs: Sequence[RunFacts]) -> str:
         assert isinstance(errors, Errors)
         points, bins = operating_points(errors), calibration(errors)
         threshold, f1 = points.best()
-        text = f"A threshold of {threshold:.2f} gives the best F1, {100 * f1:.1f} %, at an IoU of 0.5; scores and the "
-        text += f"share that is right differ by {100 * calibration_error(bins):.1f} points in the mean."
+        text = f"A threshold of {threshold:.2f} gives the best F1, {100 * f1:.1f} %, at an IoU of 0.5. Scores are on "
+        text += f"average {100 * calibration_error(bins):.1f} points away from the share of predictions that are right."
+        if f1 > 0:
+            marks.append((threshold, f"F1 {100 * f1:.0f} % at {threshold:.2f}"))
+        else:
+            text = "No prediction is right at an IoU of 0.5, so no threshold is better than another."
         parts.append(paragraph(_name(facts, text, runs)))
-        marks.append((threshold, f"F1 {100 * f1:.0f} % at {threshold:.2f}"))
         shown = {"F1": points.f1, "precision": points.precision, "recall": points.recall}
         curves += [
             Series(_name(facts, what, runs), list(points.scores[::-1]), list(100 * values[::-1]))
@@ -209,13 +211,15 @@ def _pictures(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
     note = "The same color is the same object; what has no counterpart has a color of its own. Quality is that of PQ: "
-    note += "the IoU of the matches by their number and half of what is left over on both sides."
+    note += "the sum of the IoU of all matches, divided by their number plus half the number of what matches nothing."
     return paragraph(note) + "".join(
         f"<h3>{escape(shown.text)}</h3>{views(shown.views, shown.text)}" for shown in pictures
     )
 
 
 def _findings(facts: RunFacts) -> str:
+    if not sum(facts.evaluated.values()):
+        return paragraph("No annotation counts in this evaluation, so there are no losses to rank.")
     return findings_list(facts.findings, "PQ" if isinstance(facts.errors, PanopticErrors) else "AP50")
 
 

@@ -115,7 +115,7 @@ def evaluate_for_report(
         compute,
         batch_size=batch_size,
         backend=backend,
-        boundary=boundary or has_boundaries(subject),
+        boundary=boundary or (isinstance(subject.dataset, CocoInstances) and has_boundaries()),
         lvis=lvis,
         per_class=True,
         write=add,
@@ -125,9 +125,9 @@ def evaluate_for_report(
     return Evaluated(subject, evaluator, summary, seconds, counter.gathered(), targets)
 
 
-def has_boundaries(subject: Subject) -> bool:
-    """Whether a report has the AP of boundaries: of instances, where faster-coco-eval is installed."""
-    return isinstance(subject.dataset, CocoInstances) and importlib.util.find_spec("faster_coco_eval") is not None
+def has_boundaries() -> bool:
+    """Whether the report of an instance model has the AP of boundaries: where faster-coco-eval is installed."""
+    return importlib.util.find_spec("faster_coco_eval") is not None
 
 
 def gather_facts(

@@ -18,16 +18,16 @@ MAX_PAIRS = 10
 
 def figure_table(runs: Sequence[RunFacts]) -> str:
     """PQ, SQ and RQ of all classes, things and stuff, and the PQ of the training targets; of two runs, the change."""
-    limits = runs[0].ceiling or {}
+    limits = [facts.ceiling for facts in runs if facts.ceiling]
     head = [""]
     for facts in runs:
         head += ["PQ", "SQ", "RQ"] if len(runs) == 1 else [f"{facts.name}: {figure}" for figure in ("PQ", "SQ", "RQ")]
-    head += [*(["PQ ceiling"] if limits else []), *(["change of PQ"] if len(runs) == 2 else [])]
+    head += ["PQ ceiling" if len(runs) == 1 else f"{facts.name}: PQ ceiling" for facts in runs if facts.ceiling]
+    head += ["change of PQ"] if len(runs) == 2 else []
     rows = []
     for group in GROUPS:
         row = [group, *(percent(facts.summary[group][figure]) for facts in runs for figure in ("pq", "sq", "rq"))]
-        if limits:
-            row.append(percent(limits[group]["pq"]))
+        row += [percent(ceiling[group]["pq"]) for ceiling in limits]
         if len(runs) == 2:
             before, now = (facts.summary[group]["pq"] for facts in runs)
             row.append("-" if None in (before, now) else f"{100 * (now - before):+.1f}")

@@ -168,10 +168,3 @@ def stuff_confusion(errors: PanopticErrors) -> np.ndarray:
         if true in rows:
             table[rows[true], rows.get(predicted, len(rows) + (predicted == VOID))] += pixels
     return table
-
-
-def image_quality(counts: Mapping[int, Counts]) -> float | None:
-    """The quality of one image: the IoU of its matches by their number and half of the other segments; None if it has
-    none."""
-    total = sum(counts.values(), Counts())
-    return total.qualities()["pq"]
