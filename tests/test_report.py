@@ -112,7 +112,7 @@ def test_the_page_of_a_run(run: tuple[Path, Path], tmp_path: Path, capsys: pytes
 
 
 def test_without_the_extra(run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "has_boundaries", lambda subject: False)
+    monkeypatch.setattr(gather, "has_boundaries", lambda: False)
     page = tmp_path / "page.html"
     assert report(run, "--output", str(page)) == 0
     assert "solov2[report]" in page.read_text() and ">boundary<" not in page.read_text()

@@ -10,7 +10,8 @@ The kinds are those of TIDE (Bolya et al., arXiv 2008.08115), for masks at an Io
     missed          an instance that no prediction finds, and no wrong class or wrong outline explains
 
 Which prediction finds which instance is pycocotools' answer, and so is AP50. Numbers and gains are those of tidecv, the
-code of its authors, except that predictions in crowds are no errors and that 100 count per image and class.
+code of its authors, except that predictions in crowds are no errors, that 100 count per image and class, and that the
+recalls of AP are rounded as in pycocotools.
 """
 
 from __future__ import annotations

@@ -69,15 +69,19 @@ class ConfusionCounter:
     subject: Subject
     confusion: SegmentConfusion = field(default_factory=SegmentConfusion)
 
+    def __post_init__(self) -> None:
+        dataset, own = self.subject.dataset, self.subject
+        self._classes = None  # of panoptic results
+        if isinstance(dataset, CocoPanoptic):
+            self._classes = PanopticEvaluator(dataset.panoptic, own.category_ids, own.stuff_category_ids)
+
     def add(self, image_ids: Sequence[ImageId], results: Sequence[Mapping[str, Any]]) -> None:
         """Add the results of a batch; those of instances are not counted."""
-        dataset = self.subject.dataset
-        if not isinstance(dataset, CocoPanoptic):
+        if self._classes is None:
             return
-        ids = PanopticEvaluator(dataset.panoptic, self.subject.category_ids, self.subject.stuff_category_ids)
         for image_id, result in zip(image_ids, results, strict=True):
-            found = ids.categories_of(image_id, result)
-            self.confusion.add(dataset.panoptic, image_id, result["panoptic_map"].cpu().numpy(), found)
+            found = self._classes.categories_of(image_id, result)
+            self.confusion.add(self._classes.truth, image_id, result["panoptic_map"].cpu().numpy(), found)
 
     def gathered(self) -> SegmentConfusion:
         """The confusion of all ranks, which call this together; complete on rank 0."""

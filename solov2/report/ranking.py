@@ -233,9 +233,9 @@ def _common_shift(predictions: Sequence[Prediction]) -> tuple[float, float] | No
     length = float(np.hypot(*middle))
     along = table[:, :2] @ middle / max(length, 1e-9)  # in the direction of the median
     alike = np.mean(along > length / 2) >= STEADY
-    return (
-        (float(middle[0]), float(middle[1])) if alike and length > max(1.5, SHIFTED * np.median(table[:, 2])) else None
-    )
+    if not alike or length <= max(1.5, SHIFTED * np.median(table[:, 2])):
+        return None
+    return float(middle[0]), float(middle[1])
 
 
 def _background(errors: Errors, gain: float) -> Finding:
