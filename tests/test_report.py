@@ -111,6 +111,20 @@ def test_the_page_of_a_run(run: tuple[Path, Path], tmp_path: Path, capsys: pytes
     assert f"1. {entry['findings'][0]['area']}" in capsys.readouterr().out
 
 
+def test_figures_of_lvis(tmp_path: Path) -> None:
+    pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
+    coco, results = scene(7)
+    content = coco.dataset
+    content["images"] = [{**x, "neg_category_ids": [], "not_exhaustive_category_ids": []} for x in content["images"]]
+    content["categories"] = [{**x, "frequency": "rcf"[x["id"] % 3]} for x in content["categories"]]
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = tmp_path / "page.html"
+    words = ["--predictions", str(tmp_path / "results.json"), "--val-annotations", str(tmp_path / "gt.json"), "--lvis"]
+    assert evaluate_main([*words, "--report", str(page)]) == 0
+    assert {"APr", "APc", "APf"} <= set(re.findall(r">(\w+)</th>", page.read_text()))
+
+
 def test_without_the_extra(run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "has_boundaries", lambda: False)
     page = tmp_path / "page.html"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from solov2.config import load_config
 from solov2.report.content import _points
+from solov2.report.pictures import choose_images
 from solov2.report.run_files import count_training, is_number, read_log
 
 
@@ -44,3 +46,12 @@ def test_instances_in_training_are_counted_by_the_name_of_their_class(tmp_path: 
     assert count_training(config, {1: "cat", 5: "owl", 7: "dog"}) == {1: 1, 7: 2}
     file.write_text("{}")
     assert not count_training(config, {1: "cat"})
+
+
+def test_images_on_which_two_runs_differ() -> None:
+    """The worst changes first, then the best; images without a change are not shown."""
+    facts = [SimpleNamespace(quality=quality) for quality in ({1: 0.5, 2: 0.5, 3: 0.2, 4: 0.9, 5: 0.1},
+                                                              {1: 0.5, 2: 0.4, 3: 0.9, 4: 0.1, 6: 1.0})]  # fmt: skip
+    assert [image_id for image_id, _ in choose_images(facts)] == [4, 2, 3]
+    assert choose_images(facts)[0][1] == "quality 90 %, then 10 %"
+    assert [image_id for image_id, _ in choose_images(facts[:1])] == [5, 3, 1, 2, 4]

@@ -164,7 +164,8 @@ def _legend(names: Sequence[str]) -> str:
     if len(names) < 2:
         return ""
     entries = "".join(
-        f'<span><svg viewBox="0 0 28 8" class="key"><line class="line c{number % 6}" x1="0" y1="4" x2="28" y2="4" '
+        '<span><svg viewBox="0 0 28 8" class="key" aria-hidden="true">'
+        f'<line class="line c{number % 6}" x1="0" y1="4" x2="28" y2="4" '
         f'stroke-dasharray="{DASHES[number % 6]}"/></svg>{escape(name)}</span>'
         for number, name in enumerate(names)
     )

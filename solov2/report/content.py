@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from solov2.config import changed_settings
+from solov2.evaluation.coco import TITLES as KIND_TITLES
 from solov2.evaluation.coco import percent
 from solov2.report.charts import Series, bar_chart, line_chart, matrix
 from solov2.report.errors import KINDS, RECALLS, Errors
@@ -66,7 +67,7 @@ def _name(facts: RunFacts, what: str, runs: Sequence[RunFacts]) -> str:
 def _figures(runs: Sequence[RunFacts]) -> str:
     head, columns = [""], list[list[float]]()
     figures = [*runs[0].summary["segm"]]
-    for kind, title in (("segm", "mask"), ("bbox", "box"), ("boundary", "boundary")):
+    for kind, title in KIND_TITLES.items():
         values = [[facts.summary[kind].get(x, -1.0) for x in figures] for facts in runs if kind in facts.summary]
         head += [_name(facts, title, runs) for facts in runs if kind in facts.summary]
         columns += values
@@ -80,8 +81,16 @@ def _figures(runs: Sequence[RunFacts]) -> str:
             row.append("-" if min(before, now) < 0 else f"{100 * (now - before):+.1f}")
     note = "Average precision and recall in percent, as COCO defines them"
     shown = table(head, rows, caption=f"{note}; ceiling: what the training targets reach" if limits else note)
+    if "lvis" in runs[0].summary:  # from eval, which reports one run
+        shown += _lvis(runs[0].summary["lvis"])
     missing = "boundary" not in runs[0].summary
     return shown + (paragraph("Boundary AP needs faster-coco-eval: pip install 'solov2[report]'") if missing else "")
+
+
+def _lvis(figures: Mapping[str, Any]) -> str:
+    kinds = [kind for kind in KIND_TITLES if kind in figures]
+    rows = [[name, *(percent(figures[kind][name]) for kind in kinds)] for name in figures["segm"]]
+    return table(["", *(KIND_TITLES[kind] for kind in kinds)], rows, caption="The same by the rules of LVIS")
 
 
 def _training(runs: Sequence[RunFacts]) -> str:

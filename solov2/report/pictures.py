@@ -26,17 +26,19 @@ def choose_images(facts: Sequence[RunFacts]) -> list[tuple[ImageId, str]]:
     """The images to show, and a text about each.
 
     Of one run, those with the lowest and the highest quality; of two, those on which the second is worse, and better,
-    by most. Of equal ones, those with the lowest position in the annotation file come first.
+    by the largest margin.
     """
     if len(facts) == 1:
-        ranked = sorted(facts[0].quality.items(), key=lambda item: item[1])
-        chosen = dict(ranked[:WORST]) | dict(ranked[::-1][:BEST])
-        return [(image_id, f"quality {percent(quality)}") for image_id, quality in chosen.items()]
+        quality = facts[0].quality
+        ranked = sorted(quality, key=lambda image_id: quality[image_id])
+        chosen = dict.fromkeys([*ranked[:WORST], *ranked[::-1][:BEST]])  # each once, if there are few
+        return [(image_id, f"quality {percent(quality[image_id])}") for image_id in chosen]
     before, now = (entry.quality for entry in facts)
     changes = {image_id: now[image_id] - before[image_id] for image_id in before if image_id in now}
-    ranked = sorted(changes.items(), key=lambda item: item[1])
-    chosen = {i: change for i, change in [*ranked[:BEST], *ranked[::-1][:BEST]] if change}
-    return [(i, f"quality {percent(before[i])}, then {percent(now[i])}") for i in chosen]
+    ranked = sorted(changes, key=lambda image_id: changes[image_id])
+    worse = [image_id for image_id in ranked if changes[image_id] < 0][:BEST]
+    better = [image_id for image_id in reversed(ranked) if changes[image_id] > 0][:BEST]
+    return [(i, f"quality {percent(before[i])}, then {percent(now[i])}") for i in (*worse, *better)]
 
 
 def percent(quality: float) -> str:

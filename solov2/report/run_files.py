@@ -61,7 +61,8 @@ def count_training(config: Config, categories: Mapping[int, str]) -> Counter[int
     try:
         content = parse_json(split_paths(config.data, "train")[0])
         entries = [entry for x in content["annotations"] for entry in x.get("segments_info", [x])]
-        counts = Counter(entry["category_id"] for entry in entries if not entry.get("iscrowd"))
+        crowds = config.data.crowd == "instance"  # count, then
+        counts = Counter(entry["category_id"] for entry in entries if crowds or not entry.get("iscrowd"))
         known = sorted((x["id"], x["name"]) for x in content["categories"])
     except (InputError, KeyError, TypeError, AttributeError):  # moved or changed since the training
         return Counter()
