@@ -46,7 +46,8 @@ ol.findings { padding-left: 1.4rem; } ol.findings li { margin: .8rem 0; } .gain 
 .area { display: inline-block; border: 1px solid var(--rule); border-radius: 4px; padding: 0 6px; font-size: .8rem; }
 img { max-width: 100%; height: auto; border-radius: 4px; } pre { overflow-x: auto; font-size: .8rem; }
 @media (max-width: 500px) { th, td { padding: 3px 5px; } }
-@media print { body { max-width: none; } .card { border-color: #999; } pre { white-space: pre-wrap; } }
+@media print { .card, figure, .views { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  body { max-width: none; } .card { border-color: #999; } pre { white-space: pre-wrap; } }
 """
 
 
