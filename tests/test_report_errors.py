@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from solov2.evaluation.curves import GroundTruth
-from solov2.report.errors import KINDS, average_precision, excused, find_errors
+from solov2.report.errors import KINDS, excused, find_errors, interpolated_precision
 from solov2.report.gather import complete_truth
 
 
@@ -116,10 +116,12 @@ def test_without_predictions_and_without_ground_truth() -> None:
     assert without.ap50 == -1 and without.counts()["background"] == len(results)
 
 
-def test_average_precision() -> None:
-    assert average_precision(np.array([0.9, 0.8]), np.array([True, False]), 1) == pytest.approx(1)
-    assert average_precision(np.array([0.8, 0.9]), np.array([True, False]), 1) == pytest.approx(0.5)
-    assert average_precision(np.zeros(0), np.zeros(0, dtype=bool), 3) == 0
+def test_interpolated_precision() -> None:
+    assert interpolated_precision(np.array([0.9, 0.8]), np.array([True, False]), 1) == pytest.approx(np.ones(101))
+    assert interpolated_precision(np.array([0.8, 0.9]), np.array([True, False]), 1) == pytest.approx(np.full(101, 0.5))
+    half = interpolated_precision(np.array([0.9]), np.array([True]), 2)
+    assert half == pytest.approx(np.where(np.arange(101) <= 50, 1, 0))
+    assert not interpolated_precision(np.zeros(0), np.zeros(0, dtype=bool), 3).any()
 
 
 @pytest.mark.parametrize("first", [0, 2**53 + 1])

@@ -132,6 +132,7 @@ def _evaluate(args: argparse.Namespace, run: Path, name: str) -> tuple[Evaluated
         compute = build_compute(config, device, args.precision)
         changes = model_settings(parse_overrides(args.set))
         subject = model_subject(checkpoint, config, args.split, compute, changes=changes)
+        del checkpoint  # frees its large training state
         evaluated = evaluate_for_report(subject, args.split, compute, batch_size=args.batch_size)
         return evaluated, gather_facts(evaluated, compute, name=name, log=log)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -53,7 +53,7 @@ def sections(runs: Sequence[RunFacts], pictures: Sequence[Picture]) -> list[Sect
     return [section for section in made if section.body]
 
 
-def each(runs: Sequence[RunFacts], part: Any) -> str:
+def each(runs: Sequence[RunFacts], part: Callable[[RunFacts], str]) -> str:
     """A part of the page for each run, side by side if there are two."""
     bodies = [part(facts) for facts in runs]
     return bodies[0] if len(runs) == 1 else cards((facts.name, body) for facts, body in zip(runs, bodies) if body)
@@ -219,7 +219,7 @@ def _errors(facts: RunFacts) -> str:
 def _pictures(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
-    note = "The same color is the same object; what has no counterpart has a color of its own. Quality is that of PQ: "
+    note = "Matching objects have the same color; an object without a match has its own. Quality is that of PQ: "
     note += "the sum of the IoU of all matches, divided by their number plus half the number of what matches nothing."
     return paragraph(note) + "".join(
         f"<h3>{escape(shown.text)}</h3>{views(shown.views, shown.text)}" for shown in pictures

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -261,26 +261,35 @@ def _without(errors: Errors, kind: str) -> tuple[list[Prediction], dict[int, int
 
 def _ap50(predictions: Sequence[Prediction], categories: Mapping[int, int], gone: Mapping[int, int]) -> float:
     """The mean over the classes with instances; a class all of whose instances were taken off counts as perfect."""
-    numbers: dict[int, int] = defaultdict(int)
-    for category in categories.values():
-        numbers[category] += 1
-    values = [value for _, value in _ap50_of_classes(predictions, numbers)]
+    numbers = Counter(categories.values())
+    values = class_precisions(predictions, numbers).mean(axis=1).tolist()
     values += [1.0 for category in set(gone.values()) if category not in numbers]
     return float(np.mean(values)) if values else -1.0
 
 
-def _ap50_of_classes(predictions: Sequence[Prediction], numbers: Mapping[int, int]) -> Iterator[tuple[int, float]]:
+def class_precisions(predictions: Sequence[Prediction], numbers: Mapping[int, int]) -> np.ndarray:
+    """COCO's interpolated precision of each class at 101 recalls, whose mean is the AP of the class.
+
+    Args:
+        predictions: of all classes, equal scores in the order in which they count.
+        numbers: category id -> number of instances to find, at least 1.
+
+    Returns:
+        float64 [classes, 101], in the order of `numbers`.
+    """
     by_class: dict[int, list[tuple[float, bool]]] = defaultdict(list)
     for prediction in predictions:
         if prediction.kind != IGNORED:
             by_class[prediction.category_id].append((prediction.score, prediction.kind == FOUND))
-    for category, number in numbers.items():
-        rows = np.array(by_class.get(category, []), dtype=np.float64).reshape(-1, 2)
-        yield category, average_precision(rows[:, 0], rows[:, 1] > 0, number)
+    rows = np.zeros((len(numbers), len(RECALLS)))
+    for row, (category, number) in zip(rows, numbers.items(), strict=True):
+        pairs = np.array(by_class.get(category, []), dtype=np.float64).reshape(-1, 2)
+        row[:] = interpolated_precision(pairs[:, 0], pairs[:, 1] > 0, number)
+    return rows
 
 
-def average_precision(scores: np.ndarray, right: np.ndarray, number: int) -> float:
-    """COCO's interpolated average precision at 101 recalls.
+def interpolated_precision(scores: np.ndarray, right: np.ndarray, number: int) -> np.ndarray:
+    """COCO's precision at 101 recalls, float64 [101]: the highest from each recall on.
 
     Args:
         scores: float64 [N], in the order in which equal ones count.
@@ -288,13 +297,12 @@ def average_precision(scores: np.ndarray, right: np.ndarray, number: int) -> flo
         number: of instances to find, at least 1.
     """
     precision, recall = precision_recall(scores, right, number)
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(recall, RECALLS, side="left")
-    return float(np.append(best, 0.0)[np.minimum(places, len(best))].mean())
+    best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    return best[np.searchsorted(recall, RECALLS, side="left")]
 
 
 def precision_recall(scores: np.ndarray, right: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall, float64 [N] each, of the N highest scores; arguments as for `average_precision`."""
+    """Precision and recall, float64 [N] each, of the N highest scores; arguments as for `interpolated_precision`."""
     right = right[np.argsort(-scores, kind="mergesort")]
     hits = np.cumsum(right)
     return hits / (np.arange(1, len(right) + 1) + np.spacing(1)), hits / number

@@ -43,15 +43,15 @@ Evaluator = CocoEvaluator | PanopticEvaluator
 
 @dataclass
 class Evaluated:
-    """A model with its data, and what its evaluation left.
+    """A model with its data, and the outcome of its evaluation.
 
     Attributes:
         subject: what was evaluated.
         evaluator: with all results.
         summary: with "per_class".
-        seconds: that the evaluation took.
+        seconds: duration of the evaluation.
         confusion: of panoptic results.
-        ceiling: the same of the training targets: evaluator and summary.
+        ceiling: evaluator and summary of the training targets.
     """
 
     subject: Subject
@@ -231,7 +231,7 @@ def _losses(evaluator: PanopticEvaluator, confusion: SegmentConfusion) -> Panopt
 def complete_truth(truth: GroundTruth) -> COCO:
     """The annotations as pycocotools' index, with the keys that it needs and hand-made files often lack.
 
-    They are numbered from 1: pycocotools keeps their ids as float64, which large ones do not fit, and takes 0 for none.
+    They are numbered from 1: pycocotools stores ids as float64, too coarse for large ones, and reads 0 as no match.
     """
     coco = COCO()
     annotations = (x for category in truth.categories for x in truth.annotations(category))
@@ -297,7 +297,7 @@ def _speed(evaluated: Evaluated, compute: Compute, log: Sequence[Mapping[str, An
     )
     memory = peak_memory(compute.device)
     if memory is not None:
-        facts["peak memory of the evaluation"] = f"{memory:,.0f} MiB"
+        facts["peak memory of the process"] = f"{memory:,.0f} MiB"
     return facts
 
 

@@ -5,13 +5,13 @@ All of it for masks at an IoU of 0.5, from the kinds of `solov2.report.errors`.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from solov2.report.errors import FOUND, IGNORED, RECALLS, Errors, Prediction, precision_recall
+from solov2.report.errors import FOUND, IGNORED, RECALLS, Errors, class_precisions, precision_recall
 
 
 class Operating(NamedTuple):
@@ -47,18 +47,8 @@ def operating_points(errors: Errors, category: int | None = None) -> Operating:
 
 def mean_precision(errors: Errors) -> np.ndarray:
     """COCO's interpolated precision at 101 recalls, the mean over the classes with instances: float64 [101]."""
-    by_class: dict[int, list[Prediction]] = defaultdict(list)
-    for x in errors.predictions:
-        if x.kind != IGNORED:
-            by_class[x.category_id].append(x)
-    rows = []
-    for category, number in sorted(Counter(errors.categories.values()).items()):
-        chosen = by_class[category]
-        scores, right = np.array([x.score for x in chosen]), np.array([x.kind == FOUND for x in chosen], dtype=bool)
-        precision, recall = precision_recall(scores, right, number)
-        best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-        rows.append(best[np.minimum(np.searchsorted(recall, RECALLS, side="left"), len(best) - 1)])
-    return np.mean(rows, axis=0) if rows else np.zeros(len(RECALLS))
+    precisions = class_precisions(errors.predictions, Counter(errors.categories.values()))
+    return precisions.mean(axis=0) if len(precisions) else np.zeros(len(RECALLS))
 
 
 class Bin(NamedTuple):
